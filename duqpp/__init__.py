@@ -1,0 +1,26 @@
+"""duqpp: quantize LLaMA-family models to MXFP4 W4A4 with DuQuant++, and run them anywhere."""
+
+__version__ = "0.1.0"
+
+from duqpp.config import QuantizeConfig
+from duqpp.errors import BackendUnavailableError, CheckpointError, DuqppError, InputError
+from duqpp.evaluate import perplexity
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.integrations.transformers import from_pretrained
+from duqpp.nn import MXFP4Linear
+from duqpp.quantize import QuantizeReport, quantize_model
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "DuqppError",
+    "InputError",
+    "MXFP4Linear",
+    "MXFP4Tensor",
+    "QuantizeConfig",
+    "QuantizeReport",
+    "ScaleRule",
+    "from_pretrained",
+    "perplexity",
+    "quantize_model",
+]

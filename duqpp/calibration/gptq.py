@@ -1,0 +1,72 @@
+"""GPTQ over 32-wide blocks: round a weight column by column, feeding each error to later columns.
+
+Source: GPTQ (arXiv 2210.17323); the scale of a block is chosen when the block is reached, from its
+error-compensated values.
+"""
+
+import torch
+from torch import Tensor
+
+from duqpp.errors import InputError
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, quantize
+from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
+from duqpp.format.e8m0 import decode_e8m0, inverse_scale
+from duqpp.threads import single_thread
+
+_DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
+
+
+def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) -> MXFP4Tensor:
+    """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
+
+    Args:
+        weight: float32 [N, K], K a multiple of 32.
+        hessian: float32 [K, K], symmetric, from `duqpp.calibration.hessian`. Columns whose diagonal
+            is 0 are never excited: they are rounded as zero.
+        rule: how a block's exponent is chosen.
+        damping: added to the diagonal, as a fraction of its mean.
+    Returns: MXFP4Tensor [N, K], row-major scales.
+    Raises: InputError when H is not finite, or not positive definite even after more damping.
+    """
+    dead = hessian.diagonal() == 0
+    remaining = weight.clone()
+    remaining[:, dead] = 0.0
+    factor = _inverse_cholesky(hessian, dead, damping)  # upper triangular U, H^-1 = U.T U
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
+    for start in range(0, columns, BLOCK_SIZE):
+        stop = start + BLOCK_SIZE
+        block = remaining[:, start:stop].T.contiguous()  # [32, N], so that a column is contiguous
+        exponent = quantize(block.T, rule=rule).scales[:, 0]  # [N]
+        scale, inverse = decode_e8m0(exponent), inverse_scale(exponent)
+        corner = factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        with single_thread():
+            for j in range(BLOCK_SIZE):
+                code = encode_e2m1(block[j] * inverse)
+                codes[:, start + j] = code
+                errors[j] = (block[j] - decode_e2m1(code) * scale) / corner[j, j]
+                block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1.0)
+        scales[:, start // BLOCK_SIZE] = exponent
+        remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)
+    return MXFP4Tensor(pack_e2m1(codes), scales)
+
+
+def _inverse_cholesky(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with U.T U the inverse of the damped Hessian, float32 [K, K]."""
+    diagonal = hessian.diagonal()
+    mean = diagonal[~dead].double().mean() if (~dead).any() else torch.ones(())
+    for attempt in range(_DAMPING_ATTEMPTS):
+        damped = hessian.double()
+        damped.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper.float()
+    raise InputError(
+        f"GPTQ: the Hessian is not positive definite with damping up to "
+        f"{damping * 10.0 ** (_DAMPING_ATTEMPTS - 1):g}; give more calibration text"
+    )

@@ -1,0 +1,61 @@
+"""What calibration keeps of one linear group's input, streamed batch by batch."""
+
+import torch
+from torch import Tensor
+
+from duqpp.errors import InputError
+
+
+class InputStatistics:
+    """Channel amax, second moments and samples of an activation x [tokens, K].
+
+    The samples are rows drawn at random, and besides them every row that holds the largest
+    magnitude of some channel: outliers belong to single tokens, and under any rescaling of the
+    channels the largest value of all is then among the samples.
+
+    Args:
+        name: of the linear group, for errors.
+        channels: K.
+        sample: int64 [S], ascending: which of all tokens to keep.
+        second_moment: whether to accumulate x.T x, float32 [K, K].
+    """
+
+    def __init__(self, name: str, channels: int, sample: Tensor, *, second_moment: bool) -> None:
+        self.name, self.tokens = name, 0
+        self.amax = torch.zeros(channels)
+        self.gram = torch.zeros(channels, channels) if second_moment else None
+        self._sample = sample
+        self._sampled: list[Tensor] = []
+        self._peaks = torch.zeros(1, channels)
+        self._peak_row = torch.zeros(channels, dtype=torch.int64)  # into _peaks
+
+    def update(self, x: Tensor) -> None:
+        """Take in the next tokens: x floating point [..., K].
+
+        Raises: InputError when x has a NaN or an infinity.
+        """
+        x = x.flatten(0, -2).float()
+        amax, row = x.abs().max(0)  # NaN wins over any number
+        if not torch.isfinite(amax).all():
+            raise InputError(f"the input of {self.name} has NaN or infinite values in calibration")
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+        local = self._sample[(self._sample >= self.tokens) & (self._sample < self.tokens + len(x))]
+        self._sampled.append(x[local - self.tokens].clone())
+        kept = len(self._peaks)
+        holder = torch.where(amax > self.amax, row + kept, self._peak_row)
+        holders, self._peak_row = holder.unique(return_inverse=True)
+        old, new = holders[holders < kept], holders[holders >= kept] - kept
+        self._peaks = torch.cat((self._peaks[old], x[new]))
+        self.amax = torch.maximum(self.amax, amax)
+        self.tokens += len(x)
+
+    def samples(self) -> Tensor:
+        """The sampled rows and the rows of channel peaks: float32 [n, K]."""
+        return torch.cat((*self._sampled, self._peaks))
+
+
+def draw_sample(tokens: int, count: int, seed: int) -> Tensor:
+    """Which of `tokens` tokens to keep: int64 [min(count, tokens)], ascending, seeded."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(tokens, generator=generator)[:count].sort().values

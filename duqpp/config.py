@@ -1,0 +1,99 @@
+"""What a quantization does: one frozen dataclass, JSON both ways."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from duqpp.errors import InputError
+from duqpp.format import ScaleRule
+
+Method = Literal["rtn", "hadamard", "random", "duquant", "duquant++"]
+RotationScope = Literal["shared", "per-block"]
+Stream = Literal["float", "quantized"]
+
+DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
+_SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Options of `duqpp.quantize_model`, each with its default.
+
+    method: how the inputs of a linear are rotated. rtn: not at all; hadamard, random: one fixed
+        orthogonal 32x32 matrix; duquant: two outlier-aware rotations around a zigzag permutation;
+        duquant++: one outlier-aware rotation.
+    rotation: one matrix for all blocks of a linear group, or one per block of 32 channels.
+    gptq: round weights by GPTQ instead of to nearest.
+    smooth_alpha: exponent of SmoothQuant's channel scaling, 0 is off; None is the method's own
+        default (0.6 for duquant and duquant++, 0 for the others).
+    activation_rule, weight_rule: how a block's exponent is chosen (see `ScaleRule`).
+    max_steps: longest prefix of greedy rotations that is tried.
+    damping: GPTQ damping, as a fraction of the Hessian's mean diagonal.
+    hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones.
+    next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
+    samples, seq_len: calibration sequences and their length in tokens.
+    seed: of calibration sampling and of every random matrix.
+    skip: modules, by name, parent or last component, that stay in floating point like lm_head.
+    """
+
+    method: Method = "duquant++"
+    rotation: RotationScope = "shared"
+    gptq: bool = False
+    smooth_alpha: float | None = None
+    activation_rule: ScaleRule = ScaleRule.EVEN
+    weight_rule: ScaleRule = ScaleRule.MSE
+    max_steps: int = 256
+    damping: float = 0.01
+    hessian: Stream = "float"
+    next_inputs: Stream = "quantized"
+    samples: int = 16
+    seq_len: int = 1024
+    seed: int = 0
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, get_args(Method))
+        _one_of("rotation", self.rotation, get_args(RotationScope))
+        _one_of("hessian", self.hessian, get_args(Stream))
+        _one_of("next_inputs", self.next_inputs, get_args(Stream))
+        for name in ("activation_rule", "weight_rule"):
+            _one_of(name, getattr(self, name), [rule.value for rule in ScaleRule])
+            object.__setattr__(self, name, ScaleRule(getattr(self, name)))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        alpha = self.smooth_alpha
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
+        if not 0.0 < self.damping < 1.0:
+            raise InputError(f"damping must lie in (0, 1), got {self.damping}")
+        for name, least in (("samples", 1), ("seq_len", 2), ("max_steps", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def effective_smooth_alpha(self) -> float:
+        """The smoothing exponent in force, with the method's default filled in."""
+        if self.smooth_alpha is not None:
+            return self.smooth_alpha
+        return DEFAULT_SMOOTH_ALPHA if self.method in _SMOOTHED_BY_DEFAULT else 0.0
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether calibration activations enter the result at all."""
+        searched = self.method in ("duquant", "duquant++")
+        return searched or self.gptq or self.effective_smooth_alpha > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values of every field."""
+        return {**asdict(self), "skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantizeConfig":
+        """The inverse of `to_dict`. Raises: InputError for an unknown field or a bad value."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"QuantizeConfig has no option {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _one_of(name: str, value: object, choices: tuple | list) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

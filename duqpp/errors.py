@@ -1,0 +1,17 @@
+"""Errors that a user can act on. The command line prints one line for each of them."""
+
+
+class DuqppError(Exception):
+    """Base of the errors that duqpp raises about its input or its environment."""
+
+
+class InputError(DuqppError, ValueError):
+    """A model, text, option or output path that duqpp cannot work with."""
+
+
+class CheckpointError(DuqppError, ValueError):
+    """A quantized checkpoint that is truncated, altered, of another format, or inconsistent."""
+
+
+class BackendUnavailableError(DuqppError, RuntimeError):
+    """An operation was asked of a backend that cannot run it here (see `duqpp doctor`)."""

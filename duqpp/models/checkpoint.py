@@ -1,0 +1,206 @@
+"""Quantized checkpoints on disk: write shards, and check everything that can be checked on load.
+
+Each shard's metadata has "duqpp.crc32": a JSON object from tensor name to the CRC-32 (eight hex
+digits) of the tensor's bytes.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duqpp.errors import CheckpointError
+from duqpp.format.e8m0 import NAN_SCALE
+from duqpp.rotation.block_rotation import check_invertible
+
+CHECKSUMS_KEY = "duqpp.crc32"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F32": torch.float32}
+_DTYPES |= {"BF16": torch.bfloat16, "F16": torch.float16}
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a shard completely or not at all: under a temporary name, synced, then renamed."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    checksums = {
+        name: f"{zlib.crc32(tensor_bytes(tensor)):08x}" for name, tensor in tensors.items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {"format": "pt", CHECKSUMS_KEY: json.dumps(checksums)})
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a shard, verified. Raises: CheckpointError."""
+    verify_shard(path)
+    return load_file(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: CheckpointError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return values
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a checkpoint, from its index or its single file.
+
+    Raises: CheckpointError when neither exists, or a shard that the index names does not.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
+        raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor model.safetensors")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map")
+    shards = sorted({str(file) for file in weight_map.values()})
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is not in {folder}")
+    return [folder / shard for shard in shards]
+
+
+def verify_checkpoint(
+    shards: list[Path], expected: dict[str, Tensor], progress: Progress | None = None
+) -> None:
+    """Check shards against the tensors that the model needs, and every tensor's checksum.
+
+    Args:
+        expected: name to a tensor (on the meta device) of the right shape and dtype. Integer
+            tensors and rotations must match in dtype, other floating-point ones need not.
+    Raises: CheckpointError naming the file and the tensor.
+    """
+    found: dict[str, Path] = {}
+    for done, shard in enumerate(shards):
+        if progress:
+            progress("verify", done, len(shards))
+        for name, entry in verify_shard(shard).items():
+            if name in found:
+                raise CheckpointError(f"{name} is in both {found[name].name} and {shard.name}")
+            if name not in expected:
+                raise CheckpointError(f"{shard}: {name} does not belong to this model")
+            found[name] = shard
+            _check_entry(shard, name, entry, expected[name])
+    if missing := sorted(set(expected) - set(found)):
+        raise CheckpointError(
+            f"{shards[0].parent} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+        )
+
+
+def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
+    """Check one shard by itself: header, size, checksums, scale bytes, rotations.
+
+    Returns: the header's entry of each tensor (dtype, shape, data_offsets).
+    Raises: CheckpointError naming the file, and the tensor where it is one tensor's fault.
+    """
+    header, start = _read_header(path)
+    checksums = _checksums(path, header.pop("__metadata__", {}))
+    with open(path, "rb") as file:
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            data = file.read(end - begin)
+            if f"{zlib.crc32(data):08x}" != checksums.get(name):
+                raise CheckpointError(f"{path}: {name} is altered (its checksum differs)")
+            _check_values(path, name, entry, data)
+    return header
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, checked, and the offset where its data begin."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if 2 <= length <= min(size - 8, _HEADER_LIMIT) else None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if raw is None:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file")
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        position = 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            count = torch.Size(entry["shape"]).numel()
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{path}: {name} has the dtype {entry['dtype']}")
+            if begin != position or end - begin != count * _DTYPES[entry["dtype"]].itemsize:
+                raise CheckpointError(f"{path}: the header's offsets of {name} are wrong")
+            position = end
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its header is not one of safetensors") from error
+    if size != 8 + length + position:
+        raise CheckpointError(
+            f"{path} is truncated or altered: {size} bytes, its header says {8 + length + position}"
+        )
+    return header, 8 + length
+
+
+def _checksums(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    try:
+        checksums = json.loads(metadata[CHECKSUMS_KEY])
+    except KeyError as error:
+        raise CheckpointError(f"{path} has no checksums ({CHECKSUMS_KEY} in metadata)") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {CHECKSUMS_KEY} is not a JSON object") from error
+    if not isinstance(checksums, dict):
+        raise CheckpointError(f"{path}: {CHECKSUMS_KEY} is not a JSON object")
+    return checksums
+
+
+def _check_values(path: Path, name: str, entry: dict[str, Any], data: bytes) -> None:
+    """What no model may hold: scale bytes of 255, rotations that are singular."""
+    if name.endswith(".weight_scale") and NAN_SCALE in data:
+        raise CheckpointError(f"{path}: {name} has a scale byte of 255 (NaN)")
+    if name.endswith("rotation") and entry["dtype"] == "BF16" and entry["shape"][-2:] == [32, 32]:
+        matrix = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, 32, 32)
+        check_invertible(matrix, f"{path}: {name}", CheckpointError)
+
+
+def _check_entry(path: Path, name: str, entry: dict[str, Any], expected: Tensor) -> None:
+    if list(entry["shape"]) != list(expected.shape):
+        raise CheckpointError(
+            f"{path}: {name} must be {list(expected.shape)}, got {list(entry['shape'])}"
+        )
+    kind = _DTYPES[entry["dtype"]]
+    exact = not expected.is_floating_point() or name.endswith("rotation")
+    if kind != expected.dtype if exact else not kind.is_floating_point:
+        wanted = expected.dtype if exact else "floating point"
+        raise CheckpointError(f"{path}: {name} must be {wanted}, got {kind}")
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, as a numpy uint8 view."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,124 @@
+"""How a quantized model is laid out: the `quantization_config` of a checkpoint, and its modules."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from duqpp.errors import CheckpointError
+from duqpp.format import BLOCK_SIZE, ScaleRule
+from duqpp.models.llama import is_whole, quantized_groups
+from duqpp.nn import MXFP4Linear, share_input
+
+QUANT_METHOD = "duqpp"
+FORMAT_VERSION = 1
+_ROTATIONS = ("none", "shared", "per_block")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What must be known to build the modules of a checkpoint, and where it came from.
+
+    method: how the rotations were made; for people, nothing depends on it.
+    rotation: "none", "shared" ([32, 32]) or "per_block" ([K/32, 32, 32]).
+    permuted: whether each linear also has DuQuant's pre_rotation and permutation.
+    weight_rule, activation_rule: scale rules; the second is what the layers do online.
+    skip: `modules_to_not_convert`.
+    provenance: calibration data, options and versions.
+    """
+
+    method: str
+    rotation: str
+    permuted: bool
+    weight_rule: ScaleRule
+    activation_rule: ScaleRule
+    skip: tuple[str, ...] = ("lm_head",)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "rotation": self.rotation,
+            "permuted": self.permuted,
+            "scale_rule": {
+                "weights": str(self.weight_rule),
+                "activations": str(self.activation_rule),
+            },
+            "modules_to_not_convert": list(self.skip),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Layout":
+        """The inverse of `to_dict`.
+
+        Raises: CheckpointError for another method, a newer format, or a missing or bad field.
+        """
+        if values.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                f"quant_method is {values.get('quant_method')!r}, not {QUANT_METHOD!r}"
+            )
+        version = values.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise CheckpointError(f"format_version must be a positive integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"format_version {version} is newer than this duqpp reads ({FORMAT_VERSION}); "
+                "upgrade duqpp"
+            )
+        try:
+            rules = values["scale_rule"]
+            layout = cls(
+                method=values["method"],
+                rotation=values["rotation"],
+                permuted=bool(values["permuted"]),
+                weight_rule=ScaleRule(rules["weights"]),
+                activation_rule=ScaleRule(rules["activations"]),
+                skip=tuple(values["modules_to_not_convert"]),
+                provenance=values.get("provenance", {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config is incomplete or wrong: {error}") from error
+        if layout.rotation not in _ROTATIONS:
+            raise CheckpointError(f"rotation must be one of {_ROTATIONS}, got {layout.rotation!r}")
+        return layout
+
+    def empty_linear(
+        self, linear: nn.Linear, *, device: torch.device | str | None = None
+    ) -> MXFP4Linear:
+        """An MXFP4Linear with the shape of `linear`, its values still to be loaded."""
+        blocks = linear.in_features // BLOCK_SIZE
+        shapes = {"none": None, "shared": (32, 32), "per_block": (blocks, 32, 32)}
+        shape = shapes[self.rotation]
+        return MXFP4Linear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            rule=self.activation_rule,
+            rotation=shape,
+            pre_rotation=shape if self.permuted else None,
+            permutation=self.permuted,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device if device is None else device,
+        )
+
+
+def convert_block(block: nn.Module, index: int, layout: Layout, *, device: Any = None) -> None:
+    """Swap in the quantized linears of decoder block `index`, and let groups share their input."""
+    for group in quantized_groups(index, layout.skip):
+        for name in group.linears:
+            linear = layout.empty_linear(block.get_submodule(name), device=device)
+            block.set_submodule(name, linear)
+        if is_whole(group) and len(group.linears) > 1:
+            owner = block.get_submodule(group.owner)
+            share_input(owner, [block.get_submodule(name) for name in group.linears])
+
+
+def convert_model(model: nn.Module, layout: Layout) -> None:
+    """`convert_block` for every decoder block of a LLaMA-family causal language model."""
+    for index, block in enumerate(model.model.layers):
+        convert_block(block, index, layout)

@@ -1,0 +1,204 @@
+"""The LLaMA family: decoder blocks, and the groups of linears in them that share one input."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duqpp.errors import InputError
+from duqpp.format import BLOCK_SIZE
+from duqpp.models.source import Source
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a decoder block that read one input; they share the rotation and the Hessian.
+
+    linears, producer: names inside the block. producer: the norm or linear whose output channels
+    are the group's input channels, so that it can absorb a channel scale.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    producer: str
+
+    @property
+    def owner(self) -> str:
+        """The module whose forward hands the input to each of the linears."""
+        return self.linears[0].rpartition(".")[0]
+
+
+# v_proj's channels reach o_proj through a weighted sum over tokens, up_proj's reach down_proj times
+# silu(gate): both commute with a scale per channel.
+GROUPS = (
+    LinearGroup(
+        "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"
+    ),
+    LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj"),
+    LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj"),
+)
+
+
+def layer_prefix(index: int) -> str:
+    """Name of a decoder block in the model."""
+    return f"model.layers.{index}"
+
+
+def is_skipped(name: str, skip: tuple[str, ...] | list[str]) -> bool:
+    """Whether a module is in the skip list: by its name, by a parent's, or by its last component."""
+    return any(name == s or name.startswith(s + ".") or name.endswith("." + s) for s in skip)
+
+
+def quantized_groups(index: int, skip: tuple[str, ...] | list[str]) -> list[LinearGroup]:
+    """The groups of block `index` with the linears that are quantized; empty groups left out."""
+    groups = []
+    for group in GROUPS:
+        kept = tuple(n for n in group.linears if not is_skipped(f"{layer_prefix(index)}.{n}", skip))
+        if kept:
+            groups.append(LinearGroup(group.name, kept, group.producer))
+    return groups
+
+
+def is_whole(group: LinearGroup) -> bool:
+    """Whether no linear of the group is skipped: then they can share input and smoothing."""
+    return any(group.linears == whole.linears for whole in GROUPS)
+
+
+def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
+    """Raise InputError unless the model is of the family and every quantized K is a multiple of 32."""
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(ARCHITECTURES)}"
+        )
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads * head_dim": config.num_attention_heads * head_dim(config),
+    }
+    for name, width in widths.items():
+        if width % BLOCK_SIZE:
+            raise InputError(f"{name} is {width}; MXFP4 needs a multiple of {BLOCK_SIZE}")
+    linears = {name for group in GROUPS for name in group.linears}
+    for index in range(config.num_hidden_layers):
+        linears |= {f"{layer_prefix(index)}.{n}" for g in GROUPS for n in g.linears}
+    unknown = [s for s in skip if s != "lm_head" and not any(is_skipped(n, (s,)) for n in linears)]
+    if unknown:
+        raise InputError(f"--skip {unknown[0]} names no linear of the model")
+
+
+def head_dim(config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class DecoderStack:
+    """The decoder blocks of a source, run one at a time; only one has its weights in memory.
+
+    Args:
+        source: the float model.
+        dtype: that the blocks compute in; None is the dtype of the embedding as stored.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.source, self.config = source, source.config
+        embedding = source.tensor("model.embed_tokens.weight")
+        self.dtype = dtype or embedding.dtype
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self._body = skeleton.model
+        self._blocks = self._body.layers
+        self._rotary = type(self._body.rotary_emb)(
+            config=self.config
+        )  # buffers, off the meta device
+        self._embedding = embedding.to(self.dtype)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` with its float weights, in eval mode.
+
+        Raises: InputError when a tensor is missing, misshapen, or has NaN or infinite values.
+        """
+        prefix = layer_prefix(index)
+        block = self._blocks[index].eval()
+        weights = {}
+        for name, expected in block.state_dict().items():
+            tensor = self.source.tensor(f"{prefix}.{name}").to(self.dtype)
+            if tensor.shape != expected.shape:
+                raise InputError(
+                    f"{prefix}.{name} must be {list(expected.shape)}, got {list(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{prefix}.{name} has NaN or infinite values")
+            weights[name] = tensor
+        block.load_state_dict(weights, assign=True)
+        return block.requires_grad_(False)
+
+    def release(self, index: int) -> None:
+        """Let go of block `index` and its weights."""
+        self._blocks[index] = nn.Identity()
+
+    def first_inputs(self, tokens: Tensor) -> "BlockInputs":
+        """What block 0 reads for token sequences int64 [samples, seq_len]."""
+        probes = nn.ModuleList(_Probe() for _ in self._blocks)
+        layers, norm = self._body.layers, self._body.norm
+        self._body.layers, self._body.norm = probes, nn.Identity()
+        self._body.rotary_emb = self._rotary
+        self._body.embed_tokens.weight = nn.Parameter(self._embedding, requires_grad=False)
+        batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        batches = []
+        with torch.no_grad():
+            for part in tokens.split(batch):
+                self._body(input_ids=part, use_cache=False)
+                batches.append((probes[0].hidden_states, [probe.arguments for probe in probes]))
+        self._body.layers, self._body.norm = layers, norm
+        self._body.embed_tokens.weight = nn.Parameter(
+            torch.empty_like(self._embedding, device="meta"), requires_grad=False
+        )
+        return BlockInputs([h for h, _ in batches], [arguments for _, arguments in batches])
+
+
+@dataclass
+class BlockInputs:
+    """Activations that enter a decoder block, in batches, with the block's other arguments.
+
+    hidden: float [batch, seq_len, hidden_size] each. arguments: per batch and block, its keywords.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[list[dict[str, Any]]]
+
+    def outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
+        """Run a block over the batches, one at a time."""
+        with torch.no_grad():
+            for hidden, arguments in zip(self.hidden, self.arguments, strict=True):
+                out = block(hidden, **arguments[index])
+                yield out[0] if isinstance(out, tuple) else out
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the activations by the block's outputs for them."""
+        for batch, out in enumerate(self.outputs(block, index)):
+            self.hidden[batch] = out
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are in all."""
+        return sum(h.shape[0] * h.shape[1] for h in self.hidden)
+
+
+class _Probe(nn.Module):
+    """Stands in for a decoder block and remembers how it was called."""
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden_states, self.arguments = hidden_states, arguments
+        return hidden_states

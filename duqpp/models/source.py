@@ -1,0 +1,223 @@
+"""Float models to quantize: a safetensors folder or hub repository read lazily, or a GGUF file."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from duqpp.errors import InputError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_SAMPLED_BYTES = 4096  # of each end of every tensor, for the fingerprint
+
+
+class Source(Protocol):
+    """A float model, one tensor at a time.
+
+    config: transformers configuration. names: of all tensors, as transformers names them.
+    """
+
+    config: Any
+    names: frozenset[str]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises: InputError when it is missing or unreadable."""
+
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+
+
+def open_source(model: str) -> Source:
+    """Open a local folder, a .gguf file that transformers can load, or a hub repository by name.
+
+    Raises: InputError when there is no such model, or it is not a float safetensors or GGUF model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return SafetensorsSource(path)
+    if is_gguf(model):
+        return GgufSource(path)
+    if path.exists():
+        raise InputError(f"{model} is neither a model folder nor a .gguf file")
+    return SafetensorsSource(download(model))
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 over configuration and tensors: names, dtypes, shapes, and both ends of the values."""
+    digest = hashlib.sha256(json.dumps(_plain_config(source.config), sort_keys=True).encode())
+    for name in sorted(source.names):
+        tensor = source.tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.flatten()
+        count = _SAMPLED_BYTES // tensor.element_size()
+        for end in (flat[:count], flat[-count:]):
+            digest.update(end.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SafetensorsSource:
+    """A folder with config.json and one or more safetensors shards, mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig
+
+        self._folder = folder
+        self.config = _load(AutoConfig, folder, "configuration")
+        if getattr(self.config, "quantization_config", None):
+            method = dict(self.config.quantization_config).get("quant_method")
+            raise InputError(f"{folder} is quantized already ({method}); quantize the float model")
+        self._shard_of = _shards(folder)
+        self.names = frozenset(self._shard_of)
+        self._open: tuple[Path, Any] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._shard_of:
+            raise InputError(f"{self._folder} has no tensor {name}")
+        try:
+            return self._reader(self._shard_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{self._shard_of[name]}: cannot read {name}: {error}") from error
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return _load(AutoTokenizer, self._folder, "tokenizer")
+
+    def _reader(self, shard: Path) -> Any:
+        if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time
+            self._open = (shard, _open_shard(shard))
+        return self._open[1]
+
+
+class GgufSource:
+    """A GGUF file, dequantized whole to float32 by transformers."""
+
+    def __init__(self, file: Path) -> None:
+        model, self._tokenizer = load_gguf(file)
+        self.config = model.config
+        self._file = file
+        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.names = frozenset(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise InputError(f"{self._file} has no tensor {name}")
+        return self._tensors[name]
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+
+def is_gguf(model: str) -> bool:
+    """Whether the name of a model is that of a GGUF file."""
+    return model.endswith(".gguf")
+
+
+def load_gguf(file: Path) -> tuple[Any, Any]:
+    """The float32 model in a GGUF file, in eval mode, and its tokenizer. Raises: InputError."""
+    import transformers
+
+    if not file.is_file():
+        raise InputError(f"no such file: {file}")
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _quiet_transformers():
+        model = _load(
+            transformers.AutoModelForCausalLM,
+            file.parent,
+            "GGUF model",
+            gguf_file=file.name,
+            dtype=torch.float32,
+            **options,
+        )
+        tokenizer = _load(
+            transformers.AutoTokenizer, file.parent, "GGUF tokenizer", gguf_file=file.name
+        )
+    model.config.name_or_path = file.name
+    return model.eval(), tokenizer
+
+
+def _load(cls: Any, folder: Path, what: str, **options: Any) -> Any:
+    """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
+    try:
+        return cls.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load the {what} of {folder}: {reason}") from error
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Tensor name to shard, from the index or the single file; every shard is opened once."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{index} is not a safetensors index: {error}") from error
+        shards = {name: folder / file for name, file in weight_map.items()}
+        for shard in sorted(set(shards.values())):
+            present = set(_open_shard(shard).keys())
+            missing = [n for n, s in shards.items() if s == shard and n not in present]
+            if missing:
+                raise InputError(f"{shard} lacks the tensor {missing[0]} that the index names")
+        return shards
+    if single.exists():
+        return dict.fromkeys(_open_shard(single).keys(), single)
+    raise InputError(
+        f"{folder} has no model.safetensors and no model.safetensors.index.json; "
+        "duqpp reads safetensors only (pickled .bin weights can run code)"
+    )
+
+
+def _open_shard(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {shard}: {error}") from error
+
+
+def download(model: str) -> Path:
+    """A hub repository's configuration, tokenizer and safetensors, in the local cache.
+
+    Raises: InputError when the hub does not give it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshotdownload(model, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{model} is no local folder or .gguf file, and the hub has not given it: {reason}"
+        ) from error
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The configuration without what depends on where and by whom it was read."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "name_or_path", "transformers_version"):
+        values.pop(key, None)
+    return values
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and advice: duqpp shows its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,155 @@
+"""MXFP4Linear, and the input that several of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.ops import mxfp4_gemm, mxfp4_linear, rotate_quantize
+from duqpp.ops.reference import rotate_blocks
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """An activation that is already rotated and quantized, in the place of the tensor it came from.
+
+    quantized: MXFP4Tensor [M, K] from `rotate_quantize`.
+    shape, dtype: of the tensor it stands for, [..., K] with M the product of the leading dimensions.
+    """
+
+    quantized: MXFP4Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class MXFP4Linear(nn.Module):
+    """A linear whose weight is MXFP4 and whose input is rotated and quantized to MXFP4.
+
+    ``y = dequantize(quantize(x R)) @ dequantize(weight).T + bias`` with weight = quantized W R^-T.
+
+    Parameters, none of them trained:
+        weight_packed: uint8 [N, K/2]; weight_scale: uint8 [N, K/32], row-major.
+        rotation: bfloat16 [32, 32] or [K/32, 32, 32]; None is the identity.
+        pre_rotation, permutation: DuQuant's first rotation, and its channel order int32 [K]; they
+            act on x before `rotation` does. None in every other method.
+        bias: [N] or None.
+
+    Args:
+        in_features, out_features: K, a multiple of 32, and N.
+        rotation, pre_rotation: shape of the matrix, or None.
+        permutation: whether there is one.
+        rule: scale rule of the activations.
+        dtype: of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        rule: ScaleRule,
+        rotation: tuple[int, ...] | None,
+        pre_rotation: tuple[int, ...] | None = None,
+        permutation: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if in_features % BLOCK_SIZE:
+            raise ValueError(
+                f"MXFP4Linear: in_features must be a multiple of 32, got {in_features}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.rule, self.backend = ScaleRule(rule), backend
+
+        def parameter(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Parameter | None:
+            if shape is None:
+                return None
+            return nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=False)
+
+        self.weight_packed = parameter((out_features, in_features // 2), torch.uint8)
+        self.weight_scale = parameter((out_features, in_features // BLOCK_SIZE), torch.uint8)
+        self.rotation = parameter(rotation, torch.bfloat16)
+        self.pre_rotation = parameter(pre_rotation, torch.bfloat16)
+        self.permutation = parameter((in_features,) if permutation else None, torch.int32)
+        self.bias = parameter((out_features,) if bias else None, dtype)
+
+    @property
+    def weight(self) -> MXFP4Tensor:
+        """The quantized, rotated weight [N, K]."""
+        return MXFP4Tensor(self.weight_packed, self.weight_scale)
+
+    def quantize_input(self, x: Tensor) -> SharedInput:
+        """Rotate and quantize x [..., K] once, for this linear and those that share its rotation."""
+        quantized = rotate_quantize(
+            self._prepare(x), self.rotation, rule=self.rule, backend=self.backend
+        )
+        return SharedInput(quantized, x.shape, x.dtype)
+
+    def forward(self, x: Tensor | SharedInput) -> Tensor:
+        """x [..., K], or an input that is quantized already, to [..., N] in the dtype of x."""
+        if isinstance(x, SharedInput):
+            y = mxfp4_gemm(
+                x.quantized, self.weight, self.bias, out_dtype=x.dtype, backend=self.backend
+            )
+            return y.view(*x.shape[:-1], self.out_features)
+        return mxfp4_linear(
+            self._prepare(x),
+            self.rotation,
+            self.weight,
+            self.bias,
+            rule=self.rule,
+            backend=self.backend,
+        ).to(x.dtype)
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """What DuQuant does before the aligned rotation, in float32: rotate, then permute."""
+        if self.pre_rotation is not None:
+            x = rotate_blocks(x.float(), self.pre_rotation.float())
+        if self.permutation is not None:
+            x = x.index_select(-1, self.permutation)
+        return x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves between devices, but keeps rotations in bfloat16: weights are folded with those."""
+        super()._apply(fn, recurse)
+        for name in ("rotation", "pre_rotation"):
+            matrix = getattr(self, name)
+            if matrix is not None and matrix.dtype != torch.bfloat16:
+                matrix.data = matrix.data.to(torch.bfloat16)
+        return self
+
+    def extra_repr(self) -> str:
+        rotation = "none" if self.rotation is None else list(self.rotation.shape)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rule={self.rule}, rotation={rotation}"
+        )
+
+
+def share_input(owner: nn.Module, linears: list[MXFP4Linear]) -> None:
+    """Quantize the input of `owner` once for all linears that read it.
+
+    Args:
+        owner: a module whose forward hands its hidden states, and uses them for nothing else, to
+            each of `linears`; they arrive as the first argument or as `hidden_states`.
+        linears: members of one linear group: equal rotation and scale rule.
+
+    When gradients are asked for, the tensor passes untouched and each linear quantizes it for
+    itself, with the same result, because integer codes carry no gradient.
+    """
+
+    def quantize_once(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        if isinstance(x, SharedInput) or (torch.is_grad_enabled() and x.requires_grad):
+            return args, kwargs
+        shared = linears[0].quantize_input(x)
+        if args:
+            return (shared, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": shared}
+
+    owner.register_forward_pre_hook(quantize_once, with_kwargs=True)

@@ -1,0 +1,134 @@
+"""The two ops of a quantized linear, with their contracts and argument checks."""
+
+import torch
+from torch import Tensor
+
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.ops import library
+from duqpp.ops.dispatch import select
+
+__all__ = ["mxfp4_gemm", "mxfp4_linear", "prepare_weight", "rotate_quantize"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rotate_quantize(
+    x: Tensor, rotation: Tensor | None, *, rule: ScaleRule, backend: str = "auto"
+) -> MXFP4Tensor:
+    """Rotate each 32-wide block of x, then quantize it to MXFP4.
+
+    Equals ``quantize((x.float().view(M, -1, 1, 32) @ rotation.float()).view(M, K), rule=rule)`` up
+    to the order of the rotation's float32 sums.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., K], K a multiple of 32.
+        rotation: bfloat16 [32, 32] for every block, or [K/32, 32, 32]; None is the identity.
+        rule: how a block's amax becomes its exponent.
+        backend: a backend's name, or "auto".
+    Returns: MXFP4Tensor [M, K] with M the product of the leading dimensions of x; scales are in the
+        layout that this backend's GEMM reads.
+    Raises: ValueError for other shapes or dtypes; BackendUnavailableError (see `duqpp doctor`).
+    Source: OCP MX v1.0, section 6.3 (conversion), section 5.4.1 (E8M0).
+    """
+    _check_input("rotate_quantize", x)
+    _check_rotation("rotate_quantize", rotation, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    return MXFP4Tensor(*library.rotate_quantize(rows, rotation, str(rule), backend))
+
+
+def mxfp4_gemm(
+    a: MXFP4Tensor,
+    b: MXFP4Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply quantized activations by quantized weights: ``dequantize(a) @ dequantize(b).T + bias``.
+
+    Every product and every 32-term block sum is exact; the sum over blocks is in float32.
+
+    Args:
+        a: [M, K], from `rotate_quantize` on the same backend.
+        b: [N, K], from `prepare_weight` on the same backend.
+        bias: floating point [N], added in float32.
+        out_dtype: bfloat16, float16 or float32.
+    Returns: [M, N] in out_dtype, rounded once.
+    Raises: ValueError for shapes or dtypes that do not fit; BackendUnavailableError.
+    """
+    for name, operand in (("a", a), ("b", b)):
+        if operand.codes.dtype != torch.uint8 or operand.codes.dim() != 2:
+            raise ValueError(
+                f"mxfp4_gemm: {name}.codes must be uint8 [rows, K/2], got "
+                f"{operand.codes.dtype} {list(operand.codes.shape)}"
+            )
+        if operand.scales.dtype != torch.uint8:
+            raise ValueError(f"mxfp4_gemm: {name}.scales must be uint8, got {operand.scales.dtype}")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"mxfp4_gemm: a has K = {a.shape[1]} but b has K = {b.shape[1]}")
+    _check_bias("mxfp4_gemm", bias, b.shape[0])
+    if out_dtype not in _FLOATS:
+        raise ValueError(
+            f"mxfp4_gemm: out_dtype must be bfloat16, float16 or float32, got {out_dtype}"
+        )
+    return library.mxfp4_gemm(a.codes, a.scales, b.codes, b.scales, bias, out_dtype, backend)
+
+
+def mxfp4_linear(
+    x: Tensor,
+    rotation: Tensor | None,
+    weight: MXFP4Tensor,
+    bias: Tensor | None = None,
+    *,
+    rule: ScaleRule,
+    backend: str = "auto",
+) -> Tensor:
+    """`rotate_quantize` followed by `mxfp4_gemm`, differentiable in x and bias.
+
+    The gradient is straight-through: rounding counts as the identity.
+
+    Args: as of the two ops; x [..., K].
+    Returns: [..., N], dtype of x.
+    """
+    _check_input("mxfp4_linear", x)
+    _check_rotation("mxfp4_linear", rotation, x.shape[-1])
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"mxfp4_linear: x has K = {x.shape[-1]}, weight has K = {weight.shape[1]}")
+    _check_bias("mxfp4_linear", bias, weight.shape[0])
+    rows = x.reshape(-1, x.shape[-1])
+    y = library.mxfp4_linear(rows, rotation, str(rule), weight.codes, weight.scales, bias, backend)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def prepare_weight(weight: MXFP4Tensor, *, backend: str = "auto") -> MXFP4Tensor:
+    """A weight [N, K] as checkpoints hold it, in the layout that the backend's GEMM reads."""
+    return select("mxfp4_gemm", weight.codes.device, backend).prepare_weight(weight)
+
+
+def _check_input(op: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise ValueError(
+            f"{op}: x must be bfloat16, float16 or float32, got {x.dtype}; convert with x.bfloat16()"
+        )
+    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"{op}: x must be [..., K] with K a multiple of 32, got {list(x.shape)}")
+
+
+def _check_rotation(op: str, rotation: Tensor | None, columns: int) -> None:
+    if rotation is None:
+        return
+    shapes = ([32, 32], [columns // BLOCK_SIZE, 32, 32])
+    if list(rotation.shape) not in shapes:
+        raise ValueError(
+            f"{op}: rotation must be {shapes[0]} or {shapes[1]}, got {list(rotation.shape)}"
+        )
+    if rotation.dtype != torch.bfloat16:
+        raise ValueError(f"{op}: rotation must be bfloat16, got {rotation.dtype}")
+
+
+def _check_bias(op: str, bias: Tensor | None, columns: int) -> None:
+    if bias is not None and (list(bias.shape) != [columns] or bias.dtype not in _FLOATS):
+        raise ValueError(
+            f"{op}: bias must be bfloat16, float16 or float32 [{columns}], "
+            f"got {bias.dtype} {list(bias.shape)}"
+        )

@@ -1,0 +1,83 @@
+"""Backends: what each can run here, and which one runs an op on a device."""
+
+import functools
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from duqpp.errors import BackendUnavailableError
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops.reference import OPS, ReferenceBackend
+
+ENVIRONMENT_VARIABLE = "DUQPP_BACKEND"
+
+
+class Backend(Protocol):
+    """The functions behind the public ops; arguments arrive checked, x as [M, K]."""
+
+    name: str
+
+    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
+        """Why `op` cannot run on `device` here, in a few words; None when it can."""
+
+    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
+        """See `duqpp.ops.rotate_quantize`; scales in the layout that this backend's GEMM reads."""
+
+    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        """A weight as checkpoints hold it, in the layout that this backend's GEMM reads."""
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See `duqpp.ops.mxfp4_gemm`."""
+
+
+# Best first: `select` takes the first that can run.
+BACKENDS: tuple[Backend, ...] = (ReferenceBackend(),)
+
+
+def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
+    """The backend that runs an op on a device.
+
+    Args:
+        op: name of a public op.
+        backend: a backend's name, or "auto": what DUQPP_BACKEND names, else the best that can run.
+    Raises: BackendUnavailableError naming the reason and what is available instead.
+    """
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    return _select(op, device.type, device.index, backend)
+
+
+@functools.cache
+def _select(op: str, device_type: str, device_index: int | None, backend: str) -> Backend:
+    device = torch.device(device_type, device_index) if device_index else torch.device(device_type)
+    runnable = {b.name: b for b in BACKENDS if b.unavailable_reason(op, device) is None}
+    if backend == "auto" and runnable:
+        return next(iter(runnable.values()))
+    if backend in runnable:
+        return runnable[backend]
+    reasons = {b.name: b.unavailable_reason(op, device) for b in BACKENDS}
+    raise BackendUnavailableError(
+        f"backend '{backend}' cannot run {op} on {device_type} here: "
+        f"{reasons.get(backend, 'no such backend')}; available: {', '.join(runnable) or 'none'} "
+        f"({ENVIRONMENT_VARIABLE}=...)"
+    )
+
+
+def capability_table() -> list[dict[str, str]]:
+    """One row per backend: its name, and for each op and device present "yes" or why not."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    rows = []
+    for backend in BACKENDS:
+        row = {"backend": backend.name}
+        for op in OPS:
+            for device in devices:
+                reason = backend.unavailable_reason(op, device)
+                row[f"{op} on {device}"] = "yes" if reason is None else f"no: {reason}"
+        rows.append(row)
+    return rows

@@ -1,0 +1,298 @@
+"""quantize_model: the job, one decoder block at a time, resumable at the last finished block."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import duqpp
+from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.config import QuantizeConfig
+from duqpp.errors import DuqppError, InputError
+from duqpp.models.checkpoint import (
+    INDEX_FILE,
+    Progress,
+    read_json,
+    read_shard,
+    write_json,
+    write_shard,
+)
+from duqpp.models.layout import Layout, convert_block
+from duqpp.models.llama import BlockInputs, DecoderStack, check_architecture, layer_prefix
+from duqpp.models.source import Source, fingerprint, open_source
+from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, quantize_block
+
+JOB_FILE = "duqpp-job.json"
+REPORT_FILE = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group."""
+
+    folder: Path
+    seconds: float
+    weight_bytes: int
+    resumed_blocks: int
+    groups: list[GroupReport]
+
+
+def quantize_model(
+    model: str | Source,
+    out: str | Path,
+    config: QuantizeConfig | None = None,
+    *,
+    calibration: str | Tensor = BUILTIN,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a LLaMA-family model to MXFP4 W4A4 and save it as a duqpp checkpoint.
+
+    Works in `OUT.partial` beside `out`, one shard per decoder block, and renames it when complete:
+    `out` is either absent or whole. After an interruption, `resume` continues at the last finished
+    block and gives the same bytes as an uninterrupted run.
+
+    Args:
+        model: local folder, .gguf file or hub name; or an open `Source`.
+        out: folder to create; it must not exist, or be empty.
+        calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or tokens int64
+            [samples, seq_len].
+        resume: continue an interrupted job of the same model, data and configuration.
+        progress: called with ("fingerprint" or "quantize", blocks done, blocks in all).
+    Returns: QuantizeReport.
+    Raises: InputError for a model, text, option or folder that cannot be worked with. The partial
+        folder is then removed, unless it is another job's.
+    """
+    started = time.monotonic()
+    config = config or QuantizeConfig()
+    progress = progress or (lambda stage, done, total: None)
+    out = Path(out)
+    work = out.with_name(out.name + ".partial")
+    _check_folders(out, work, resume)
+    source = open_source(model) if isinstance(model, str) else model
+    check_architecture(source.config, config.skip)
+    tokens, data = _calibration_tokens(source, config, calibration)
+    progress("fingerprint", 0, 1)
+    job = _job(source, config, tokens)
+    if work.exists():
+        _check_same_job(work, job)
+    _make_folder(work)
+    try:
+        write_json(work / JOB_FILE, job)
+        layout = layout_of(config, _provenance(source, config, data))
+        stack = DecoderStack(source)
+        groups, resumed = _quantize_blocks(stack, config, layout, tokens, work, progress)
+        _finish(source, layout, stack.dtype, work, groups)
+    except DuqppError:
+        shutil.rmtree(work)
+        raise
+    weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
+    if out.exists():
+        out.rmdir()  # empty, as `_check_folders` has seen
+    os.replace(work, out)
+    return QuantizeReport(out, time.monotonic() - started, weight_bytes, resumed, groups)
+
+
+def _quantize_blocks(
+    stack: DecoderStack,
+    config: QuantizeConfig,
+    layout: Layout,
+    tokens: Tensor | None,
+    work: Path,
+    progress: Progress,
+) -> tuple[list[GroupReport], int]:
+    """Write every shard that is not there yet. Returns: reports of all groups, blocks found done."""
+    total = len(stack)
+    _write_rest(stack.source, stack.dtype, work / _shard_name(0, total + 1))
+    inputs = None if tokens is None else stack.first_inputs(tokens)
+    groups: list[GroupReport] = []
+    resumed = 0
+    for index in range(total):
+        progress("quantize", index, total)
+        shard = work / _shard_name(index + 1, total + 1)
+        report = shard.with_suffix(".json")
+        block = stack.block(index)
+        if shard.exists() and report.exists():
+            groups += [GroupReport(**values) for values in read_json(report)["groups"]]
+            resumed += 1
+            _advance_finished(block, index, layout, shard, config, inputs)
+        else:
+            done = _quantize_one(block, index, config, layout, stack.config, inputs)
+            groups += done
+            write_json(report, {"groups": [group.to_dict() for group in done]})
+            prefix = layer_prefix(index)
+            tensors = {f"{prefix}.{n}": t for n, t in block.state_dict().items()}
+            write_shard(shard, tensors)
+        stack.release(index)
+    progress("quantize", total, total)
+    return groups, resumed
+
+
+def _quantize_one(
+    block: Any,
+    index: int,
+    config: QuantizeConfig,
+    layout: Layout,
+    model_config: Any,
+    inputs: BlockInputs | None,
+) -> list[GroupReport]:
+    """Quantize a block in place, and move the inputs on to the next block's."""
+    statistics = outputs = None
+    if inputs is not None:
+        statistics, outputs = collect_statistics(block, index, inputs, config)
+    report = quantize_block(block, index, config, layout, model_config, inputs, statistics)
+    if inputs is not None:
+        if config.next_inputs == "float":
+            inputs.hidden = outputs
+        else:
+            del outputs
+            inputs.advance(block, index)
+    return report
+
+
+def _advance_finished(
+    block: Any,
+    index: int,
+    layout: Layout,
+    shard: Path,
+    config: QuantizeConfig,
+    inputs: BlockInputs | None,
+) -> None:
+    """Move the inputs past a block that an earlier run finished."""
+    if inputs is None:
+        return
+    if config.next_inputs == "quantized":
+        convert_block(block, index, layout, device="cpu")
+        prefix = layer_prefix(index) + "."
+        tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
+        block.load_state_dict(tensors, assign=True)
+        block.requires_grad_(False)
+    inputs.advance(block, index)
+
+
+def _write_rest(source: Source, dtype: torch.dtype, shard: Path) -> None:
+    """Everything outside the decoder blocks: embeddings, the final norm, an untied lm_head."""
+    names = [n for n in sorted(source.names) if not n.startswith("model.layers.")]
+    if source.config.tie_word_embeddings:
+        names = [n for n in names if n != "lm_head.weight"]
+    tensors = {}
+    for name in names:
+        tensors[name] = source.tensor(name).to(dtype)
+        if not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{name} has NaN or infinite values")
+    if not shard.exists():
+        write_shard(shard, tensors)
+
+
+def _finish(
+    source: Source, layout: Layout, dtype: torch.dtype, work: Path, groups: list[GroupReport]
+) -> None:
+    """Configuration, index, tokenizer and report; the job's own files go."""
+    weight_map, size = {}, 0
+    for shard in sorted(work.glob("*.safetensors")):
+        for name, tensor in read_shard(shard).items():
+            weight_map[name] = shard.name
+            size += tensor.numel() * tensor.element_size()
+    write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    source.config.save_pretrained(work)
+    config = read_json(work / "config.json")
+    for transient in ("_name_or_path", "quantization_config"):
+        config.pop(transient, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = config.get("architectures") or [_causal_class(source.config)]
+    config["quantization_config"] = layout.to_dict()
+    write_json(work / "config.json", config)
+    source.tokenizer().save_pretrained(work)
+    write_json(work / REPORT_FILE, {"groups": [group.to_dict() for group in groups]})
+    for leftover in [*work.glob("model-*.json"), work / JOB_FILE]:
+        leftover.unlink()
+
+
+def _causal_class(config: Any) -> str:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(config)].__name__
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _calibration_tokens(
+    source: Source, config: QuantizeConfig, calibration: str | Tensor
+) -> tuple[Tensor | None, str]:
+    """Token sequences, or None where no activations are read; and what the data are called."""
+    if not config.needs_activations:
+        return None, "none"
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.dtype != torch.int64:
+            raise InputError("calibration tokens must be int64 [samples, seq_len]")
+        return calibration, "tokens"
+    tokens = tokenize(source.tokenizer(), read_text(calibration))
+    name = Path(calibration).name if Path(calibration).exists() else calibration
+    return sample_sequences(
+        tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
+    ), name
+
+
+def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[str, Any]:
+    """What makes two jobs the same: model, calibration data, configuration and version."""
+    data = b"" if tokens is None else tokens.numpy().tobytes()
+    return {
+        "model": fingerprint(source),
+        "calibration": hashlib.sha256(data).hexdigest(),
+        "configuration": config.to_dict(),
+        "version": duqpp.__version__,
+    }
+
+
+def _check_same_job(work: Path, job: dict[str, Any]) -> None:
+    path = work / JOB_FILE
+    earlier = read_json(path) if path.exists() else {}
+    differing = [key for key in job if earlier.get(key) != json.loads(json.dumps(job[key]))]
+    if differing:
+        raise InputError(
+            f"{work} is the unfinished job of another {' and '.join(differing)}; "
+            "remove it, or choose another output folder"
+        )
+
+
+def _check_folders(out: Path, work: Path, resume: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"output {out} exists and is not an empty folder")
+    if work.exists() and not resume:
+        raise InputError(f"{work} holds an unfinished job: continue it with --resume, or remove it")
+
+
+def _make_folder(work: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        probe = work / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {work}: {error.strerror}") from error
+
+
+def _provenance(source: Source, config: QuantizeConfig, data: str) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "base_model": Path(source.config.name_or_path or "").name,
+        "calibration": data,
+        "configuration": config.to_dict(),
+        "versions": {
+            "duqpp": duqpp.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

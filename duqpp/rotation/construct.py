@@ -1,0 +1,152 @@
+"""The outlier-aware rotation of DuQuant++, built greedily from calibration activations.
+
+Source: DuQuant++ (arXiv 2604.17789); the greedy step is DuQuant's (arXiv 2406.01721, section 3.2).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from duqpp.format import BLOCK_SIZE
+from duqpp.rotation.basis import hadamard, random_orthogonal
+from duqpp.rotation.block_rotation import BlockRotation, InputTransform
+from duqpp.threads import single_thread
+
+MAX_ROWS = 2048  # rows of 32 that one search keeps, see `_rows_that_may_peak`
+
+StepOrder = Literal["spread-first", "mix-first"]
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """rotation: float64 [G, 32, 32]; peak_before, peak_after, steps: [G]; steps of the kept prefix."""
+
+    rotation: Tensor
+    peak_before: Tensor
+    peak_after: Tensor
+    steps: Tensor
+
+
+def greedy_rotation(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    max_steps: int = 256,
+    order: StepOrder = "spread-first",
+) -> GreedyResult:
+    """Compose rotations that each spread the channel of the largest magnitude; keep the best prefix.
+
+    Step k: d is the channel that holds the largest |X R_1 .. R_k-1|, and R_k = E_d M E_d, where E_d
+    swaps channels 1 and d, and M = R~ Q spreads channel 1. R~ is orthogonal with a uniform first
+    row, Q = diag(1, Q') with a fresh random orthogonal Q'. The prefix with the lowest peak is kept.
+
+    Args:
+        x: float32 [G, n, 32], n samples of G blocks that each get a rotation of their own.
+        max_steps: longest prefix tried.
+        order: "spread-first" is the paper's M = R~ Q, in which Q mixes what R~ has spread;
+            "mix-first" is M = Q R~, which keeps the outlier exactly even over its 32 outputs.
+    Returns: GreedyResult.
+    """
+    mix = torch.zeros(max_steps, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.float64)
+    mix[:, 0, 0] = 1.0
+    mix[:, 1:, 1:] = random_orthogonal(BLOCK_SIZE - 1, generator, count=max_steps)
+    spread = hadamard(BLOCK_SIZE)
+    steps = spread @ mix if order == "spread-first" else mix @ spread  # [max_steps, 32, 32]
+
+    x = _rows_that_may_peak(x)
+    with single_thread():
+        return _search(x, steps)
+
+
+def _search(x: Tensor, steps: Tensor) -> GreedyResult:
+    """`greedy_rotation` over the rows x [G, m, 32] that count, with the matrices M of its steps."""
+    groups = x.shape[0]
+    rotation = torch.eye(BLOCK_SIZE, dtype=torch.float64).expand(groups, -1, -1)
+    best = rotation.clone()
+    peak, channel = _peak(x)
+    peak_before, best_peak, best_steps = peak, peak, torch.zeros(groups, dtype=torch.int64)
+    for step, matrix in enumerate(steps, start=1):
+        swapped = _swap_first(matrix, channel)  # [G, 32, 32]
+        rotation = rotation @ swapped
+        x = torch.bmm(x, swapped.to(x.dtype))
+        peak, channel = _peak(x)
+        better = peak < best_peak
+        best[better] = rotation[better]
+        best_peak = torch.minimum(peak, best_peak)
+        best_steps[better] = step
+    return GreedyResult(best, peak_before, best_peak, best_steps)
+
+
+def outlier_aware(
+    x: Tensor, generator: torch.Generator, *, per_block: bool, max_steps: int
+) -> Tensor:
+    """DuQuant++'s rotation for activations x float32 [n, K]: float64 [32, 32] or [K/32, 32, 32]."""
+    samples = _as_groups(x, per_block=per_block)
+    rotation = greedy_rotation(samples, generator, max_steps=max_steps).rotation
+    return rotation if per_block else rotation[0]
+
+
+def duquant_transform(
+    x: Tensor, generator: torch.Generator, *, per_block: bool, max_steps: int
+) -> InputTransform:
+    """The original DuQuant at block size 32: rotation, zigzag permutation, rotation.
+
+    Args: x: float32 [n, K] activations.
+    Source: DuQuant (arXiv 2406.01721), section 3.
+    """
+    options = {"per_block": per_block, "max_steps": max_steps}
+    first = BlockRotation.rounded(outlier_aware(x, generator, **options))
+    rotated = first.apply(x)
+    permutation = zigzag_permutation(rotated.abs().amax(0))
+    second = outlier_aware(rotated[:, permutation.long()], generator, **options)
+    return InputTransform(BlockRotation.rounded(second), first, permutation)
+
+
+def zigzag_permutation(amax: Tensor) -> Tensor:
+    """Deal channels, largest first, to the blocks in turn, forwards then backwards.
+
+    Every block gets one channel of each stretch of K/32, so that no block holds many outliers.
+
+    Args: amax: [K], largest magnitude of each channel.
+    Returns: int32 [K], the source channel of each position.
+    """
+    blocks = amax.numel() // BLOCK_SIZE
+    dealt = amax.argsort(descending=True, stable=True).view(BLOCK_SIZE, blocks)
+    dealt[1::2] = dealt[1::2].flip(1)
+    return dealt.T.flatten().to(torch.int32)
+
+
+def _as_groups(x: Tensor, *, per_block: bool) -> Tensor:
+    """Activations [n, K] as the samples of each search: [1, n K/32, 32], or [K/32, n, 32]."""
+    if per_block:
+        return x.view(x.shape[0], -1, BLOCK_SIZE).transpose(0, 1)
+    return x.reshape(1, -1, BLOCK_SIZE)
+
+
+def _rows_that_may_peak(x: Tensor) -> Tensor:
+    """The rows of x [G, n, 32] that can hold the peak under some rotation: [G, m, 32].
+
+    A rotation keeps norms, so a row peaks at most at its norm, and the row of the largest norm at
+    least at that norm / sqrt(32): rows with less norm than this never hold the peak. Of the others
+    the `MAX_ROWS` of largest norm are kept, which bounds the time.
+    """
+    norms = x.norm(dim=-1)
+    enough = (norms * BLOCK_SIZE**0.5 >= norms.amax(1, keepdim=True)).sum(1).max()
+    kept = norms.topk(min(int(enough), MAX_ROWS), dim=1).indices
+    return x.gather(1, kept[..., None].expand(-1, -1, BLOCK_SIZE))
+
+
+def _peak(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitude of x [G, n, 32] in each group, and the channel that holds it: [G], [G]."""
+    return x.abs().amax(1).max(1)
+
+
+def _swap_first(matrix: Tensor, channel: Tensor) -> Tensor:
+    """E_d M E_d for M [32, 32] and each d of `channel` [G]: [G, 32, 32]."""
+    groups = channel.numel()
+    order = torch.arange(BLOCK_SIZE).repeat(groups, 1)
+    order[:, 0] = channel
+    order[torch.arange(groups), channel] = 0
+    return matrix[order[:, :, None], order[:, None, :]]
