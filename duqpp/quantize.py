@@ -109,7 +109,7 @@ def _quantize_blocks(
     work: Path,
     progress: Progress,
 ) -> tuple[list[GroupReport], int]:
-    """Write every shard that is not there yet. Returns: reports of all groups, blocks found done."""
+    """Write every shard that is missing. Returns: reports of all groups, blocks found done."""
     total = len(stack)
     _write_rest(stack.source, stack.dtype, work / _shard_name(0, total + 1))
     inputs = None if tokens is None else stack.first_inputs(tokens)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class _Plan:
     group: LinearGroup
     weights: dict[str, Tensor]
     scales: Tensor
-    transform: InputTransform = InputTransform()
+    transform: InputTransform = field(default_factory=InputTransform)
 
     def apply(self, x: Tensor) -> Tensor:
         """From the float model's input of the group to what is quantized: [..., K]."""
@@ -205,7 +205,7 @@ def _repeats(group: str, model_config: Any) -> dict[str, int]:
 
 
 def _can_absorb(producer: str, plans: dict[str, _Plan]) -> bool:
-    """A norm always can; a linear when it is quantized too, so that its new scale rounds nothing."""
+    """A norm always can; a linear if it is quantized too, so that the scale rounds nothing."""
     is_linear = producer.endswith("_proj")
     return not is_linear or any(producer in plan.weights for plan in plans.values())
 
@@ -275,7 +275,7 @@ def _hessians(
     inputs: BlockInputs | None,
     statistics: dict[str, InputStatistics] | None,
 ) -> dict[str, Tensor]:
-    """GPTQ Hessians by group name; with `hessian="quantized"` from one more pass over the inputs."""
+    """GPTQ Hessians by group name; `hessian="quantized"` takes one more pass over the inputs."""
     if not config.gptq:
         return {}
     if config.hessian == "float":

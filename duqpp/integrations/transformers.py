@@ -1,7 +1,6 @@
 """transformers: loads duqpp checkpoints through `from_pretrained`, once duqpp is imported."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from duqpp.format import BLOCK_SIZE
 from duqpp.models.checkpoint import (
     CHECKSUMS_KEY,
     Progress,
+    checksum,
     read_json,
     shard_files,
-    tensor_bytes,
     verify_checkpoint,
 )
 from duqpp.models.layout import QUANT_METHOD, Layout, convert_model
@@ -65,10 +64,7 @@ class DuqppQuantizer(HfQuantizer):
         _verify(model, [Path(file) for file in checkpoint_files or []])
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        checksums = {
-            name: f"{zlib.crc32(tensor_bytes(tensor.detach().contiguous().cpu())):08x}"
-            for name, tensor in model.state_dict().items()
-        }
+        checksums = {name: checksum(tensor) for name, tensor in model.state_dict().items()}
         return None, {CHECKSUMS_KEY: json.dumps(checksums)}
 
     def is_serializable(self) -> bool:

@@ -31,9 +31,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a shard completely or not at all: under a temporary name, synced, then renamed."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    checksums = {
-        name: f"{zlib.crc32(tensor_bytes(tensor)):08x}" for name, tensor in tensors.items()
-    }
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, {"format": "pt", CHECKSUMS_KEY: json.dumps(checksums)})
     with open(partial, "rb") as file:
@@ -201,6 +199,7 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any], expected: Tensor)
         raise CheckpointError(f"{path}: {name} must be {wanted}, got {kind}")
 
 
-def tensor_bytes(tensor: Tensor) -> Any:
-    """The bytes of a contiguous CPU tensor, as a numpy uint8 view."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes, eight hex digits."""
+    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return f"{zlib.crc32(data.numpy()):08x}"

@@ -51,7 +51,7 @@ def layer_prefix(index: int) -> str:
 
 
 def is_skipped(name: str, skip: tuple[str, ...] | list[str]) -> bool:
-    """Whether a module is in the skip list: by its name, by a parent's, or by its last component."""
+    """Whether a module is in the skip list: by name, by a parent's name, or by last component."""
     return any(name == s or name.startswith(s + ".") or name.endswith("." + s) for s in skip)
 
 
@@ -71,7 +71,7 @@ def is_whole(group: LinearGroup) -> bool:
 
 
 def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
-    """Raise InputError unless the model is of the family and every quantized K is a multiple of 32."""
+    """Raise InputError unless the model is of the family and each K is a multiple of 32."""
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         raise InputError(

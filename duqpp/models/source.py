@@ -49,7 +49,7 @@ def open_source(model: str) -> Source:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 over configuration and tensors: names, dtypes, shapes, and both ends of the values."""
+    """SHA-256 over configuration and tensors: names, dtypes, shapes, both ends of the values."""
     digest = hashlib.sha256(json.dumps(_plain_config(source.config), sort_keys=True).encode())
     for name in sorted(source.names):
         tensor = source.tensor(name)
@@ -191,7 +191,7 @@ def download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshotdownload(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

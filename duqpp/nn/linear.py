@@ -16,7 +16,7 @@ class SharedInput:
     """An activation that is already rotated and quantized, in the place of the tensor it came from.
 
     quantized: MXFP4Tensor [M, K] from `rotate_quantize`.
-    shape, dtype: of the tensor it stands for, [..., K] with M the product of the leading dimensions.
+    shape, dtype: of the tensor it stands for, [..., K]; M is the product of the leading ones.
     """
 
     quantized: MXFP4Tensor
@@ -84,7 +84,7 @@ class MXFP4Linear(nn.Module):
         return MXFP4Tensor(self.weight_packed, self.weight_scale)
 
     def quantize_input(self, x: Tensor) -> SharedInput:
-        """Rotate and quantize x [..., K] once, for this linear and those that share its rotation."""
+        """Rotate and quantize x [..., K] once, for this linear and those that share its input."""
         quantized = rotate_quantize(
             self._prepare(x), self.rotation, rule=self.rule, backend=self.backend
         )

@@ -44,7 +44,7 @@ def mxfp4_gemm(
     out_dtype: torch.dtype,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply quantized activations by quantized weights: ``dequantize(a) @ dequantize(b).T + bias``.
+    """Multiply quantized matrices: ``dequantize(a) @ dequantize(b).T + bias``.
 
     Every product and every 32-term block sum is exact; the sum over blocks is in float32.
 
@@ -108,7 +108,8 @@ def prepare_weight(weight: MXFP4Tensor, *, backend: str = "auto") -> MXFP4Tensor
 def _check_input(op: str, x: Tensor) -> None:
     if x.dtype not in _FLOATS:
         raise ValueError(
-            f"{op}: x must be bfloat16, float16 or float32, got {x.dtype}; convert with x.bfloat16()"
+            f"{op}: x must be bfloat16, float16 or float32, got {x.dtype}; "
+            "convert with x.bfloat16()"
         )
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"{op}: x must be [..., K] with K a multiple of 32, got {list(x.shape)}")

@@ -59,7 +59,7 @@ def mxfp4_linear(
     bias: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """rotate_quantize, then mxfp4_gemm, as one differentiable op: x [M, K] to [M, N], dtype of x."""
+    """rotate_quantize, then mxfp4_gemm, as one differentiable op: x [M, K] to [M, N]."""
     codes, scales = rotate_quantize(x, rotation, rule, backend)
     return mxfp4_gemm(codes, scales, weight_codes, weight_scales, bias, x.dtype, backend)
 

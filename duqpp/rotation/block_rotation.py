@@ -1,4 +1,4 @@
-"""A rotation of 32-wide blocks, what a linear group does to its input, and the fold into weights."""
+"""Rotations of 32-wide blocks, what a linear group does to its input, the fold into weights."""
 
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ class InputTransform:
 
 
 def check_invertible(matrix: Tensor, name: str, error: type[Exception] = InputError) -> None:
-    """Raise `error`, naming the matrix, when a [32, 32] or [B, 32, 32] matrix cannot be inverted."""
+    """Raise `error`, naming the matrix [32, 32] or [B, 32, 32], when it cannot be inverted."""
     if not torch.isfinite(matrix).all():
         raise error(f"{name} contains NaN or infinite values")
     values = torch.linalg.svdvals(matrix.double().view(-1, BLOCK_SIZE, BLOCK_SIZE))

@@ -21,7 +21,7 @@ StepOrder = Literal["spread-first", "mix-first"]
 
 @dataclass(frozen=True)
 class GreedyResult:
-    """rotation: float64 [G, 32, 32]; peak_before, peak_after, steps: [G]; steps of the kept prefix."""
+    """rotation: float64 [G, 32, 32]; peak_before, peak_after, steps (of the kept prefix): [G]."""
 
     rotation: Tensor
     peak_before: Tensor
@@ -36,7 +36,7 @@ def greedy_rotation(
     max_steps: int = 256,
     order: StepOrder = "spread-first",
 ) -> GreedyResult:
-    """Compose rotations that each spread the channel of the largest magnitude; keep the best prefix.
+    """Compose rotations that each spread the channel of the largest magnitude.
 
     Step k: d is the channel that holds the largest |X R_1 .. R_k-1|, and R_k = E_d M E_d, where E_d
     swaps channels 1 and d, and M = R~ Q spreads channel 1. R~ is orthogonal with a uniform first
