@@ -26,7 +26,13 @@ from duqpp.models.checkpoint import (
     write_shard,
 )
 from duqpp.models.layout import Layout, convert_block
-from duqpp.models.llama import BlockInputs, DecoderStack, check_architecture, layer_prefix
+from duqpp.models.llama import (
+    BlockInputs,
+    DecoderStack,
+    check_architecture,
+    check_finite,
+    layer_prefix,
+)
 from duqpp.models.source import Source, fingerprint, open_source
 from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, quantize_block
 
@@ -119,18 +125,18 @@ def _quantize_blocks(
         progress("quantize", index, total)
         shard = work / _shard_name(index + 1, total + 1)
         report = shard.with_suffix(".json")
-        block = stack.block(index)
-        if shard.exists() and report.exists():
+        if shard.exists():
             groups += [GroupReport(**values) for values in read_json(report)["groups"]]
             resumed += 1
-            _advance_finished(block, index, layout, shard, config, inputs)
+            if inputs is not None:
+                inputs.advance(_finished_block(stack, index, layout, shard, config), index)
         else:
+            block = stack.block(index)
             done = _quantize_one(block, index, config, layout, stack.config, inputs)
             groups += done
             write_json(report, {"groups": [group.to_dict() for group in done]})
             prefix = layer_prefix(index)
-            tensors = {f"{prefix}.{n}": t for n, t in block.state_dict().items()}
-            write_shard(shard, tensors)
+            write_shard(shard, {f"{prefix}.{n}": t for n, t in block.state_dict().items()})
         stack.release(index)
     progress("quantize", total, total)
     return groups, resumed
@@ -158,24 +164,18 @@ def _quantize_one(
     return report
 
 
-def _advance_finished(
-    block: Any,
-    index: int,
-    layout: Layout,
-    shard: Path,
-    config: QuantizeConfig,
-    inputs: BlockInputs | None,
-) -> None:
-    """Move the inputs past a block that an earlier run finished."""
-    if inputs is None:
-        return
-    if config.next_inputs == "quantized":
-        convert_block(block, index, layout, device="cpu")
-        prefix = layer_prefix(index) + "."
-        tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
-        block.load_state_dict(tensors, assign=True)
-        block.requires_grad_(False)
-    inputs.advance(block, index)
+def _finished_block(
+    stack: DecoderStack, index: int, layout: Layout, shard: Path, config: QuantizeConfig
+) -> Any:
+    """A block that an earlier run finished, as the next block's calibration wants it."""
+    if config.next_inputs == "float":
+        return stack.block(index)
+    block = stack.skeleton(index)
+    convert_block(block, index, layout)
+    prefix = layer_prefix(index) + "."
+    tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
+    block.load_state_dict(tensors, assign=True)
+    return block.requires_grad_(False)
 
 
 def _write_rest(source: Source, dtype: torch.dtype, shard: Path) -> None:
@@ -186,8 +186,7 @@ def _write_rest(source: Source, dtype: torch.dtype, shard: Path) -> None:
     tensors = {}
     for name in names:
         tensors[name] = source.tensor(name).to(dtype)
-        if not torch.isfinite(tensors[name]).all():
-            raise InputError(f"{name} has NaN or infinite values")
+        check_finite(tensors[name], name)
     if not shard.exists():
         write_shard(shard, tensors)
 

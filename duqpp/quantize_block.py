@@ -36,6 +36,7 @@ from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.construct import duquant_transform, outlier_aware
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
+REPORT_ROWS = 256  # of them, on which the report's errors are measured
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def quantize_block(
     groups = quantized_groups(index, config.skip)
     plans = {g.name: _plan(block, g) for g in groups}
     samples = {name: s.samples() for name, s in (statistics or {}).items()}
-    exact = {name: _outputs(plans[name], samples[name]) for name in samples}
+    exact = {name: _outputs(plans[name], samples[name][:REPORT_ROWS]) for name in samples}
     smoothed_scales = _smooth(block, plans, statistics, config, model_config)
     for name, plan in plans.items():
         generator = _generator(config.seed, f"{layer_prefix(index)}.{name}")
@@ -380,17 +381,18 @@ def _report(
     weight_error = _relative(weight, torch.cat([w for _, w in quantized.values()]))
     if samples is None:
         return GroupReport(name, weight_error)
-    x = plan.apply(samples)
+    transformed = plan.apply(samples)
+    before, x = samples[:REPORT_ROWS], transformed[:REPORT_ROWS]
     rounded = dequantize(quantize(x, rule=config.activation_rule))
-    plain = dequantize(quantize(samples, rule=config.activation_rule))
+    plain = dequantize(quantize(before, rule=config.activation_rule))
     return GroupReport(
         name,
         weight_error,
-        activation_error_before=_relative(plain, samples),
+        activation_error_before=_relative(plain, before),
         activation_error=_relative(rounded, x),
         output_error=_relative(rounded @ weight.T, exact_output),
         block_amax_before=_block_amax(samples),
-        block_amax=_block_amax(x),
+        block_amax=_block_amax(transformed),
     )
 
 

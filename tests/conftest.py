@@ -15,13 +15,23 @@ settings.register_profile("duqpp", derandomize=True, deadline=None, max_examples
 settings.load_profile("duqpp")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # hypothesis parses the source of imported packages outside site-packages for constants; those
+    # that the cross-checks import from their own folder have such strings.
+    config.addinivalue_line("filterwarnings", r"ignore:.*invalid escape sequence")
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What each backend can run here, so that a skip in the log explains itself."""
     try:
         dispatch = importlib.import_module("duqpp.ops.dispatch")
     except ImportError as error:
         return [f"duqpp backends: unknown ({error})"]
-    return ["duqpp backends:", *(f"  {line}" for line in dispatch.capability_table())]
+    lines = ["duqpp backends:"]
+    for row in dispatch.capability_table():
+        ops = [f"{op}: {answer}" for op, answer in row.items() if op != "backend"]
+        lines.append(f"  {row['backend']}: {', '.join(ops)}")
+    return lines
 
 
 @pytest.fixture(autouse=True)

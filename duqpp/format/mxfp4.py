@@ -33,7 +33,7 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     """Round each block of 32 values along the last dimension to MXFP4.
 
     ``codes = encode_e2m1(x * 2**(127 - e))`` with e from the block's amax under `rule`.
-    A block that is all zero has e = 0 and zero codes. A block with an infinity or a NaN has
+    A block that is all zero has e = 0 and codes of (signed) zeros. A block with an infinity or a NaN has
     e = 255, so that it dequantizes to NaN; its codes carry no meaning.
 
     Args:
@@ -46,7 +46,7 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     if x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"quantize: K must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/32, 32]
-    if rule is ScaleRule.MSE:
+    if rule == ScaleRule.MSE:
         scales = _least_error_scales(blocks)
     else:
         scales = scale_exponent(block_amax(blocks), rule)
@@ -73,14 +73,15 @@ def _least_error_scales(blocks: Tensor) -> Tensor:
     """Scales uint8 [...] under `ScaleRule.MSE`: floor, or floor + 1 where its error is smaller."""
     floor = scale_exponent(block_amax(blocks), ScaleRule.FLOOR)
     above = torch.where(floor == NAN_SCALE, floor, floor + 1)
-    smaller = _squared_error(blocks, above) < _squared_error(blocks, floor)
-    return torch.where(smaller, above, floor)
+    scaled = blocks * inverse_scale(floor)[..., None]
+    low = _rounded(scaled).double()
+    high = _rounded(scaled * 0.5).double() * 2
+    # (high - scaled)**2 - (low - scaled)**2, factored: each term fits 33 bits, so that the sum is
+    # exact in any order, and equal errors are seen to be equal.
+    change = ((high - low) * (high + low - 2 * scaled.double())).sum(-1)
+    return torch.where(change < 0, above, floor)
 
 
-def _squared_error(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Sum of squared errors of each block under its scale: float32 [..., 32] to float64 [...]."""
-    scaled = blocks * inverse_scale(scales)[..., None]
-    rounded = decode_packed_e2m1(pack_e2m1(encode_e2m1(scaled)))
-    # Float64 holds the square of any float32, so nothing overflows or vanishes.
-    error = (rounded - scaled).double() * decode_e8m0(scales)[..., None].double()
-    return error.square_().sum(-1)
+def _rounded(scaled: Tensor) -> Tensor:
+    """The E2M1 values nearest to float32 [..., 32]."""
+    return decode_packed_e2m1(pack_e2m1(encode_e2m1(scaled)))

@@ -5,6 +5,7 @@ digits) of the tensor's bytes.
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -76,7 +77,7 @@ def shard_files(folder: Path) -> list[Path]:
             return [folder / "model.safetensors"]
         raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor model.safetensors")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     shards = sorted({str(file) for file in weight_map.values()})
     for shard in shards:
@@ -121,7 +122,8 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
     """
     header, start = _read_header(path)
     checksums = _checksums(path, header.pop("__metadata__", {}))
-    with open(path, "rb") as file:
+    # transformers calls this in a context where tensors are made on the meta device.
+    with open(path, "rb") as file, torch.device("cpu"):
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
@@ -145,20 +147,16 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file")
     try:
         header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        position = 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            count = torch.Size(entry["shape"]).numel()
-            if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(f"{path}: {name} has the dtype {entry['dtype']}")
-            if begin != position or end - begin != count * _DTYPES[entry["dtype"]].itemsize:
-                raise CheckpointError(f"{path}: the header's offsets of {name} are wrong")
-            position = end
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        entries = [(n, _sizes(e), e) for n, e in header.items() if n != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not one of safetensors") from error
+    position = 0
+    for name, (begin, end, count), entry in sorted(entries, key=lambda item: item[1]):
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {name} has the dtype {entry['dtype']}")
+        if begin != position or end - begin != count * _DTYPES[entry["dtype"]].itemsize:
+            raise CheckpointError(f"{path}: the header's offsets of {name} are wrong")
+        position = end
     if size != 8 + length + position:
         raise CheckpointError(
             f"{path} is truncated or altered: {size} bytes, its header says {8 + length + position}"
@@ -166,12 +164,26 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _checksums(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a header's entry says that a tensor begins and ends, and its number of elements.
+
+    Raises: KeyError, TypeError or ValueError for what is not an entry of a safetensors header.
+    """
+    begin, end = entry["data_offsets"]
+    numbers = [begin, end, *entry["shape"]]
+    if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("sizes and offsets are integers from 0, a dtype is a string")
+    return begin, end, math.prod(entry["shape"])
+
+
+def _checksums(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or metadata.get("format") != "pt":
+        raise CheckpointError(f"{path}: its metadata lack the format 'pt'")
+    if CHECKSUMS_KEY not in metadata:
+        raise CheckpointError(f"{path} has no checksums ({CHECKSUMS_KEY} in metadata)")
     try:
         checksums = json.loads(metadata[CHECKSUMS_KEY])
-    except KeyError as error:
-        raise CheckpointError(f"{path} has no checksums ({CHECKSUMS_KEY} in metadata)") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {CHECKSUMS_KEY} is not a JSON object") from error
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{path}: {CHECKSUMS_KEY} is not a JSON object")
@@ -179,12 +191,18 @@ def _checksums(path: Path, metadata: dict[str, str]) -> dict[str, str]:
 
 
 def _check_values(path: Path, name: str, entry: dict[str, Any], data: bytes) -> None:
-    """What no model may hold: scale bytes of 255, rotations that are singular."""
+    """What no model may hold: scale bytes of 255, singular rotations, bad permutations."""
     if name.endswith(".weight_scale") and NAN_SCALE in data:
         raise CheckpointError(f"{path}: {name} has a scale byte of 255 (NaN)")
+    if not data:
+        return
     if name.endswith("rotation") and entry["dtype"] == "BF16" and entry["shape"][-2:] == [32, 32]:
         matrix = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, 32, 32)
         check_invertible(matrix, f"{path}: {name}", CheckpointError)
+    if name.endswith(".permutation") and entry["dtype"] == "I32":
+        channels = torch.frombuffer(bytearray(data), dtype=torch.int32).sort().values
+        if not torch.equal(channels, torch.arange(len(channels), dtype=torch.int32)):
+            raise CheckpointError(f"{path}: {name} does not name every channel once")
 
 
 def _check_entry(path: Path, name: str, entry: dict[str, Any], expected: Tensor) -> None:

@@ -14,6 +14,8 @@ from duqpp.nn import MXFP4Linear, share_input
 QUANT_METHOD = "duqpp"
 FORMAT_VERSION = 1
 _ROTATIONS = ("none", "shared", "per_block")
+_RULES = tuple(str(rule) for rule in ScaleRule)
+_JSON = {str: "string", bool: "boolean", list: "array", dict: "object"}
 
 
 @dataclass(frozen=True)
@@ -63,29 +65,29 @@ class Layout:
                 f"quant_method is {values.get('quant_method')!r}, not {QUANT_METHOD!r}"
             )
         version = values.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise CheckpointError(f"format_version must be a positive integer, got {version!r}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"format_version {version} is newer than this duqpp reads ({FORMAT_VERSION}); "
                 "upgrade duqpp"
             )
-        try:
-            rules = values["scale_rule"]
-            layout = cls(
-                method=values["method"],
-                rotation=values["rotation"],
-                permuted=bool(values["permuted"]),
-                weight_rule=ScaleRule(rules["weights"]),
-                activation_rule=ScaleRule(rules["activations"]),
-                skip=tuple(values["modules_to_not_convert"]),
-                provenance=values.get("provenance", {}),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"quantization_config is incomplete or wrong: {error}") from error
-        if layout.rotation not in _ROTATIONS:
-            raise CheckpointError(f"rotation must be one of {_ROTATIONS}, got {layout.rotation!r}")
-        return layout
+        skip = _field(values, "modules_to_not_convert", list)
+        if not all(isinstance(name, str) for name in skip):
+            raise CheckpointError(f"modules_to_not_convert must hold names, got {skip!r}")
+        rotation = _field(values, "rotation", str)
+        if rotation not in _ROTATIONS:
+            raise CheckpointError(f"rotation must be one of {_ROTATIONS}, got {rotation!r}")
+        rules = _field(values, "scale_rule", dict)
+        return cls(
+            method=_field(values, "method", str),
+            rotation=rotation,
+            permuted=_field(values, "permuted", bool),
+            weight_rule=_rule(rules, "weights"),
+            activation_rule=_rule(rules, "activations"),
+            skip=tuple(skip),
+            provenance=_field({"provenance": {}} | values, "provenance", dict),
+        )
 
     def empty_linear(
         self, linear: nn.Linear, *, device: torch.device | str | None = None
@@ -105,6 +107,21 @@ class Layout:
             dtype=linear.weight.dtype,
             device=linear.weight.device if device is None else device,
         )
+
+
+def _field(values: dict[str, Any], name: str, kind: type) -> Any:
+    if name not in values:
+        raise CheckpointError(f"quantization_config lacks {name}")
+    if not isinstance(values[name], kind):
+        raise CheckpointError(f"{name} must be a JSON {_JSON[kind]}, got {values[name]!r}")
+    return values[name]
+
+
+def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
+    rule = _field(rules, name, str)
+    if rule not in list(ScaleRule):
+        raise CheckpointError(f"the scale rule of {name} must be one of {_RULES}, got {rule!r}")
+    return ScaleRule(rule)
 
 
 def convert_block(block: nn.Module, index: int, layout: Layout, *, device: Any = None) -> None:

@@ -93,6 +93,13 @@ def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
         raise InputError(f"--skip {unknown[0]} names no linear of the model")
 
 
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise InputError, with the name, when a tensor has a NaN or an infinity."""
+    # aminmax propagates NaN, and is one pass without a temporary of the tensor's size.
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        raise InputError(f"{name} has NaN or infinite values")
+
+
 def head_dim(config: Any) -> int:
     """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -124,13 +131,17 @@ class DecoderStack:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def skeleton(self, index: int) -> nn.Module:
+        """Block `index` on the meta device, in eval mode, for weights from elsewhere."""
+        return self._blocks[index].eval()
+
     def block(self, index: int) -> nn.Module:
         """Block `index` with its float weights, in eval mode.
 
         Raises: InputError when a tensor is missing, misshapen, or has NaN or infinite values.
         """
         prefix = layer_prefix(index)
-        block = self._blocks[index].eval()
+        block = self.skeleton(index)
         weights = {}
         for name, expected in block.state_dict().items():
             tensor = self.source.tensor(f"{prefix}.{name}").to(self.dtype)
@@ -138,8 +149,7 @@ class DecoderStack:
                 raise InputError(
                     f"{prefix}.{name} must be {list(expected.shape)}, got {list(tensor.shape)}"
                 )
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{prefix}.{name} has NaN or infinite values")
+            check_finite(tensor, f"{prefix}.{name}")
             weights[name] = tensor
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)

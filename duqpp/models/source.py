@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_SAMPLED_BYTES = 4096  # of each end of every tensor, for the fingerprint
+
+# What transformers and gguf raise for a file that they cannot make sense of, by experiment.
+MODEL_ERRORS = (
+    *(OSError, ImportError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError, StrictDataclassError),
+)
 
 
 class Source(Protocol):
@@ -49,15 +55,16 @@ def open_source(model: str) -> Source:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 over configuration and tensors: names, dtypes, shapes, both ends of the values."""
+    """SHA-256 over the configuration and every tensor: names, dtypes, shapes and all values.
+
+    Reads the whole model once, at about 1 GB/s: anything less would take two models that differ in
+    a few weights for one, and a resumed job would then mix them.
+    """
     digest = hashlib.sha256(json.dumps(_plain_config(source.config), sort_keys=True).encode())
     for name in sorted(source.names):
         tensor = source.tensor(name)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.flatten()
-        count = _SAMPLED_BYTES // tensor.element_size()
-        for end in (flat[:count], flat[-count:]):
-            digest.update(end.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -148,9 +155,8 @@ def _load(cls: Any, folder: Path, what: str, **options: Any) -> Any:
     """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
     try:
         return cls.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load the {what} of {folder}: {reason}") from error
+    except MODEL_ERRORS as error:
+        raise InputError(f"cannot load the {what} of {folder}: {first_line(error)}") from error
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -159,9 +165,11 @@ def _shards(folder: Path) -> dict[str, Path]:
     if index.exists():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index} is not a safetensors index: {error}") from error
-        shards = {name: folder / file for name, file in weight_map.items()}
+            shards = {name: folder / file for name, file in weight_map.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index: {error!r}") from error
+        if outside := sorted(str(s) for s in shards.values() if s.parent != folder):
+            raise InputError(f"{index} names the shard {outside[0]}, which is not in {folder}")
         for shard in sorted(set(shards.values())):
             present = set(_open_shard(shard).keys())
             missing = [n for n, s in shards.items() if s == shard and n not in present]
@@ -183,19 +191,25 @@ def _open_shard(shard: Path) -> Any:
         raise InputError(f"cannot read {shard}: {error}") from error
 
 
+def first_line(error: Exception) -> str:
+    """An error in one line: the first of its message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def download(model: str) -> Path:
     """A hub repository's configuration, tokenizer and safetensors, in the local cache.
 
     Raises: InputError when the hub does not give it.
     """
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{model} is no local folder or .gguf file, and the hub has not given it: {reason}"
+            f"{model} is no local folder or .gguf file, and the hub has not given it: "
+            f"{first_line(error)}"
         ) from error
 
 

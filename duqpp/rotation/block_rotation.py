@@ -9,9 +9,9 @@ from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.ops.reference import rotate_blocks
 
-# A folded weight is W R^-T, so errors in it grow with the condition number of R. 2**8 keeps that
-# growth below the 2**-9 relative rounding of R itself; an orthogonal R rounded to bf16 is near 1,
-# and one with smoothing in it has the spread of a block's smoothing scales.
+# A folded weight is W R^-T, computed in float64: its relative error is the condition number of R
+# times 2**-53, so this bound leaves 2**-37, far below float32. An orthogonal matrix rounded to
+# bfloat16 is near 1; smoothing within its bounds (see `smoothing.py`) adds at most 2**14.
 MAX_CONDITION = 2.0**16
 
 

@@ -152,10 +152,14 @@ def test_torchao_to_mx(torchao, name, rule):
 
 @pytest.mark.crosscheck
 @pytest.mark.parametrize("rule", AMAX_RULES)
-def test_torchao_scales_of_every_bfloat16_amax(torchao, rule):
+def test_torchao_scales_of_every_bfloat16_amax_and_around_thresholds(torchao, rule):
     amax = inputs.all_bfloat16()[:32640].float()  # finite
     if rule is ScaleRule.CEIL:
-        amax = amax[(amax == 0) | (amax >= 6 * 2.0**-126)]  # see above
+        amax = amax[(amax == 0) | (amax >= 6 * 2.0**-126)]  # see above, as for the thresholds
+    else:
+        powers = torch.exp2(torch.arange(-126, 127))
+        thresholds = torch.cat((powers, powers * 1.5, powers * 1.75))
+        amax = torch.cat((amax, inputs.neighbours(thresholds, 2).flatten()))
     x = torch.zeros(len(amax), 32)
     x[:, 5] = amax
     scales, _ = to_mx(torchao, x, rule)

@@ -1,9 +1,11 @@
 """E2M1 codec: whole domains against the definition in `oracle`."""
 
+import contextlib
 import importlib.util
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from duqpp.format import e2m1
 from duqpp.format.e2m1 import (
@@ -135,39 +137,58 @@ def test_inputs_are_left_as_they_were():
     oracle.assert_same(packed, ALL_BYTES, "packed")
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_first_decode_under_another_default_dtype(default):
-    # transformers sets the default dtype while it loads a model; a table that is built on first use
-    # must not take it. A fresh copy of the module has no table yet.
+def fresh_e2m1():
+    """A second copy of the module, as if it were imported and used here for the first time."""
     spec = importlib.util.spec_from_file_location("fresh_e2m1", e2m1.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        values, packed_values = fresh.decode_e2m1(ALL_CODES), fresh.decode_packed_e2m1(ALL_BYTES)
-    finally:
-        torch.set_default_dtype(before)
+    return fresh
+
+
+def decode_everything(module) -> tuple[torch.Tensor, torch.Tensor]:
+    return module.decode_e2m1(ALL_CODES), module.decode_packed_e2m1(ALL_BYTES)
+
+
+def assert_everything_decoded(values: torch.Tensor, packed_values: torch.Tensor) -> None:
     assert values.dtype == packed_values.dtype == torch.float32
     oracle.assert_same(values, oracle.E2M1_VALUES, "decode_e2m1")
-    oracle.assert_same(
-        packed_values, oracle.E2M1_VALUES[oracle.unpack(ALL_BYTES)], "decode_packed_e2m1"
-    )
+    expected = oracle.E2M1_VALUES[oracle.unpack(ALL_BYTES)]
+    oracle.assert_same(packed_values, expected, "decode_packed_e2m1")
 
 
-def test_decode_after_a_first_decode_of_fake_tensors():
-    # Tracing decodes fake tensors; a table built then must not be kept for real ones.
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
-    spec = importlib.util.spec_from_file_location("fresh_e2m1", e2m1.__file__)
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    with FakeTensorMode():
-        fresh.decode_e2m1(torch.zeros(4, dtype=torch.uint8))
-        fresh.decode_packed_e2m1(torch.zeros(4, dtype=torch.uint8))
-    oracle.assert_same(fresh.decode_e2m1(ALL_CODES), oracle.E2M1_VALUES, "decode_e2m1")
-    oracle.assert_same(
-        fresh.decode_packed_e2m1(ALL_BYTES),
-        oracle.E2M1_VALUES[oracle.unpack(ALL_BYTES)],
-        "decode_packed_e2m1",
-    )
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: default_dtype(torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
+    ids=["default bfloat16", "default float64", "default device meta", "inference mode"],
+)
+def test_first_use_where_transformers_loads_a_model(surroundings):
+    # Loading sets a default dtype and device, which no table of values may take on.
+    with surroundings():
+        fresh = fresh_e2m1()
+        decoded = decode_everything(fresh)
+    assert_everything_decoded(*decoded)
+    assert_everything_decoded(*decode_everything(fresh))
+
+
+def test_first_use_while_tracing():
+    fresh = fresh_e2m1()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.zeros(4, dtype=torch.uint8)
+        assert fresh.decode_e2m1(fake).shape == (4,)
+        assert fresh.decode_packed_e2m1(fake).shape == (8,)
+    assert_everything_decoded(*decode_everything(fresh))

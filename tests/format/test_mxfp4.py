@@ -265,15 +265,24 @@ def test_mse_takes_floor_on_exact_ties_in_any_order():
     oracle.assert_same(chosen.scales, floor.scales, "scales of exact ties")
 
 
-@pytest.mark.parametrize("ulps", [-1, 1])
-def test_mse_tells_an_ulp_from_a_tie(ulps):
-    # A larger amax is closer to 8, which the exponent above has; a smaller one to 6.
+@pytest.mark.parametrize(
+    ("moved", "ulps", "steps_up"),
+    [
+        (7.5, -1, 0),  # closer to 6
+        (7.5, 1, 1),  # closer to 8, which the exponent above has
+        (0.5, -1, 1),  # less to lose as 0
+        (0.5, 1, 1),  # becomes 1 and not 0 above, and is closer to it
+    ],
+)
+def test_mse_tells_an_ulp_from_a_tie(moved, ulps, steps_up):
     x = inputs.mse_ties(500, seed=1)
-    largest = x.abs() == x.abs().amax(-1, keepdim=True)
-    x = torch.where(largest, (x.view(torch.int32) + ulps).view(torch.float32), x)
+    amax = x.abs().amax(-1, keepdim=True)
+    place = (x.abs() == amax * (moved / 7.5)).int().argmax(-1, keepdim=True)  # the first such value
+    x.scatter_(-1, place, (x.gather(-1, place).view(torch.int32) + ulps).view(torch.float32))
     floor, chosen = quantize(x, rule=ScaleRule.FLOOR), quantize(x, rule=ScaleRule.MSE)
-    oracle.assert_same(chosen.scales, floor.scales + (ulps > 0), f"scales {ulps} ulp off ties")
-    assert_quantizes_like_the_oracle(x, ScaleRule.MSE, f"{ulps} ulp off ties")
+    what = f"{moved} moved by {ulps} ulp"
+    oracle.assert_same(chosen.scales, floor.scales + steps_up, f"scales, {what}")
+    assert_quantizes_like_the_oracle(x, ScaleRule.MSE, what)
 
 
 def _parts(quantized: MXFP4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
