@@ -17,6 +17,9 @@ CXX := c++
 endif
 export CXX
 
+# Threads that wait by spinning cost up to 20x when a neighbour wants the same cores; sleeping ones little.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 STAMPS := $(VENV)/.stamps
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq

@@ -52,10 +52,12 @@ def perplexity(
         seq_len: window length in tokens; each window predicts seq_len - 1 of them.
         windows: how many, from the beginning; None is all.
         progress: called with ("evaluate", windows done, windows in all).
-    Raises: InputError when the text is shorter than one window.
+    Raises: InputError when the text is shorter than one window, or not in the model's vocabulary.
     """
+    if seq_len < 2:
+        raise InputError(f"seq_len must be at least 2, got {seq_len}")
     available = tokens.numel() // seq_len
-    if seq_len < 2 or available == 0:
+    if available == 0:
         raise InputError(
             f"evaluation text has {tokens.numel()} tokens, fewer than one window of {seq_len}: "
             "lower --seq-len, or give more text"
@@ -63,6 +65,12 @@ def perplexity(
     count = available if windows is None else min(windows, available)
     if count < 1:
         raise InputError(f"windows must be at least 1, got {windows}")
+    least, most = (int(token) for token in tokens.aminmax())
+    if least < 0 or most >= model.config.vocab_size:
+        raise InputError(
+            f"evaluation tokens must be in [0, {model.config.vocab_size}), the model's "
+            f"vocabulary, got {least} to {most}"
+        )
     started = time.monotonic()
     nll = []
     for index, window in enumerate(tokens[: count * seq_len].view(count, seq_len)):

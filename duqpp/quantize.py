@@ -16,7 +16,7 @@ from torch import Tensor
 import duqpp
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
-from duqpp.errors import DuqppError, InputError
+from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.models.checkpoint import (
     INDEX_FILE,
     Progress,
@@ -30,7 +30,6 @@ from duqpp.models.llama import (
     BlockInputs,
     DecoderStack,
     check_architecture,
-    check_finite,
     layer_prefix,
 )
 from duqpp.models.source import Source, fingerprint, open_source
@@ -38,6 +37,7 @@ from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, qua
 
 JOB_FILE = "duqpp-job.json"
 REPORT_FILE = "quantization_report.json"
+_FIRST_FILES = (".write-test", JOB_FILE + ".partial")  # what is in a job's folder before the job is
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def quantize_model(
     _check_folders(out, work, resume)
     source = open_source(model) if isinstance(model, str) else model
     check_architecture(source.config, config.skip)
-    tokens, data = _calibration_tokens(source, config, calibration)
+    tokenizer = source.tokenizer()
+    tokens, data = _calibration_tokens(source.config, tokenizer, config, calibration)
     progress("fingerprint", 0, 1)
     job = _job(source, config, tokens)
     if work.exists():
@@ -96,14 +97,22 @@ def quantize_model(
         layout = layout_of(config, _provenance(source, config, data))
         stack = DecoderStack(source)
         groups, resumed = _quantize_blocks(stack, config, layout, tokens, work, progress)
-        _finish(source, layout, stack.dtype, work, groups)
+        _finish(source.config, tokenizer, layout, stack.dtype, work, groups)
+    except CheckpointError as error:  # a file of an earlier run, which the other files outlive
+        raise CheckpointError(f"{error}; remove that file, and continue with --resume") from error
     except DuqppError:
         shutil.rmtree(work)
         raise
+    except OSError as error:  # such as a full disk: what is finished stays
+        reason = error.strerror or error
+        raise InputError(f"cannot write to {work}: {reason}; continue with --resume") from error
     weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
     if out.exists():
         out.rmdir()  # empty, as `_check_folders` has seen
     os.replace(work, out)
+    # Only now: until it has its name, the job can be resumed wherever it stops.
+    for leftover in [*out.glob("model-*.json"), out / JOB_FILE]:
+        leftover.unlink()
     return QuantizeReport(out, time.monotonic() - started, weight_bytes, resumed, groups)
 
 
@@ -117,7 +126,9 @@ def _quantize_blocks(
 ) -> tuple[list[GroupReport], int]:
     """Write every shard that is missing. Returns: reports of all groups, blocks found done."""
     total = len(stack)
-    _write_rest(stack.source, stack.dtype, work / _shard_name(0, total + 1))
+    rest = work / _shard_name(0, total + 1)
+    if not rest.exists():
+        write_shard(rest, stack.rest())
     inputs = None if tokens is None else stack.first_inputs(tokens)
     groups: list[GroupReport] = []
     resumed = 0
@@ -178,41 +189,31 @@ def _finished_block(
     return block.requires_grad_(False)
 
 
-def _write_rest(source: Source, dtype: torch.dtype, shard: Path) -> None:
-    """Everything outside the decoder blocks: embeddings, the final norm, an untied lm_head."""
-    names = [n for n in sorted(source.names) if not n.startswith("model.layers.")]
-    if source.config.tie_word_embeddings:
-        names = [n for n in names if n != "lm_head.weight"]
-    tensors = {}
-    for name in names:
-        tensors[name] = source.tensor(name).to(dtype)
-        check_finite(tensors[name], name)
-    if not shard.exists():
-        write_shard(shard, tensors)
-
-
 def _finish(
-    source: Source, layout: Layout, dtype: torch.dtype, work: Path, groups: list[GroupReport]
+    model_config: Any,
+    tokenizer: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    work: Path,
+    groups: list[GroupReport],
 ) -> None:
-    """Configuration, index, tokenizer and report; the job's own files go."""
+    """Configuration, index, tokenizer and report."""
     weight_map, size = {}, 0
     for shard in sorted(work.glob("*.safetensors")):
         for name, tensor in read_shard(shard).items():
             weight_map[name] = shard.name
             size += tensor.numel() * tensor.element_size()
     write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    source.config.save_pretrained(work)
+    model_config.save_pretrained(work)
     config = read_json(work / "config.json")
     for transient in ("_name_or_path", "quantization_config"):
         config.pop(transient, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = config.get("architectures") or [_causal_class(source.config)]
+    config["architectures"] = config.get("architectures") or [_causal_class(model_config)]
     config["quantization_config"] = layout.to_dict()
     write_json(work / "config.json", config)
-    source.tokenizer().save_pretrained(work)
+    tokenizer.save_pretrained(work)
     write_json(work / REPORT_FILE, {"groups": [group.to_dict() for group in groups]})
-    for leftover in [*work.glob("model-*.json"), work / JOB_FILE]:
-        leftover.unlink()
 
 
 def _causal_class(config: Any) -> str:
@@ -226,20 +227,33 @@ def _shard_name(number: int, total: int) -> str:
 
 
 def _calibration_tokens(
-    source: Source, config: QuantizeConfig, calibration: str | Tensor
+    model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: str | Tensor
 ) -> tuple[Tensor | None, str]:
     """Token sequences, or None where no activations are read; and what the data are called."""
     if not config.needs_activations:
         return None, "none"
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.dtype != torch.int64:
-            raise InputError("calibration tokens must be int64 [samples, seq_len]")
-        return calibration, "tokens"
-    tokens = tokenize(source.tokenizer(), read_text(calibration))
-    name = Path(calibration).name if Path(calibration).exists() else calibration
-    return sample_sequences(
-        tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
-    ), name
+        tokens, name = calibration, "tokens"
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise InputError(
+                "calibration tokens must be int64 [samples, seq_len], "
+                f"got {tokens.dtype} {list(tokens.shape)}"
+            )
+    else:
+        tokens = sample_sequences(
+            tokenize(tokenizer, read_text(calibration)),
+            samples=config.samples,
+            seq_len=config.seq_len,
+            seed=config.seed,
+        )
+        name = Path(calibration).name if Path(calibration).exists() else calibration
+    least, most = (int(token) for token in tokens.aminmax())
+    if least < 0 or most >= model_config.vocab_size:
+        raise InputError(
+            f"calibration tokens must be in [0, {model_config.vocab_size}), the model's "
+            f"vocabulary, got {least} to {most}"
+        )
+    return tokens, name
 
 
 def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[str, Any]:
@@ -255,8 +269,15 @@ def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[
 
 def _check_same_job(work: Path, job: dict[str, Any]) -> None:
     path = work / JOB_FILE
+    if not path.exists() and {file.name for file in work.iterdir()} <= set(_FIRST_FILES):
+        return  # stopped before it had begun
     earlier = read_json(path) if path.exists() else {}
-    differing = [key for key in job if earlier.get(key) != json.loads(json.dumps(job[key]))]
+    job = json.loads(json.dumps(job))
+    differing = [key for key in job if earlier.get(key) != job[key]]
+    if "configuration" in differing and isinstance(earlier.get("configuration"), dict):
+        before, now = earlier["configuration"], job["configuration"]
+        options = ", ".join(name for name in now if before.get(name) != now[name])
+        differing[differing.index("configuration")] = f"configuration ({options})"
     if differing:
         raise InputError(
             f"{work} is the unfinished job of another {' and '.join(differing)}; "
@@ -265,16 +286,16 @@ def _check_same_job(work: Path, job: dict[str, Any]) -> None:
 
 
 def _check_folders(out: Path, work: Path, resume: bool) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"output {out} exists and is not an empty folder")
-    if work.exists() and not resume:
+    if work.exists() and not (resume and work.is_dir()):
         raise InputError(f"{work} holds an unfinished job: continue it with --resume, or remove it")
 
 
 def _make_folder(work: Path) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
-        probe = work / ".write-test"
+        probe = work / _FIRST_FILES[0]
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -1,15 +1,21 @@
 """transformers: loads duqpp checkpoints through `from_pretrained`, once duqpp is imported."""
 
 import json
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from duqpp.errors import CheckpointError, InputError
+from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.models.checkpoint import (
     CHECKSUMS_KEY,
@@ -21,7 +27,12 @@ from duqpp.models.checkpoint import (
 )
 from duqpp.models.layout import QUANT_METHOD, Layout, convert_model
 from duqpp.models.llama import check_architecture
-from duqpp.models.source import download, is_gguf, load_gguf
+from duqpp.models.source import download, first_line, is_gguf, load_gguf
+from duqpp.nn import MXFP4Linear
+
+# transformers refuses a name that is taken; a module that is imported again takes its own place.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -61,7 +72,19 @@ class DuqppQuantizer(HfQuantizer):
     ) -> None:
         check_architecture(model.config, ())
         convert_model(model, self.quantization_config.layout)
-        _verify(model, [Path(file) for file in checkpoint_files or []])
+        files = [Path(file) for file in checkpoint_files or []]
+        if not files:
+            raise CheckpointError("a duqpp checkpoint is loaded from its safetensors files only")
+        if len({file.parent for file in files}) > 1:
+            raise CheckpointError(f"the index names a shard that is not in {files[0].parent}")
+        if _verified.get() != {file.resolve() for file in files}:
+            _verify(model, files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # transformers has made every floating-point parameter a trained one.
+        for module in model.modules():
+            if isinstance(module, MXFP4Linear):
+                module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         checksums = {name: checksum(tensor) for name, tensor in model.state_dict().items()}
@@ -79,7 +102,10 @@ class DuqppQuantizer(HfQuantizer):
         return True
 
 
-_verified: set[tuple[str, int, int]] = set()
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
+# The files that a `from_pretrained` in progress has verified already.
+_verified: ContextVar[frozenset[Path]] = ContextVar("duqpp_verified", default=frozenset())
 
 
 def from_pretrained(model: str | Path, *, progress: Progress | None = None, **options: Any) -> Any:
@@ -97,7 +123,9 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(model).expanduser()
-    folder = folder if folder.exists() else download(str(model))
+    if not folder.exists():
+        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        folder = download(str(model), **hub)
     values = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder} is not quantized: no quantization_config")
@@ -105,15 +133,21 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     files = shard_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    check_architecture(config, ())
-    del config.quantization_config
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        check_architecture(config, ())
+        del config.quantization_config
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
+    except Exception as error:  # transformers: of any kind
+        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
     convert_model(skeleton, layout)
     _verify(skeleton, files, progress)
-    return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    token = _verified.set(frozenset(file.resolve() for file in files))
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    finally:
+        _verified.reset(token)
 
 
 def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, Any]:
@@ -135,19 +169,15 @@ def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, An
         else:
             loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         return loaded.eval(), AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError | InputError):
-            raise
-        raise InputError(f"cannot load {model}: {str(error).strip().splitlines()[0]}") from error
+    except DuqppError:
+        raise
+    except Exception as error:  # transformers and tokenizers: of any kind
+        raise InputError(f"cannot load {model}: {first_line(error)}") from error
 
 
 def _verify(model: Any, files: list[Path], progress: Progress | None = None) -> None:
-    """`verify_checkpoint`, once for files that do not change."""
-    keys = {(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files}
-    if keys <= _verified:
-        return
+    """`verify_checkpoint` for the tensors of a converted model that is still on the meta device."""
     expected = dict(model.state_dict())
     for tied in getattr(model, "all_tied_weights_keys", {}):
         expected.pop(tied, None)
     verify_checkpoint(files, expected, progress)
-    _verified.update(keys)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from duqpp.errors import CheckpointError
@@ -24,18 +24,40 @@ CHECKSUMS_KEY = "duqpp.crc32"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F32": torch.float32}
 _DTYPES |= {"BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a shard completely or not at all: under a temporary name, synced, then renamed."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    """Write a shard completely or not at all: under a temporary name, synced, then renamed.
+
+    Equal tensors give equal bytes, so that a resumed job ends in the same files as one that was
+    not interrupted; the safetensors library itself writes metadata in a random order.
+    """
+    # Wider elements first, as in that library, so that each tensor is aligned to its elements.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    checksums = {name: checksum(tensors[name]) for name in order}
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", CHECKSUMS_KEY: json.dumps(checksums)}
+    }
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {"format": "pt", CHECKSUMS_KEY: json.dumps(checksums)})
-    with open(partial, "rb") as file:
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_bytes(tensors[name]))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
@@ -219,5 +241,8 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any], expected: Tensor)
 
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of a tensor's bytes, eight hex digits."""
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(data.numpy()):08x}"
+    return f"{zlib.crc32(_bytes(tensor)):08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -109,16 +109,18 @@ class Layout:
         )
 
 
-def _field(values: dict[str, Any], name: str, kind: type) -> Any:
+def _field(
+    values: dict[str, Any], name: str, kind: type, where: str = "quantization_config"
+) -> Any:
     if name not in values:
-        raise CheckpointError(f"quantization_config lacks {name}")
+        raise CheckpointError(f"{where} lacks {name}")
     if not isinstance(values[name], kind):
         raise CheckpointError(f"{name} must be a JSON {_JSON[kind]}, got {values[name]!r}")
     return values[name]
 
 
 def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
-    rule = _field(rules, name, str)
+    rule = _field(rules, name, str, "scale_rule")
     if rule not in list(ScaleRule):
         raise CheckpointError(f"the scale rule of {name} must be one of {_RULES}, got {rule!r}")
     return ScaleRule(rule)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE
-from duqpp.models.source import Source
+from duqpp.models.source import Source, first_line
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
 
 
@@ -77,6 +78,10 @@ def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
         raise InputError(
             f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(ARCHITECTURES)}"
         )
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a positive integer, got {value!r}")
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -111,6 +116,7 @@ class DecoderStack:
     Args:
         source: the float model.
         dtype: that the blocks compute in; None is the dtype of the embedding as stored.
+    Raises: InputError when there is no such model, or the source lacks its embedding.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
@@ -119,8 +125,17 @@ class DecoderStack:
         self.source, self.config = source, source.config
         embedding = source.tensor("model.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        except Exception as error:  # transformers: of any kind
+            raise InputError(f"config.json describes no model: {first_line(error)}") from error
+        tied = getattr(skeleton, "all_tied_weights_keys", {})
+        self._rest = {
+            name: tensor.shape
+            for name, tensor in skeleton.state_dict().items()
+            if not name.startswith("model.layers.") and name not in tied
+        }
         self._body = skeleton.model
         self._blocks = self._body.layers
         self._rotary = type(self._body.rotary_emb)(
@@ -144,15 +159,23 @@ class DecoderStack:
         block = self.skeleton(index)
         weights = {}
         for name, expected in block.state_dict().items():
-            tensor = self.source.tensor(f"{prefix}.{name}").to(self.dtype)
-            if tensor.shape != expected.shape:
-                raise InputError(
-                    f"{prefix}.{name} must be {list(expected.shape)}, got {list(tensor.shape)}"
-                )
-            check_finite(tensor, f"{prefix}.{name}")
-            weights[name] = tensor
+            weights[name] = self._tensor(f"{prefix}.{name}", expected.shape)
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
+
+    def rest(self) -> dict[str, Tensor]:
+        """Everything outside the blocks: embeddings, the final norm, an untied lm_head.
+
+        Raises: as `block` does.
+        """
+        return {name: self._tensor(name, shape) for name, shape in self._rest.items()}
+
+    def _tensor(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = self.source.tensor(name).to(self.dtype)
+        if tensor.shape != shape:
+            raise InputError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        check_finite(tensor, name)
+        return tensor
 
     def release(self, index: int) -> None:
         """Let go of block `index` and its weights."""

@@ -2,25 +2,20 @@
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-# What transformers and gguf raise for a file that they cannot make sense of, by experiment.
-MODEL_ERRORS = (
-    *(OSError, ImportError, ValueError, TypeError, LookupError, AttributeError),
-    *(ArithmeticError, AssertionError, RuntimeError, StrictDataclassError),
-)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Source(Protocol):
@@ -87,9 +82,15 @@ class SafetensorsSource:
         if name not in self._shard_of:
             raise InputError(f"{self._folder} has no tensor {name}")
         try:
-            return self._reader(self._shard_of[name]).get_tensor(name)
+            tensor = self._reader(self._shard_of[name]).get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{self._shard_of[name]}: cannot read {name}: {error}") from error
+        if tensor.dtype not in _FLOATS and name.endswith((".weight", ".bias")):
+            raise InputError(
+                f"{self._folder}: {name} is {tensor.dtype}; duqpp quantizes float32, bfloat16 "
+                "and float16 models"
+            )
+        return tensor
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -136,14 +137,18 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet_transformers():
-        model = _load(
+        model, keys = _load(
             transformers.AutoModelForCausalLM,
             file.parent,
             "GGUF model",
             gguf_file=file.name,
             dtype=torch.float32,
+            output_loading_info=True,
             **options,
         )
+        for kind in ("missing_keys", "mismatched_keys"):  # transformers makes such weights up
+            if keys[kind]:
+                raise InputError(f"{file} lacks the tensor {min(map(str, keys[kind]))}")
         tokenizer = _load(
             transformers.AutoTokenizer, file.parent, "GGUF tokenizer", gguf_file=file.name
         )
@@ -155,7 +160,7 @@ def _load(cls: Any, folder: Path, what: str, **options: Any) -> Any:
     """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
     try:
         return cls.from_pretrained(str(folder), **options)
-    except MODEL_ERRORS as error:
+    except Exception as error:  # of any kind: struct.error, or bare from the tokenizers library
         raise InputError(f"cannot load the {what} of {folder}: {first_line(error)}") from error
 
 
@@ -196,16 +201,17 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def download(model: str) -> Path:
+def download(model: str, **options: Any) -> Path:
     """A hub repository's configuration, tokenizer and safetensors, in the local cache.
 
+    Args: options: for `huggingface_hub.snapshot_download`, such as revision.
     Raises: InputError when the hub does not give it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{model} is no local folder or .gguf file, and the hub has not given it: "
@@ -230,7 +236,9 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of that switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -1,0 +1,365 @@
+"""The `duqpp` command: parse, call, print."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import duqpp
+from duqpp.calibration.tokens import BUILTIN
+from duqpp.config import QuantizeConfig
+from duqpp.errors import DuqppError, InputError
+from duqpp.options import OPTIONS, takes_config
+from duqpp.terminal import (
+    Bars,
+    comparison_header,
+    comparison_line,
+    doctor_table,
+    inspection_table,
+    percent,
+    quiet_transformers,
+    size,
+)
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
+]
+TextOption = Annotated[
+    str, typer.Option("--text", help="Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin.")
+]
+WindowsOption = Annotated[
+    int | None, typer.Option("--windows", help="How many windows; all of the text by default.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+app = typer.Typer(
+    name="duqpp",
+    help="Quantize LLaMA-family models to MXFP4 W4A4 with DuQuant++, and run them anywhere.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ResumableError(Exception):
+    """Ctrl-C, and the job can be resumed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns: exit code 0; 2 after an error, 130 after Ctrl-C, each in one line.
+
+    Args: arguments: of the command line, without the program's name; None is sys.argv's.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except ResumableError:
+        again = [argument for argument in arguments if argument != "--resume"]
+        command = shlex.join(["duqpp", *again, "--resume"])
+        return _fail(f"interrupted: go on at the last whole block with {command}", INTERRUPTED)
+    except DuqppError as error:
+        return _fail(f"error: {error}", 2)
+    except _UsageError as error:
+        return _fail(f"error: {error.format_message()}", 2)
+    if code == INTERRUPTED:  # newer versions of typer answer Ctrl-C with this exit code
+        return _fail("interrupted: nothing is left to resume", INTERRUPTED)
+    return code
+
+
+# typer brings its own copy of click or uses the package, by version; its exceptions derive alike.
+_UsageError = typer.BadParameter.__base__
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"duqpp {duqpp.__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit()
+    quiet_transformers()
+
+
+@app.command()
+@takes_config(*OPTIONS)
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    config: QuantizeConfig,
+    calib: CalibrationOption = BUILTIN,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted job at its last whole block.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a float MODEL to MXFP4 and save it in OUT."""
+    from duqpp.compare import linear_storage
+    from duqpp.inspection import mean_errors
+    from duqpp.quantize import quantize_model
+
+    with Bars() as bars, _resumable(out):
+        bars.wait("opening the model")
+        report = quantize_model(model, out, config, calibration=calib, resume=resume, progress=bars)
+    linear_bytes, weights = linear_storage(out)
+    errors = mean_errors(report.groups)
+    if as_json:
+        _print_json(
+            {
+                "out": str(out),
+                "seconds": report.seconds,
+                "resumed_blocks": report.resumed_blocks,
+                "bytes": report.weight_bytes,
+                "linear_bytes": linear_bytes,
+                "bits_per_weight": 8 * linear_bytes / weights,
+                "mean_errors": errors,
+                "config": config.to_dict(),
+            }
+        )
+        return
+    resumed = f", {report.resumed_blocks} blocks resumed" if report.resumed_blocks else ""
+    print(f"{out}: {size(report.weight_bytes)} in {report.seconds:.1f} s{resumed}")
+    print(f"linears: {size(linear_bytes)}, {8 * linear_bytes / weights:.2f} bits per weight")
+    parts = [f"weights {percent(errors['weight_error'])}"]
+    if errors["activation_error"] is not None:
+        before, after = errors["activation_error_before"], errors["activation_error"]
+        parts.append(f"activations {percent(after)} (untransformed: {percent(before)})")
+        parts.append(f"outputs {percent(errors['output_error'])}")
+    print(f"mean relative error: {', '.join(parts)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    text: TextOption = BUILTIN,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: WindowsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a float or quantized MODEL."""
+    from duqpp.calibration.tokens import read_text, tokenize
+    from duqpp.evaluate import perplexity
+    from duqpp.integrations.transformers import load_model
+
+    content = read_text(text, part="evaluation")
+    with Bars() as bars:
+        bars.wait("opening the model")
+        loaded, tokenizer = load_model(model, progress=bars)
+        bars.wait("tokenizing the text")
+        tokens = tokenize(tokenizer, content)
+        result = perplexity(loaded, tokens, seq_len=seq_len, windows=windows, progress=bars)
+    if as_json:
+        _print_json({"model": model, "text": text, **result.to_dict()})
+        return
+    print(
+        f"perplexity {result.perplexity:.4f} over {result.windows} windows of {seq_len} tokens "
+        f"({result.seconds:.1f} s)"
+    )
+    print(f"convention: {result.convention}")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, sampled.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue PROMPT with a float or quantized MODEL."""
+    from duqpp.generate import generate as run
+    from duqpp.integrations.transformers import load_model
+
+    with Bars() as bars:
+        bars.wait("opening the model")
+        loaded, tokenizer = load_model(model, progress=bars)
+    result = run(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        stream=not as_json,
+    )
+    if as_json:
+        _print_json({"model": model, "prompt": prompt, **result.to_dict()})
+    print(
+        f"{result.tokens} tokens in {result.seconds:.1f} s, "
+        f"{result.tokens_per_second:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Which backend runs each op here, and why not the others."""
+    from duqpp import doctor as examination
+
+    facts = examination.doctor()
+    if as_json:
+        _print_json(facts)
+        return
+    print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    print(f"platform: {facts['platform']}")
+    print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
+    print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
+    print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
+    _print_table(doctor_table(facts))
+
+
+@app.command()
+@takes_config(*(name for name in OPTIONS if name != "next_inputs"))
+def inspect(
+    model: ModelArgument,
+    config: QuantizeConfig,
+    calib: CalibrationOption = BUILTIN,
+    layers: Annotated[
+        int | None, typer.Option(help="Only this many decoder blocks, from the first.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a .png, .pdf or .svg.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Outliers and errors of each linear group, before and after rotation.
+
+    A quantized MODEL has them in its report. A float MODEL is calibrated and quantized in memory,
+    with the options given; nothing is written.
+    """
+    from duqpp.inspection import inspect_model
+
+    if plot is not None:
+        from duqpp.plot import check_plot_file
+        from duqpp.plot import plot as draw
+
+        check_plot_file(plot)
+    with Bars() as bars:
+        bars.wait("opening the model")
+        found = inspect_model(model, config, calibration=calib, layers=layers, progress=bars)
+        if plot is not None:
+            bars.wait("drawing")
+            draw(found, plot)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_table(inspection_table(found))
+    if plot is not None:
+        print(f"plot: {plot}", file=sys.stderr)
+
+
+@app.command()
+@takes_config("samples", "max_steps", "damping", "skip")
+def compare(
+    model: ModelArgument,
+    config: QuantizeConfig,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="METHOD[:OPTION...],... with the options gptq, per-block, shared, alpha=A, "
+            "weights=RULE, activations=RULE, hessian=float|quantized, next=quantized|float."
+        ),
+    ] = "rtn,hadamard,duquant++,duquant++:gptq",
+    calib: CalibrationOption = BUILTIN,
+    calib_seq_len: Annotated[
+        int, typer.Option(help=OPTIONS["seq_len"][1])
+    ] = QuantizeConfig.seq_len,
+    text: TextOption = BUILTIN,
+    seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
+    windows: WindowsOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2.")] = "0",
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a float MODEL by several methods, and set their perplexities side by side.
+
+    The quantized models are removed after their evaluation.
+    """
+    from duqpp.compare import FLOAT, Row, parse_methods
+    from duqpp.compare import compare as run
+    from duqpp.models.source import open_source
+
+    configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
+    numbers = _parse_seeds(seeds)
+    names = list(configs)
+    out = sys.stderr if as_json else sys.stdout
+    with Bars() as bars:
+
+        def show(row: Row) -> None:
+            bars.stop()
+            if row.method == FLOAT:
+                print(comparison_header(names), file=out)
+            print(comparison_line(row, names), file=out, flush=True)
+
+        bars.wait("opening the model")
+        found = run(
+            open_source(model),
+            configs,
+            calibration=calib,
+            text=text,
+            seq_len=seq_len,
+            windows=windows,
+            seeds=numbers,
+            progress=bars,
+            on_row=show,
+        )
+    if as_json:
+        _print_json({"model": model, "seeds": numbers, **found.to_dict()})
+        return
+    print(f"evaluated on {found.windows} windows of {seq_len} tokens from {text}")
+    print(f"convention: {found.convention}")
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds must be whole numbers, as in 0,1,2, got {text!r}") from error
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds names a seed twice: {text}")
+    return seeds
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Tell a Ctrl-C that leaves a job to resume from one that leaves nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out.with_name(out.name + ".partial").exists():
+            raise ResumableError from None
+        raise
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _print_table(table: Any) -> None:
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""compare: quantize one model by several methods, and set their perplexities side by side."""
+
+import gc
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.evaluate import CONVENTION, Progress, perplexity
+from duqpp.integrations.transformers import from_pretrained
+from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
+from duqpp.models.source import Source
+from duqpp.quantize import quantize_model
+
+FLOAT = "float"
+# What a quantized linear has on disk besides its bias, by the last component of the name.
+_STORED = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permutation")
+_FLAGS = {"gptq": ("gptq", True), "shared": ("rotation", "shared")}
+_FLAGS |= {"per-block": ("rotation", "per-block")}
+_VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
+_VALUES |= {"hessian": "hessian", "next": "next_inputs"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization and its evaluation. seed: None for the float model, which has none."""
+
+    seed: int | None
+    perplexity: float
+    quantize_seconds: float
+    evaluate_seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's results.
+
+    method: as it was asked for, or "float". runs: one per seed; one where no seed matters.
+    float_perplexity: of the same text. weight_bytes: of the quantized linears on disk, codes,
+    scales and rotations (for "float": of the same linears' weights in memory). weights: how many
+    values they hold.
+    """
+
+    method: str
+    runs: tuple[Run, ...]
+    float_perplexity: float
+    weight_bytes: int
+    weights: int
+
+    @property
+    def perplexity(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(run.perplexity for run in self.runs)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds (n - 1 in the denominator); None for a single run."""
+        values = [run.perplexity for run in self.runs]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def ratio(self) -> float:
+        """Mean perplexity over the float model's."""
+        return self.perplexity / self.float_perplexity
+
+    @property
+    def ratio_spread(self) -> float | None:
+        """Standard deviation of the ratio over seeds; None for a single run."""
+        return None if self.spread is None else self.spread / self.float_perplexity
+
+    @property
+    def seconds(self) -> float:
+        """Mean time of a quantization."""
+        return statistics.fmean(run.quantize_seconds for run in self.runs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each weight of the quantized linears."""
+        return 8 * self.weight_bytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the derived ones included."""
+        derived = ("perplexity", "spread", "ratio", "ratio_spread", "seconds", "bits_per_weight")
+        values = asdict(self) | {name: getattr(self, name) for name in derived}
+        return values | {"runs": [asdict(run) for run in self.runs]}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """rows: the float model's first, then the methods in the order asked for."""
+
+    rows: list[Row]
+    text: str
+    seq_len: int
+    windows: int
+    calibration: str
+    samples: int
+    calibration_seq_len: int
+    convention: str = CONVENTION
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self) | {"rows": [row.to_dict() for row in self.rows]}
+
+
+def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
+    """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
+
+    Options: gptq, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
+    next=STREAM.
+
+    Args: base: gives what a method leaves open.
+    Raises: InputError for an unknown method, option or value, and for a method given twice.
+    """
+    configs: dict[str, QuantizeConfig] = {}
+    for spec in [part.strip() for part in text.split(",")]:
+        if spec in configs:
+            raise InputError(f"--methods names {spec} twice")
+        configs[spec] = _parse_method(spec, base or QuantizeConfig())
+    return configs
+
+
+def compare(
+    source: Source,
+    methods: Mapping[str, QuantizeConfig],
+    *,
+    calibration: str = BUILTIN,
+    text: str = BUILTIN,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    seeds: Sequence[int] = (0,),
+    keep: Mapping[str, Path] | None = None,
+    progress: Progress | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> Comparison:
+    """Evaluate the float model, then quantize it by each method and evaluate that.
+
+    One model is in memory at a time, besides the source. Quantized models live in a temporary
+    folder and are removed after their evaluation, whatever happens.
+
+    Args:
+        methods: by name, as from `parse_methods`; their seeds are replaced by `seeds`.
+        calibration, text: "builtin" (disjoint parts of it), a text file, or "hf:NAME...".
+        seq_len, windows: of the evaluation; see `perplexity`.
+        seeds: a method that uses no randomness runs once.
+        keep: folders for the models of some methods, those of the first seed.
+        progress: called with (method and stage, done, total).
+        on_row: called with each row as soon as it is complete.
+    Raises: InputError, before any work where that is possible.
+    """
+    if not methods or not seeds:
+        raise InputError("compare needs at least one method and one seed")
+    skip = next(iter(methods.values())).skip
+    check_architecture(source.config, skip)
+    tokenizer = source.tokenizer()
+    tokens = tokenize(tokenizer, read_text(text, part="evaluation"))
+    _check_calibration(tokenizer, methods, calibration)
+    progress = progress or (lambda stage, done, total: None)
+    on_row = on_row or (lambda row: None)
+    settings = {"seq_len": seq_len, "windows": windows}
+
+    float_model = _float_model(source)
+    rows = [_float_row(float_model, skip, tokens, settings, _staged(progress, FLOAT))]
+    on_row(rows[0])
+    del float_model
+    with tempfile.TemporaryDirectory(prefix="duqpp-compare-") as scratch:
+        for name, config in methods.items():
+            runs = []
+            for seed in seeds if _uses_seed(config) else seeds[:1]:
+                kept = (keep or {}).get(name) if not runs else None
+                folder = kept or Path(scratch, "model")
+                title = name if len(seeds) == 1 else f"{name}, seed {seed}"
+                staged = _staged(progress, title)
+                report = quantize_model(
+                    source,
+                    folder,
+                    replace(config, seed=seed),
+                    calibration=calibration,
+                    progress=staged,
+                )
+                quantized = from_pretrained(folder, progress=staged).eval()
+                result = perplexity(quantized, tokens, **settings, progress=staged)
+                runs.append(Run(seed, result.perplexity, report.seconds, result.seconds))
+                del quantized
+                gc.collect()  # a model's modules refer to each other
+                weight_bytes, weights = linear_storage(folder)
+                if not kept:
+                    shutil.rmtree(folder)
+            rows.append(Row(name, tuple(runs), rows[0].perplexity, weight_bytes, weights))
+            on_row(rows[-1])
+    sample = next(iter(methods.values()))
+    return Comparison(
+        rows, text, seq_len, result.windows, calibration, sample.samples, sample.seq_len
+    )
+
+
+def linear_storage(folder: Path) -> tuple[int, int]:
+    """Size of the quantized linears of a checkpoint.
+
+    Returns: bytes of their codes, scales and rotations, and how many weights they hold.
+    """
+    size = weights = 0
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind = name.rpartition(".")[2]
+                if kind in _STORED:
+                    tensor = file.get_tensor(name)
+                    size += tensor.numel() * tensor.element_size()
+                    weights += 2 * tensor.numel() if kind == "weight_packed" else 0
+    return size, weights
+
+
+def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
+    method, *options = spec.split(":")
+    changes: dict[str, Any] = {"method": method}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals and key in _FLAGS:
+            field, setting = _FLAGS[key]
+        elif equals and key in _VALUES:
+            field, setting = _VALUES[key], value
+        else:
+            known = ", ".join([*_FLAGS, *(f"{name}=..." for name in _VALUES)])
+            raise InputError(f"--methods {spec}: no option {option!r}; there are {known}")
+        if field in changes:
+            raise InputError(f"--methods {spec}: {option!r} sets {field} a second time")
+        changes[field] = setting
+    try:
+        if "smooth_alpha" in changes:
+            changes["smooth_alpha"] = float(changes["smooth_alpha"])
+        return replace(base, **changes)
+    except ValueError as error:
+        raise InputError(f"--methods {spec or repr(spec)}: {error}") from error
+
+
+def _staged(progress: Progress, title: str) -> Progress:
+    """Progress of one method: its name goes before each stage."""
+    return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
+
+
+def _uses_seed(config: QuantizeConfig) -> bool:
+    return config.needs_activations or config.method == "random"
+
+
+def _check_calibration(
+    tokenizer: Any, methods: Mapping[str, QuantizeConfig], calibration: str
+) -> None:
+    """Raise InputError now if the calibration text is missing or too short for some method."""
+    calibrated = [config for config in methods.values() if config.needs_activations]
+    if not calibrated:
+        return
+    tokens = tokenize(tokenizer, read_text(calibration))
+    for samples, seq_len in {(config.samples, config.seq_len) for config in calibrated}:
+        sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
+
+
+def _float_model(source: Source) -> nn.Module:
+    """The source as a transformers model, in eval mode; it shares the source's tensors."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = source.tensor("model.embed_tokens.weight").dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    weights = {n: source.tensor(n).to(dtype) for n in model.state_dict() if n in source.names}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise InputError(f"the model has no tensor {missing[0]}")
+    # Its frequencies are computed, not stored, and on the meta device they were not.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=source.config)
+    return model.eval()
+
+
+def _float_row(
+    model: nn.Module,
+    skip: tuple[str, ...],
+    tokens: Tensor,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> Row:
+    result = perplexity(model, tokens, **settings, progress=progress)
+    linears = [
+        model.get_submodule(f"{layer_prefix(index)}.{name}").weight
+        for index in range(model.config.num_hidden_layers)
+        for group in quantized_groups(index, skip)
+        for name in group.linears
+    ]
+    return Row(
+        FLOAT,
+        (Run(None, result.perplexity, 0.0, result.seconds),),
+        result.perplexity,
+        sum(weight.numel() * weight.element_size() for weight in linears),
+        sum(weight.numel() for weight in linears),
+    )

@@ -1,0 +1,68 @@
+"""doctor: what this machine has, and which backend runs each op here."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import duqpp
+from duqpp.errors import BackendUnavailableError
+from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE, capability_table, select
+
+
+def doctor() -> dict[str, Any]:
+    """JSON-ready facts.
+
+    Returns: versions, python, platform, cpu, threads, gpus, DUQPP_BACKEND, and per op and device:
+        the backend selected, or the error instead, and what each backend says ("yes", or why not).
+    """
+    import transformers
+
+    return {
+        "versions": {
+            "duqpp": duqpp.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+        "ops": _ops(),
+    }
+
+
+def _ops() -> list[dict[str, Any]]:
+    table = capability_table()
+    ops = []
+    for cell in [name for name in table[0] if name != "backend"]:  # "rotate_quantize on cpu"
+        op, _, device = cell.partition(" on ")
+        selected = error = None
+        try:
+            selected = select(op, torch.device(device)).name
+        except BackendUnavailableError as unavailable:
+            error = str(unavailable)
+        backends = {row["backend"]: row[cell] for row in table}
+        ops.append(
+            {"op": op, "device": device, "selected": selected, "error": error, "backends": backends}
+        )
+    return ops
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or vague there
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    gib = properties.total_memory / 2**30
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"

