@@ -32,7 +32,7 @@ class QuantizeConfig:
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     samples, seq_len: calibration sequences and their length in tokens.
     seed: of calibration sampling and of every random matrix.
-    skip: modules, by name, parent or last component, that stay in floating point like lm_head.
+    skip: modules that stay in floating point like lm_head, by whole components of their names.
     """
 
     method: Method = "duquant++"

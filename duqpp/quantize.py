@@ -97,7 +97,7 @@ def quantize_model(
         layout = layout_of(config, _provenance(source, config, data))
         stack = DecoderStack(source)
         groups, resumed = _quantize_blocks(stack, config, layout, tokens, work, progress)
-        _finish(source.config, tokenizer, layout, stack.dtype, work, groups)
+        _finish(source, tokenizer, layout, stack.dtype, work, groups)
     except CheckpointError as error:  # a file of an earlier run, which the other files outlive
         raise CheckpointError(f"{error}; remove that file, and continue with --resume") from error
     except DuqppError:
@@ -190,29 +190,31 @@ def _finished_block(
 
 
 def _finish(
-    model_config: Any,
+    source: Source,
     tokenizer: Any,
     layout: Layout,
     dtype: torch.dtype,
     work: Path,
     groups: list[GroupReport],
 ) -> None:
-    """Configuration, index, tokenizer and report."""
+    """Configurations, index, tokenizer and report."""
     weight_map, size = {}, 0
     for shard in sorted(work.glob("*.safetensors")):
         for name, tensor in read_shard(shard).items():
             weight_map[name] = shard.name
             size += tensor.numel() * tensor.element_size()
     write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    model_config.save_pretrained(work)
+    source.config.save_pretrained(work)
     config = read_json(work / "config.json")
     for transient in ("_name_or_path", "quantization_config"):
         config.pop(transient, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = config.get("architectures") or [_causal_class(model_config)]
+    config["architectures"] = config.get("architectures") or [_causal_class(source.config)]
     config["quantization_config"] = layout.to_dict()
     write_json(work / "config.json", config)
     tokenizer.save_pretrained(work)
+    if (generation := source.generation_config()) is not None:
+        generation.save_pretrained(work)
     write_json(work / REPORT_FILE, {"groups": [group.to_dict() for group in groups]})
 
 

@@ -336,7 +336,10 @@ def _quantize_weights(
     if hessian is None:
         quantized = quantize(exact, rule=config.weight_rule)
     else:
-        quantized = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
+        try:
+            quantized = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
+        except InputError as error:
+            raise InputError(f"{layer_prefix(index)}.{names[0]}: {error}") from error
     rows = [plan.weights[n].shape[0] for n in names]
     parts = zip(
         names,

@@ -28,6 +28,8 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
     Returns: MXFP4Tensor [N, K], row-major scales.
     Raises: InputError when H is not finite, or not positive definite even after more damping.
     """
+    if not torch.isfinite(hessian).all():
+        raise InputError("GPTQ: the Hessian has NaN or infinite values")
     dead = hessian.diagonal() == 0
     remaining = weight.clone()
     remaining[:, dead] = 0.0

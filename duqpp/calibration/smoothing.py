@@ -50,7 +50,10 @@ def representable(scales: Tensor, stored: Tensor) -> Tensor:
     Args:
         scales: float64 [K].
         stored: floating point [K], what will be divided by the scales.
-    Returns: float64 [K]; unchanged where `stored` is 0.
+    Returns: float64 [K]; unchanged where `stored` is 0, and 1 where the quotient leaves the range
+        of its dtype, by overflow or by vanishing.
     """
     rounded = (stored.double() / scales).to(stored.dtype).double()
-    return torch.where(rounded == 0, scales, stored.double() / rounded)
+    held = rounded.isfinite() & (rounded != 0)
+    nudged = torch.where(held, stored.double() / rounded, torch.ones_like(scales))
+    return torch.where(stored == 0, scales, nudged)

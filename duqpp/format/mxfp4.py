@@ -33,8 +33,8 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     """Round each block of 32 values along the last dimension to MXFP4.
 
     ``codes = encode_e2m1(x * 2**(127 - e))`` with e from the block's amax under `rule`.
-    A block that is all zero has e = 0 and codes of (signed) zeros. A block with an infinity or a NaN has
-    e = 255, so that it dequantizes to NaN; its codes carry no meaning.
+    A block that is all zero has e = 0 and codes of (signed) zeros. A block with an infinity or a
+    NaN has e = 255, so that it dequantizes to NaN; its codes carry no meaning.
 
     Args:
         x: floating point [..., K], K a multiple of 32; computed in float32.

@@ -52,8 +52,8 @@ def layer_prefix(index: int) -> str:
 
 
 def is_skipped(name: str, skip: tuple[str, ...] | list[str]) -> bool:
-    """Whether a module is in the skip list: by name, by a parent's name, or by last component."""
-    return any(name == s or name.startswith(s + ".") or name.endswith("." + s) for s in skip)
+    """Whether a skip list has a module: an entry is a run of whole components of its name."""
+    return any(f".{entry}." in f".{name}." for entry in skip)
 
 
 def quantized_groups(index: int, skip: tuple[str, ...] | list[str]) -> list[LinearGroup]:

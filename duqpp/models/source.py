@@ -33,6 +33,9 @@ class Source(Protocol):
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
 
+    def generation_config(self) -> Any | None:
+        """The model's transformers generation configuration, such as its stop tokens, if any."""
+
 
 def open_source(model: str) -> Source:
     """Open a local folder, a .gguf file that transformers can load, or a hub repository by name.
@@ -97,6 +100,13 @@ class SafetensorsSource:
 
         return _load(AutoTokenizer, self._folder, "tokenizer")
 
+    def generation_config(self) -> Any | None:
+        from transformers import GenerationConfig
+
+        if not (self._folder / "generation_config.json").exists():
+            return None
+        return _load(GenerationConfig, self._folder, "generation configuration")
+
     def _reader(self, shard: Path) -> Any:
         if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time
             self._open = (shard, _open_shard(shard))
@@ -109,6 +119,7 @@ class GgufSource:
     def __init__(self, file: Path) -> None:
         model, self._tokenizer = load_gguf(file)
         self.config = model.config
+        self._generation_config = model.generation_config
         self._file = file
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.names = frozenset(self._tensors)
@@ -120,6 +131,9 @@ class GgufSource:
 
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    def generation_config(self) -> Any | None:
+        return self._generation_config
 
 
 def is_gguf(model: str) -> bool:

@@ -10,6 +10,8 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.ops import mxfp4_gemm, mxfp4_linear, rotate_quantize
 from duqpp.ops.reference import rotate_blocks
 
+_MATRICES = ("rotation", "pre_rotation")
+
 
 @dataclass(frozen=True)
 class SharedInput:
@@ -115,12 +117,13 @@ class MXFP4Linear(nn.Module):
         return x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves between devices, but keeps rotations in bfloat16: weights are folded with those."""
+        """Moves between devices, but keeps rotations as they are: weights are folded with those."""
+        stored = {n: m.data for n in _MATRICES if (m := getattr(self, n)) is not None}
         super()._apply(fn, recurse)
-        for name in ("rotation", "pre_rotation"):
+        for name, values in stored.items():
             matrix = getattr(self, name)
-            if matrix is not None and matrix.dtype != torch.bfloat16:
-                matrix.data = matrix.data.to(torch.bfloat16)
+            if matrix.dtype != torch.bfloat16:  # rounded to another dtype: take the original back
+                matrix.data = values.to(matrix.device)
         return self
 
     def extra_repr(self) -> str:

@@ -56,14 +56,8 @@ def mxfp4_gemm(
     Returns: [M, N] in out_dtype, rounded once.
     Raises: ValueError for shapes or dtypes that do not fit; BackendUnavailableError.
     """
-    for name, operand in (("a", a), ("b", b)):
-        if operand.codes.dtype != torch.uint8 or operand.codes.dim() != 2:
-            raise ValueError(
-                f"mxfp4_gemm: {name}.codes must be uint8 [rows, K/2], got "
-                f"{operand.codes.dtype} {list(operand.codes.shape)}"
-            )
-        if operand.scales.dtype != torch.uint8:
-            raise ValueError(f"mxfp4_gemm: {name}.scales must be uint8, got {operand.scales.dtype}")
+    _check_operand("mxfp4_gemm", "a", a)
+    _check_operand("mxfp4_gemm", "b", b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"mxfp4_gemm: a has K = {a.shape[1]} but b has K = {b.shape[1]}")
     _check_bias("mxfp4_gemm", bias, b.shape[0])
@@ -92,6 +86,7 @@ def mxfp4_linear(
     """
     _check_input("mxfp4_linear", x)
     _check_rotation("mxfp4_linear", rotation, x.shape[-1])
+    _check_operand("mxfp4_linear", "weight", weight)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"mxfp4_linear: x has K = {x.shape[-1]}, weight has K = {weight.shape[1]}")
     _check_bias("mxfp4_linear", bias, weight.shape[0])
@@ -125,6 +120,27 @@ def _check_rotation(op: str, rotation: Tensor | None, columns: int) -> None:
         )
     if rotation.dtype != torch.bfloat16:
         raise ValueError(f"{op}: rotation must be bfloat16, got {rotation.dtype}")
+
+
+def _check_operand(op: str, name: str, operand: MXFP4Tensor) -> None:
+    codes, scales = operand.codes, operand.scales
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(
+            f"{op}: {name}.codes must be uint8 [rows, K/2], got {codes.dtype} {list(codes.shape)}"
+        )
+    if codes.shape[1] == 0 or codes.shape[1] * 2 % BLOCK_SIZE:
+        raise ValueError(
+            f"{op}: {name}.codes must be uint8 [rows, K/2], K a multiple of 32, "
+            f"got {list(codes.shape)}"
+        )
+    if scales.dtype != torch.uint8:
+        raise ValueError(f"{op}: {name}.scales must be uint8, got {scales.dtype}")
+    # The layout is the backend's own; every layout has at least a byte for each block.
+    blocks = codes.shape[0] * (codes.shape[1] * 2 // BLOCK_SIZE)
+    if scales.numel() < blocks:
+        raise ValueError(
+            f"{op}: {name}.scales must hold {blocks} blocks' scales, got {list(scales.shape)}"
+        )
 
 
 def _check_bias(op: str, bias: Tensor | None, columns: int) -> None:

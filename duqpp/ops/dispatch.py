@@ -53,7 +53,8 @@ def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
 
 @functools.cache
 def _select(op: str, device_type: str, device_index: int | None, backend: str) -> Backend:
-    device = torch.device(device_type, device_index) if device_index else torch.device(device_type)
+    # Index 0 is a device of its own; None is whichever is current.
+    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     runnable = {b.name: b for b in BACKENDS if b.unavailable_reason(op, device) is None}
     if backend == "auto" and runnable:
         return next(iter(runnable.values()))

@@ -15,6 +15,7 @@ from duqpp.rotation.block_rotation import BlockRotation, InputTransform
 from duqpp.threads import single_thread
 
 MAX_ROWS = 2048  # rows of 32 that one search keeps, see `_rows_that_may_peak`
+_ROWS_AT_A_TIME = 2**16  # of x R when all rows are measured: 8 MB in float32
 
 StepOrder = Literal["spread-first", "mix-first"]
 
@@ -55,9 +56,9 @@ def greedy_rotation(
     spread = hadamard(BLOCK_SIZE)
     steps = spread @ mix if order == "spread-first" else mix @ spread  # [max_steps, 32, 32]
 
-    x = _rows_that_may_peak(x)
     with single_thread():
-        return _search(x, steps)
+        found = _search(_rows_that_may_peak(x), steps)
+    return _measured_on_all_rows(x, found)
 
 
 def _search(x: Tensor, steps: Tensor) -> GreedyResult:
@@ -130,12 +131,39 @@ def _rows_that_may_peak(x: Tensor) -> Tensor:
 
     A rotation keeps norms, so a row peaks at most at its norm, and the row of the largest norm at
     least at that norm / sqrt(32): rows with less norm than this never hold the peak. Of the others
-    the `MAX_ROWS` of largest norm are kept, which bounds the time.
+    the `MAX_ROWS` of largest norm are kept, which bounds the time, and besides them the row that
+    holds each channel's peak, so that the search starts from the outlier there is.
     """
     norms = x.norm(dim=-1)
     enough = (norms * BLOCK_SIZE**0.5 >= norms.amax(1, keepdim=True)).sum(1).max()
     kept = norms.topk(min(int(enough), MAX_ROWS), dim=1).indices
+    if enough > MAX_ROWS:
+        highest, lowest = x.max(1), x.min(1)
+        above = highest.values >= -lowest.values
+        kept = torch.cat((kept, torch.where(above, highest.indices, lowest.indices)), dim=1)
     return x.gather(1, kept[..., None].expand(-1, -1, BLOCK_SIZE))
+
+
+def _measured_on_all_rows(x: Tensor, found: GreedyResult) -> GreedyResult:
+    """The result with its peaks over every row of x [G, n, 32], not just those of the search.
+
+    Where the rows left out make the rotation worse than none, none it is.
+    """
+    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64).expand_as(found.rotation)
+    before, after = _largest(x, identity), _largest(x, found.rotation)
+    kept = after <= before
+    return GreedyResult(
+        torch.where(kept[:, None, None], found.rotation, identity),
+        before,
+        torch.minimum(after, before),
+        torch.where(kept, found.steps, 0),
+    )
+
+
+def _largest(x: Tensor, rotation: Tensor) -> Tensor:
+    """The largest magnitude of x R in each group, for x [G, n, 32] and R [G, 32, 32]: [G]."""
+    parts = x.split(max(1, _ROWS_AT_A_TIME // len(x)), dim=1)
+    return torch.stack([(p @ rotation.to(x.dtype)).abs().amax((1, 2)) for p in parts]).amax(0)
 
 
 def _peak(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,230 @@
+"""GPTQ: round-to-nearest where it must be, better where it can be, and a textbook in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from duqpp.calibration.gptq import gptq
+from duqpp.errors import InputError
+from duqpp.format import MXFP4Tensor, ScaleRule, dequantize, quantize
+from duqpp.format.e2m1 import unpack_e2m1
+from tests import inputs, oracle
+
+RULES = list(ScaleRule)
+
+
+def correlated(k: int, seed: int, rows: int = 4096) -> torch.Tensor:
+    """A Hessian of activations that a few directions dominate: float32 [K, K]."""
+    mix = inputs.gaussian(k // 4, k, seed) * 3
+    x = inputs.gaussian(rows, k // 4, seed + 1) @ mix + inputs.gaussian(rows, k, seed + 2)
+    return x.T @ x * (2 / rows)
+
+
+def weighted_error(weight: torch.Tensor, quantized: MXFP4Tensor, H: torch.Tensor) -> float:
+    """tr (W - Q) H (W - Q).T in float64."""
+    difference = (weight - dequantize(quantized)).double()
+    return float(torch.einsum("nk,kl,nl->", difference, H.double(), difference))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_a_diagonal_hessian_gives_round_to_nearest(rule, damping):
+    for make in (inputs.outliers, inputs.grid_and_ties, inputs.zero_blocks):
+        weight = make(40, 160, seed=1)
+        weight = torch.where(weight == 0, 0.0, weight)  # no -0: adding a zero makes it 0
+        H = torch.diag(torch.exp(inputs.gaussian(1, 160, seed=2)[0] * 2))
+        quantized, nearest = (
+            gptq(weight, H, rule=rule, damping=damping),
+            quantize(weight, rule=rule),
+        )
+        oracle.assert_same(quantized.scales, nearest.scales, f"scales, {make.__name__}")
+        oracle.assert_same(quantized.codes, nearest.codes, f"codes, {make.__name__}")
+
+
+@pytest.mark.parametrize("rule", [ScaleRule.EVEN, ScaleRule.MSE])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_correlated_hessian_lowers_the_weighted_error_by_a_margin(rule, seed):
+    weight, H = inputs.gaussian(48, 128, seed), correlated(128, seed + 10)
+    error = weighted_error(weight, gptq(weight, H, rule=rule, damping=0.01), H)
+    nearest = weighted_error(weight, quantize(weight, rule=rule), H)
+    assert error < 0.5 * nearest
+
+
+def test_errors_reach_later_blocks_and_not_just_their_own():
+    """H ties column 5 to column 40: what rounding 5 loses, 40 makes up for."""
+    H = torch.eye(64)
+    H[5, 40] = H[40, 5] = 0.9
+    weight = torch.zeros(1, 64)
+    weight[0, 0] = weight[0, 32] = 6.0  # both blocks have scale 1
+    weight[0, 5], weight[0, 40] = 1.2, 2.0
+    values = dequantize(gptq(weight, H, rule=ScaleRule.FLOOR, damping=1e-9))
+    # 1.2 becomes 1.0; the best w[40] is then 2.0 + 0.9 * 0.2 = 2.18, which is still 2.
+    assert (values[0, 5], values[0, 40]) == (1.0, 2.0)
+    weight[0, 40] = 2.4
+    values = dequantize(gptq(weight, H, rule=ScaleRule.FLOOR, damping=1e-9))
+    # 2.4 + 0.18 = 2.58 passes the midpoint 2.5.
+    assert (values[0, 5], values[0, 40]) == (1.0, 3.0)
+
+
+def test_the_scale_of_a_block_is_chosen_when_it_is_reached():
+    """Compensation makes the second block's only value larger, beyond the next power of two."""
+    H = torch.eye(64)
+    H[5, 40] = H[40, 5] = 0.9
+    weight = torch.zeros(1, 64)
+    weight[0, 0], weight[0, 5], weight[0, 40] = 6.0, 1.2, 3.9
+    quantized = gptq(weight, H, rule=ScaleRule.FLOOR, damping=1e-9)
+    assert quantize(weight, rule=ScaleRule.FLOOR).scales.tolist() == [[127, 126]]
+    assert quantized.scales.tolist() == [[127, 127]]
+    assert dequantize(quantized)[0, 40] == 4.0
+
+
+def test_dead_columns_are_zero_and_disturb_nothing():
+    k, dead = 96, [0, 17, 40, 95]
+    weight, H = inputs.gaussian(20, k, seed=3), correlated(k, seed=4)
+    H[dead] = H[:, dead] = 0.0
+    quantized = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.01)
+    values = dequantize(quantized)
+    assert not values[:, dead].any()
+    without = weight.clone()
+    without[:, dead] = 0.0
+    same = gptq(without, H, rule=ScaleRule.EVEN, damping=0.01)
+    oracle.assert_same(same.codes, quantized.codes, "codes with zero weights there")
+    nearest = weighted_error(without, quantize(without, rule=ScaleRule.EVEN), H)
+    assert weighted_error(without, quantized, H) < 0.6 * nearest
+
+
+def test_dead_columns_do_not_enter_the_damping():
+    """Damping is a fraction of the mean diagonal of the columns that are used."""
+    k = 64
+    weight, H = inputs.gaussian(20, k, seed=5), correlated(k, seed=6)
+    padded_H = torch.zeros(2 * k, 2 * k)
+    padded_H[:k, :k] = H
+    padded = torch.cat((weight, inputs.gaussian(20, k, seed=7)), dim=1)
+    alone = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.5)
+    beside = gptq(padded, padded_H, rule=ScaleRule.EVEN, damping=0.5)
+    oracle.assert_same(beside.codes[:, : k // 2], alone.codes, "codes")
+    assert not beside.codes[:, k // 2 :].any()
+
+
+def test_a_hessian_of_zeros_gives_zeros():
+    quantized = gptq(
+        inputs.gaussian(3, 64, 0), torch.zeros(64, 64), rule=ScaleRule.EVEN, damping=0.1
+    )
+    assert not dequantize(quantized).any()
+
+
+@pytest.mark.parametrize(("rank", "share"), [(1, 0.1), (5, 0.2), (63, 0.8)])
+def test_a_singular_hessian_is_damped(rank, share):
+    x = inputs.gaussian(rank, 64, seed=rank)
+    weight, H = inputs.gaussian(20, 64, seed=8), x.T @ x
+    quantized = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.01)
+    nearest = weighted_error(weight, quantize(weight, rule=ScaleRule.EVEN), H)
+    assert weighted_error(weight, quantized, H) < share * nearest
+
+
+def test_damping_grows_tenfold_until_it_suffices():
+    """A least eigenvalue of -0.05 needs damping above 0.05: 0.01 fails and 0.1 does not."""
+    Q = torch.linalg.qr(inputs.gaussian(64, 64, seed=9).double()).Q
+    eigenvalues = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
+    eigenvalues[0] = -0.05
+    H = (Q * eigenvalues) @ Q.T
+    H = ((H + H.T) / 2).float()
+    assert H.diagonal().mean() == pytest.approx(1, abs=0.02)
+    weight = inputs.gaussian(20, 64, seed=10)
+    fallen_back = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.01)
+    enough = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.1)
+    oracle.assert_same(fallen_back.codes, enough.codes, "codes with ten times the damping")
+    oracle.assert_same(fallen_back.scales, enough.scales, "scales with ten times the damping")
+
+
+def test_a_hessian_beyond_damping_is_an_error():
+    with pytest.raises(InputError) as error:
+        gptq(torch.ones(2, 32), -torch.eye(32), rule=ScaleRule.EVEN, damping=0.01)
+    assert str(error.value) == (
+        "GPTQ: the Hessian is not positive definite with damping up to 1000; "
+        "give more calibration text"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0), (31, 31), (3, 9)])
+def test_a_hessian_that_is_not_finite_is_an_error(value, place):
+    H = torch.eye(32)
+    H[place] = H[place[::-1]] = value
+    with pytest.raises(InputError, match=r"^GPTQ: the Hessian has NaN or infinite values$"):
+        gptq(torch.ones(2, 32), H, rule=ScaleRule.EVEN, damping=0.01)
+
+
+def test_arguments_are_left_as_they_were():
+    weight, H = inputs.gaussian(8, 64, seed=11), correlated(64, seed=12)
+    H[3] = H[:, 3] = 0.0
+    copies = weight.clone(), H.clone()
+    quantized = gptq(weight, H, rule=ScaleRule.EVEN, damping=0.01)
+    oracle.assert_same(weight, copies[0], "weight")
+    oracle.assert_same(H, copies[1], "H")
+    assert quantized.codes.shape == (8, 32)
+    assert quantized.scales.shape == (8, 2)
+    assert quantized.codes.dtype == quantized.scales.dtype == torch.uint8
+
+
+def test_rows_are_independent():
+    weight, H = inputs.gaussian(10, 96, seed=13), correlated(96, seed=14)
+    together = gptq(weight, H, rule=ScaleRule.MSE, damping=0.01)
+    for part in (slice(0, 3), slice(3, 10)):
+        alone = gptq(weight[part], H, rule=ScaleRule.MSE, damping=0.01)
+        same = unpack_e2m1(alone.codes) == unpack_e2m1(together.codes[part])
+        assert same.float().mean() > 0.99  # another number of rows may sum in another order
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_a_textbook(rule, seed):
+    """Column by column with the explicit inverse of what is left of H, in float64.
+
+    The textbook takes over each code that was chosen and checks it: it must be what its own value
+    rounds to, give or take the rounding of a float32 computation.
+    """
+    n, k, damping = 12, 96, 0.01
+    weight, H = inputs.outliers(n, k, seed), correlated(k, seed + 20)
+    H[:, 50] = H[50] = 0.0
+    quantized = gptq(weight, H, rule=rule, damping=damping)
+    codes, scales = unpack_e2m1(quantized.codes).numpy(), quantized.scales.numpy()
+
+    W, H = weight.double().numpy().copy(), H.double().numpy()
+    W[:, 50] = 0.0
+    mean = np.diag(H)[np.diag(H) > 0].mean()
+    H = H + np.eye(k) * damping * mean
+    H[50, 50] += mean
+    size = np.abs(W).max(1, keepdims=True)  # of a row: float32 errors are relative to it
+    decided = 0
+    for j in range(k):
+        tolerance = size[:, 0] * 2.0**-18
+        if j % 32 == 0:
+            block = W[:, j : j + 32]
+            check_scales(block, scales[:, j // 32], tolerance, rule)
+        scale = oracle.decode_e8m0(scales[:, j // 32])
+        value = oracle.E2M1_VALUES[codes[:, j]]
+        below = oracle.E2M1_VALUES[oracle.encode_e2m1((W[:, j] - tolerance) / scale)]
+        above = oracle.E2M1_VALUES[oracle.encode_e2m1((W[:, j] + tolerance) / scale)]
+        assert ((below <= value) & (value <= above)).all(), f"column {j}, rule {rule}, seed {seed}"
+        decided += (below == above).sum()
+        inverse = np.linalg.inv(H[j:, j:])
+        error = (W[:, j] - value * scale) / inverse[0, 0]
+        W[:, j:] -= np.outer(error, inverse[0])
+    assert decided > 0.98 * n * k, "the tolerance must decide nearly every code"
+
+
+def check_scales(block: np.ndarray, scales: np.ndarray, tolerance: np.ndarray, rule: ScaleRule):
+    """Scales [N] are those of the float64 block [N, 32] under the rule, give or take tolerance."""
+    amax = np.abs(block).max(1)
+    if rule is ScaleRule.MSE:
+        floor = oracle.scale_exponent(amax, "floor")
+        assert ((floor == scales) | (floor + 1 == scales) | (floor - 1 == scales)).all()
+        chosen = ((oracle.round_block(block, scales) - block) ** 2).sum(-1)
+        for exponent in (floor, floor + 1):
+            other = ((oracle.round_block(block, exponent) - block) ** 2).sum(-1)
+            assert (chosen <= other + tolerance * np.abs(block).max(1) * 32).all()
+        return
+    least = oracle.scale_exponent(np.maximum(amax - tolerance, 0), rule.value)
+    most = oracle.scale_exponent(amax + tolerance, rule.value)
+    assert ((least <= scales) & (scales <= most)).all()

@@ -1,0 +1,62 @@
+"""The GPTQ Hessian against its definition, 2/T sum of y.T y for the rotated rows y."""
+
+import pytest
+import torch
+
+from duqpp.calibration.hessian import HessianAccumulator, transform_second_moment
+from duqpp.rotation import BlockRotation, InputTransform
+from duqpp.rotation.basis import random_orthogonal
+from duqpp.rotation.construct import duquant_transform
+from tests import inputs, oracle
+
+K = 96
+
+
+def transforms(x: torch.Tensor) -> dict[str, InputTransform]:
+    shared = BlockRotation.rounded(random_orthogonal(32, inputs.generator(0)))
+    per_block = random_orthogonal(32, inputs.generator(1), count=K // 32)
+    scales = torch.exp2(torch.rand(K // 32, 32, 1, generator=inputs.generator(2)) * 8 - 4)
+    duquant = duquant_transform(x, inputs.generator(3), per_block=True, max_steps=4)
+    return {
+        "none": InputTransform(),
+        "shared": InputTransform(shared),
+        "per block, smoothed": InputTransform(BlockRotation.rounded(per_block / scales)),
+        "duquant": duquant,
+    }
+
+
+@pytest.mark.parametrize("name", ["none", "shared", "per block, smoothed", "duquant"])
+def test_the_transformed_second_moment_is_that_of_transformed_rows(name):
+    x = inputs.outliers(400, K, seed=4)
+    x[:, 7] += 30 * x[:, 50]  # correlated across blocks
+    transform = transforms(x)[name]
+    gram = x.T @ x
+    kept = gram.clone()
+    H = transform_second_moment(gram, len(x), transform.apply)
+    oracle.assert_same(gram, kept, "gram")
+    y = transform.apply(x.double())
+    direct = 2 / len(x) * y.T @ y
+    assert H.dtype == torch.float32
+    assert float((H - direct).norm() / direct.norm()) < 1e-5
+    assert (H - H.T).abs().max() < 1e-5 * H.abs().max()
+    if name != "none":
+        assert float((2 / len(x) * gram - direct).norm() / direct.norm()) > 0.1
+
+
+def test_a_map_without_symmetry_acts_on_both_sides():
+    x = inputs.small_integers(50, 4, seed=5)
+    T = inputs.small_integers(4, 4, seed=6, limit=3)
+    H = transform_second_moment(x.T @ x, 50, lambda rows: rows @ T)
+    oracle.assert_same(H, (x @ T).T @ (x @ T) * (2 / 50), "H")
+
+
+@pytest.mark.parametrize("sizes", [[64], [1, 2, 61], [32, 32]])
+def test_accumulating_in_batches(sizes):
+    x = inputs.small_integers(64, K, seed=7)
+    accumulator = HessianAccumulator(K)
+    for part in x.split(sizes):
+        accumulator.update(part)
+    H = accumulator.hessian()
+    assert H.dtype == torch.float32
+    oracle.assert_same(H, x.T @ x / 32, "H of 64 rows")
+    oracle.assert_same(accumulator.hessian(), H, "asked again")

@@ -1,0 +1,224 @@
+"""The LLaMA family: linear groups, the skip list, and decoder blocks that run one at a time."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from duqpp.errors import InputError
+from duqpp.models.layout import Layout, convert_block
+from duqpp.models.llama import (
+    ARCHITECTURES,
+    GROUPS,
+    DecoderStack,
+    check_architecture,
+    check_finite,
+    head_dim,
+    is_skipped,
+    is_whole,
+    quantized_groups,
+)
+from duqpp.models.source import open_source
+
+TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_groups_are_all_linears_of_a_block(family, make_tiny):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(family))
+    linears = {n for n, m in model.model.layers[0].named_modules() if isinstance(m, nn.Linear)}
+    grouped = [name for group in GROUPS for name in group.linears]
+    assert sorted(grouped) == sorted(linears)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_linears_of_a_group_read_one_tensor(family, make_tiny):
+    """And a group's producer is what makes its channels: a zeroed channel of it arrives as zero."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(family)).eval()
+    block, inputs = model.model.layers[1], {}
+    with torch.no_grad():
+        for group in GROUPS:
+            producer = block.get_submodule(group.producer)
+            producer.weight.data[3] = 0
+            if getattr(producer, "bias", None) is not None:
+                producer.bias.data[3] = 0
+        for group in GROUPS:
+            for name in group.linears:
+                block.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, name=name: inputs.update({name: args[0]})
+                )
+        model(input_ids=TOKENS)
+    for group in GROUPS:
+        first = inputs[group.linears[0]]
+        assert all(inputs[name] is first for name in group.linears), group.name
+        assert (first[..., 3] == 0).all(), group.name
+        assert (first[..., 4] != 0).any(), group.name
+
+
+@pytest.mark.parametrize(
+    ("skip", "skipped"),
+    [
+        ("lm_head", False),
+        ("down_proj", True),
+        ("mlp.down_proj", True),
+        ("mlp", False),
+        ("model.layers.1", True),
+        ("model.layers.1.mlp", True),
+        ("model.layers.1.mlp.down_proj", True),
+        ("model.layers.11", False),
+        ("model.layers.1.mlp.down", False),
+        ("proj", False),
+        ("own_proj", False),
+        ("model", True),
+        ("", False),
+    ],
+)
+def test_skip_list(skip, skipped):
+    assert is_skipped("model.layers.1.mlp.down_proj", (skip,)) is skipped
+
+
+def test_block_ten_is_not_block_one():
+    assert not is_skipped("model.layers.10.mlp.down_proj", ("model.layers.1",))
+
+
+def test_groups_without_what_is_skipped():
+    assert [g.name for g in quantized_groups(0, ())] == ["qkv", "o", "gate_up", "down"]
+    assert all(is_whole(g) for g in quantized_groups(0, ("o_proj",)))
+    partly = quantized_groups(0, ("up_proj", "self_attn.o_proj", "model.layers.1"))
+    assert [g.name for g in partly] == ["qkv", "gate_up", "down"]
+    assert [is_whole(g) for g in partly] == [True, False, True]
+    assert quantized_groups(1, ("model.layers.1",)) == []
+
+
+def test_architecture_names_what_is_wrong(make_tiny):
+    config = open_source(str(make_tiny("llama"))).config
+    check_architecture(config, ("lm_head", "down_proj", "model.layers.1.self_attn"))
+    with pytest.raises(InputError, match="--skip down_prj names no linear"):
+        check_architecture(config, ("down_prj",))
+    config.hidden_size = 72
+    with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):
+        check_architecture(config, ())
+
+
+def test_head_dim_has_a_default(make_tiny):
+    config = open_source(str(make_tiny("llama"))).config
+    assert head_dim(config) == 16
+    config.head_dim = None
+    assert head_dim(config) == config.hidden_size // config.num_attention_heads
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite(value, dtype):
+    x = torch.randn(5, 7).to(dtype)
+    check_finite(x, "x")
+    check_finite(x[:0], "x")
+    for place in ((0, 0), (4, 6), (2, 3)):
+        y = x.clone()
+        y[place] = value
+        with pytest.raises(InputError, match=r"^some weight has NaN or infinite values$"):
+            check_finite(y, "some weight")
+
+
+# Blocks, one at a time, against the whole model in transformers.
+
+
+def outputs_of_blocks(model) -> list[torch.Tensor]:
+    """What each block of a transformers model gives for TOKENS."""
+    outputs = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model.eval()(input_ids=TOKENS)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_blocks_give_what_the_model_gives(family, dtype, make_tiny):
+    folder = make_tiny(family, "60KB", num_hidden_layers=3)
+    expected = outputs_of_blocks(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    stack = DecoderStack(open_source(str(folder)), dtype=dtype)
+    assert len(stack) == 3
+    inputs = stack.first_inputs(TOKENS)
+    assert inputs.tokens == TOKENS.numel()
+    for index in range(3):
+        inputs.advance(stack.block(index), index)
+        stack.release(index)
+        assert torch.equal(torch.cat(inputs.hidden), expected[index]), index
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_blocks_with_a_sliding_window(family, make_tiny):
+    """Some blocks see a window of 8 tokens only, others all: each gets the mask of its kind."""
+    options = {"sliding_window": 8}
+    if family != "mistral":
+        kinds = ["full_attention", "sliding_attention", "full_attention"]
+        options |= {"use_sliding_window": True, "layer_types": kinds}
+    folder = make_tiny(family, num_hidden_layers=3, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = outputs_of_blocks(model)
+    stack = DecoderStack(open_source(str(folder)))
+    inputs = stack.first_inputs(TOKENS)
+    for index in range(3):
+        inputs.advance(stack.block(index), index)
+        assert torch.equal(torch.cat(inputs.hidden), expected[index]), index
+    whole = make_tiny(family, num_hidden_layers=3)
+    unlimited = outputs_of_blocks(AutoModelForCausalLM.from_pretrained(whole))
+    assert not torch.equal(expected[-1], unlimited[-1]), "the window has no effect in this test"
+
+
+def test_batches_do_not_change_the_activations(tiny_llama, monkeypatch):
+    stack = DecoderStack(open_source(str(tiny_llama)))
+    together = stack.first_inputs(TOKENS)
+    monkeypatch.setattr("duqpp.models.llama.TOKENS_PER_BATCH", 1)
+    apart = stack.first_inputs(TOKENS)
+    assert (len(together.hidden), len(apart.hidden)) == (1, 3)
+    block = stack.block(0)
+    together.advance(block, 0)
+    apart.advance(block, 0)
+    assert torch.allclose(together.hidden[0], torch.cat(apart.hidden), atol=1e-5)
+
+
+def test_rest_is_what_is_outside_the_blocks(make_tiny):
+    for tied in (False, True):
+        folder = make_tiny("llama", tie_word_embeddings=tied)
+        stack = DecoderStack(open_source(str(folder)))
+        names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        assert set(stack.rest()) == names - ({"lm_head.weight"} if tied else set())
+
+
+def test_weights_are_real_only_between_block_and_release(tiny_llama):
+    stack = DecoderStack(open_source(str(tiny_llama)))
+
+    def real() -> list[bool]:
+        parameters = [list(block.parameters()) for block in stack._blocks]
+        return [bool(p) and not any(t.is_meta for t in p) for p in parameters]
+
+    assert real() == [False, False]
+    stack.first_inputs(TOKENS)
+    assert real() == [False, False]
+    stack.block(0)
+    assert real() == [True, False]
+    stack.release(0)
+    stack.block(1)
+    assert real() == [False, True]
+
+
+def test_converted_block_has_the_layout_and_no_weights_of_its_own(tiny_llama):
+    stack = DecoderStack(open_source(str(tiny_llama)))
+    block = stack.block(0)
+    layout = Layout("hadamard", "shared", False, "mse", "even", skip=("o_proj",))
+    convert_block(block, 0, layout, device="cpu")
+    state = block.state_dict()
+    for group in GROUPS:
+        for name in group.linears:
+            packed = name != "self_attn.o_proj"
+            assert (f"{name}.weight_packed" in state) is packed
+            assert (f"{name}.weight" in state) is not packed

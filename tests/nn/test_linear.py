@@ -1,0 +1,230 @@
+"""MXFP4Linear: its definition, its parameters, and inputs that are quantized once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from duqpp.format import ScaleRule
+from duqpp.nn import MXFP4Linear, SharedInput, share_input
+from duqpp.rotation.basis import random_orthogonal
+from tests import inputs, oracle
+
+K, N = 96, 40
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROTATIONS = {
+    "none": {},
+    "shared": {"rotation": (32, 32)},
+    "per block": {"rotation": (3, 32, 32)},
+    "permuted": {"rotation": (32, 32), "pre_rotation": (32, 32), "permutation": True},
+    "permuted per block": {
+        "rotation": (3, 32, 32),
+        "pre_rotation": (3, 32, 32),
+        "permutation": True,
+    },
+}
+each_rotation = pytest.mark.parametrize("shapes", ROTATIONS.values(), ids=ROTATIONS)
+
+
+def make_linear(shapes: dict, *, bias=True, exact=False, rule=ScaleRule.EVEN, dtype=torch.bfloat16):
+    """A seeded MXFP4Linear; `exact` gives it integer matrices, so that sums round nowhere."""
+    options = {"rotation": None} | shapes
+    linear = MXFP4Linear(K, N, bias=bias, rule=rule, dtype=dtype, **options)
+    codes, scales = inputs.mxfp4_operand(N, K, seed=1)
+    linear.weight_packed.data, linear.weight_scale.data = codes, scales
+    for seed, name in enumerate(("rotation", "pre_rotation")):
+        if getattr(linear, name) is not None:
+            shape = getattr(linear, name).shape
+            count = 1 if len(shape) == 2 else shape[0]
+            if exact:
+                matrix = inputs.small_integers(count, 1024, seed=seed)
+            else:
+                matrix = random_orthogonal(32, inputs.generator(seed), count=count)
+            getattr(linear, name).data = matrix.reshape(shape).bfloat16().contiguous()
+    if linear.permutation is not None:
+        linear.permutation.data = torch.randperm(K, generator=inputs.generator(2)).int()
+    if linear.bias is not None:
+        linear.bias.data = (inputs.small_integers(1, N, seed=3)[0] / 4).to(dtype)
+    return linear
+
+
+def transformed(linear: MXFP4Linear, x: torch.Tensor) -> torch.Tensor:
+    """(x P)[permutation] R with each matrix written out over all of K: float64 [M, K]."""
+    x = x.double().reshape(-1, K)
+    for name in ("pre_rotation", "permutation", "rotation"):
+        value = getattr(linear, name)
+        if value is None:
+            continue
+        if name == "permutation":
+            x = torch.stack([x[:, source] for source in value.tolist()], dim=1)
+        else:
+            x = x @ torch.block_diag(*value.double().expand(K // 32, 32, 32))
+    return x
+
+
+@each_rotation
+@pytest.mark.parametrize("rule", list(ScaleRule))
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_the_definition(shapes, rule, with_bias, dtype):
+    linear = make_linear(shapes, bias=with_bias, exact=True, rule=rule, dtype=torch.float32)
+    # Up to 8, so that what lies between two rotations needs more bits than bfloat16 has.
+    x = inputs.small_integers(10, K, seed=4, limit=8).to(dtype)
+    rotated = transformed(linear, x)
+    assert (rotated == rotated.float()).all(), "the test's own rotation must be exact"
+    a = oracle.dequantize(*oracle.quantize(rotated, rule.value))
+    w = oracle.dequantize(linear.weight_packed, linear.weight_scale)
+    expected = torch.from_numpy(a @ w.T)
+    if with_bias:
+        expected = expected + linear.bias.double()
+    assert (expected == expected.float()).all(), "the test's own product must be exact"
+    for y in (linear(x), linear(linear.quantize_input(x))):
+        oracle.assert_same(y + 0, expected.float().to(dtype) + 0, "y")
+
+
+@each_rotation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_has_the_dtype_and_leading_dimensions_of_the_input(shapes, dtype):
+    linear = make_linear(shapes)
+    for shape in ((K,), (2, 3, K), (0, K), (4, 1, K)):
+        y = linear(torch.ones(shape, dtype=dtype))
+        assert (y.shape, y.dtype) == ((*shape[:-1], N), dtype)
+
+
+@each_rotation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_shared_input_gives_the_same_bits(shapes, dtype, with_bias):
+    linear = make_linear(shapes, bias=with_bias)
+    x = inputs.outliers(12, K, seed=5).to(dtype).view(3, 4, K)
+    shared = linear.quantize_input(x)
+    assert isinstance(shared, SharedInput)
+    assert (shared.shape, shared.dtype) == (x.shape, dtype)
+    oracle.assert_same(linear(shared), linear(x), "y of the shared input")
+
+
+@each_rotation
+def test_parameters_are_what_a_checkpoint_holds(shapes):
+    linear = make_linear(shapes)
+    expected = {
+        "weight_packed": ((N, K // 2), torch.uint8),
+        "weight_scale": ((N, K // 32), torch.uint8),
+        "bias": ((N,), torch.bfloat16),
+    }
+    for name in ("rotation", "pre_rotation"):
+        if name in shapes:
+            expected[name] = (shapes[name], torch.bfloat16)
+    if "permutation" in shapes:
+        expected["permutation"] = ((K,), torch.int32)
+    state = linear.state_dict()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == expected
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
+    without_bias = make_linear(shapes, bias=False).state_dict()
+    assert set(without_bias) == set(expected) - {"bias"}
+
+
+@each_rotation
+def test_state_dict_carries_everything(shapes):
+    linear = make_linear(shapes)
+    fresh = MXFP4Linear(
+        K, N, bias=True, rule=ScaleRule.EVEN, **({"rotation": None} | shapes), device="meta"
+    )
+    fresh.load_state_dict(linear.state_dict(), assign=True)
+    x = inputs.outliers(5, K, seed=6)
+    oracle.assert_same(fresh(x), linear(x), "y after loading")
+    oracle.assert_same(copy.deepcopy(linear)(x), linear(x), "y of a copy")
+
+
+@each_rotation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotations_stay_as_they_are_in_any_model_dtype(shapes, dtype):
+    linear = make_linear(shapes)
+    for name in ("rotation", "pre_rotation"):
+        if name in shapes:
+            getattr(linear, name).data.view(-1)[:2] = torch.tensor([3e-7, 2.0**-120])
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    model = nn.Sequential(linear, nn.Linear(N, 8)).to(dtype)
+    assert model[1].weight.dtype == dtype
+    assert linear.bias.dtype == dtype
+    for name, tensor in linear.state_dict().items():
+        if name != "bias":
+            assert tensor.dtype == before[name].dtype
+            oracle.assert_same(tensor, before[name], f"{name} after .to({dtype})")
+    assert model(torch.ones(1, K, dtype=dtype)).dtype == dtype
+
+
+def test_moving_to_the_meta_device_moves_everything():
+    linear = make_linear(ROTATIONS["permuted"]).to(device="meta", dtype=torch.float16)
+    assert {parameter.device.type for parameter in linear.parameters()} == {"meta"}
+    assert linear.rotation.dtype == torch.bfloat16
+
+
+def test_gradients_reach_the_input_through_every_transform():
+    for shapes in ROTATIONS.values():
+        linear = make_linear(shapes, exact=True)
+        x = inputs.small_integers(4, K, seed=7, limit=3).requires_grad_()
+        grad = inputs.small_integers(4, N, seed=8, limit=2)
+        linear(x).backward(grad)
+        w = torch.from_numpy(oracle.dequantize(linear.weight_packed, linear.weight_scale))
+        # The transform is linear: its matrix is what it makes of the unit vectors.
+        matrix = transformed(linear, torch.eye(K))
+        expected = grad.double() @ w @ matrix.T
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_in_features_must_be_a_multiple_of_32():
+    with pytest.raises(
+        ValueError, match=r"^MXFP4Linear: in_features must be a multiple of 32, got 4"
+    ):
+        MXFP4Linear(48, 8, bias=False, rule=ScaleRule.EVEN, rotation=None)
+
+
+def test_an_input_of_another_width_is_an_error():
+    with pytest.raises(ValueError, match=r"^mxfp4_linear: x has K = 64, weight has K = 96$"):
+        make_linear({})(torch.zeros(2, 64))
+
+
+class Owner(nn.Module):
+    """Hands its input to two linears, as attention and MLP do."""
+
+    def __init__(self, linears: list[MXFP4Linear]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+        self.seen: list[type] = []
+
+    def forward(self, hidden_states, scale=1.0):
+        self.seen.append(type(hidden_states))
+        return [linear(hidden_states) * scale for linear in self.linears]
+
+
+@pytest.fixture
+def owner() -> Owner:
+    first = make_linear(ROTATIONS["shared"])
+    second = make_linear(ROTATIONS["shared"])
+    second.weight_packed.data = second.weight_packed.flip(0)
+    owner = Owner([first, second])
+    share_input(owner, [first, second])
+    return owner
+
+
+def test_sharing_changes_no_bit_however_the_input_arrives(owner):
+    x = inputs.outliers(6, K, seed=9).view(2, 3, K)
+    expected = [linear(x) * 2 for linear in owner.linears]
+    for y in (owner(x, 2.0), owner(x, scale=2.0), owner(hidden_states=x, scale=2.0)):
+        for made, wanted in zip(y, expected, strict=True):
+            oracle.assert_same(made, wanted, "y")
+    assert owner.seen == [SharedInput] * 3
+    owner(owner.linears[0].quantize_input(x))
+    assert owner.seen[-1] is SharedInput
+
+
+def test_sharing_steps_aside_for_gradients_and_changes_no_bit(owner):
+    x = inputs.outliers(6, K, seed=9)
+    plain = owner(x)
+    asked = owner(x.clone().requires_grad_())
+    with torch.no_grad():
+        owner(x.clone().requires_grad_())
+    assert owner.seen == [SharedInput, torch.Tensor, SharedInput]
+    for made, wanted in zip(asked, plain, strict=True):
+        oracle.assert_same(made, wanted, "y with gradients")

@@ -1,0 +1,32 @@
+"""The backends that can run here, as parameters of a test, and what makes their results comparable.
+
+A test takes `backend` from `BACKENDS`; one that cannot run here skips with its reason.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from duqpp.format import MXFP4Tensor
+from duqpp.format.scale_layout import unswizzle_scales
+from duqpp.ops import dispatch
+
+CPU = torch.device("cpu")
+
+
+def _parameter(backend: dispatch.Backend):
+    reasons = [backend.unavailable_reason(op, CPU) for op in ("rotate_quantize", "mxfp4_gemm")]
+    reason = next((r for r in reasons if r is not None), None)
+    skip = pytest.mark.skip(reason=f"{backend.name}: {reason}")
+    return pytest.param(backend.name, marks=[] if reason is None else [skip])
+
+
+BACKENDS = [_parameter(backend) for backend in dispatch.BACKENDS]
+
+
+def row_major_scales(quantized: MXFP4Tensor) -> Tensor:
+    """Scales uint8 [M, K/32] of an op's result, whichever layout its backend keeps them in."""
+    rows, k = quantized.shape
+    if quantized.scales.shape == (rows, k // 32):
+        return quantized.scales
+    return unswizzle_scales(quantized.scales.flatten(), rows, k // 32)

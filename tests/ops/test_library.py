@@ -1,0 +1,100 @@
+"""The ops in torch's dispatcher: schemas, fake implementations, autograd registration."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops import library, mxfp4_gemm, mxfp4_linear, prepare_weight, rotate_quantize
+from duqpp.rotation.basis import hadamard, random_orthogonal
+from tests import inputs
+from tests.ops.backends import BACKENDS
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+K, N = 64, 16
+SHARED = hadamard(32).bfloat16()
+PER_BLOCK = random_orthogonal(32, inputs.generator(0), count=K // 32).bfloat16()
+WEIGHT = MXFP4Tensor(*inputs.mxfp4_operand(N, K, seed=1))
+
+
+def test_the_ops_are_in_the_namespace_duqpp(backend):
+    names = ("rotate_quantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_input_gradient")
+    for name in names:
+        assert getattr(torch.ops.duqpp, name).default._schema.name == f"duqpp::{name}"
+
+
+# opcheck: the schema mutates and aliases nothing, the fake implementation agrees with the real one
+# with static and with dynamic shapes, and autograd works under AOTAutograd.
+
+
+@pytest.mark.parametrize("rotation", [None, SHARED, PER_BLOCK], ids=["none", "shared", "per block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck_rotate_quantize(rotation, dtype, backend):
+    x = inputs.gaussian(5, K, seed=2).to(dtype)
+    torch.library.opcheck(library.rotate_quantize, (x, rotation, "even", backend))
+    torch.library.opcheck(library.rotate_quantize, (x.requires_grad_(), rotation, "mse", backend))
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(N, requires_grad=True)], ids=["none", "bias"])
+def test_opcheck_mxfp4_gemm(bias, backend):
+    a = rotate_quantize(inputs.gaussian(5, K, seed=3), None, rule=ScaleRule.EVEN, backend=backend)
+    b = prepare_weight(WEIGHT, backend=backend)
+    arguments = (a.codes, a.scales, b.codes, b.scales, bias, torch.bfloat16, backend)
+    torch.library.opcheck(library.mxfp4_gemm, arguments)
+
+
+@pytest.mark.parametrize("rotation", [None, SHARED, PER_BLOCK], ids=["none", "shared", "per block"])
+def test_opcheck_mxfp4_linear(rotation, backend):
+    x = inputs.gaussian(5, K, seed=4)
+    w, bias = prepare_weight(WEIGHT, backend=backend), torch.ones(N)
+    torch.library.opcheck(
+        library.mxfp4_linear, (x, rotation, "even", w.codes, w.scales, None, backend)
+    )
+    x.requires_grad_()
+    bias.requires_grad_()
+    torch.library.opcheck(
+        library.mxfp4_linear, (x, rotation, "even", w.codes, w.scales, bias, backend)
+    )
+
+
+@pytest.mark.parametrize("rotation", [None, SHARED, PER_BLOCK], ids=["none", "shared", "per block"])
+def test_opcheck_input_gradient(rotation, backend):
+    w, grad = prepare_weight(WEIGHT, backend=backend), inputs.gaussian(5, N, seed=5)
+    torch.library.opcheck(library.mxfp4_linear_input_gradient, (grad, rotation, w.codes, w.scales))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 129])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(rows, dtype, backend):
+    def results(rows, rotation, w, bias):
+        x = torch.ones(rows, 2, K, dtype=dtype)
+        quantized = rotate_quantize(x, rotation, rule=ScaleRule.EVEN, backend=backend)
+        y = mxfp4_gemm(quantized, w, bias, out_dtype=torch.bfloat16, backend=backend)
+        z = mxfp4_linear(x, rotation, w, bias, rule=ScaleRule.EVEN, backend=backend)
+        return quantized.codes, quantized.scales, y, z
+
+    w, bias = prepare_weight(WEIGHT, backend=backend), torch.ones(N)
+    real = results(rows, SHARED, w, bias)
+    with FakeTensorMode() as mode:
+        fake_weight = MXFP4Tensor(mode.from_tensor(w.codes), mode.from_tensor(w.scales))
+        fake = results(rows, mode.from_tensor(SHARED), fake_weight, mode.from_tensor(bias))
+    for made, expected in zip(fake, real, strict=True):
+        assert isinstance(made, torch._subclasses.FakeTensor)
+        assert (made.shape, made.dtype, made.stride()) == (
+            expected.shape,
+            expected.dtype,
+            expected.stride(),
+        )
+
+
+def test_meta_tensors_compute_nothing(backend):
+    x = torch.empty(3, K, device="meta")
+    quantized = rotate_quantize(x, None, rule=ScaleRule.EVEN, backend=backend)
+    assert quantized.codes.device.type == "meta"
+    assert quantized.shape == (3, K)
+
+
+def test_fake_tensors_are_checked_like_real_ones(backend):
+    with FakeTensorMode(), pytest.raises(ValueError, match="K a multiple of 32"):
+        rotate_quantize(torch.zeros(2, 33), None, rule=ScaleRule.EVEN, backend=backend)

@@ -1,0 +1,146 @@
+"""Perplexity against its definition, computed in float64 on full logits."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import duqpp
+from duqpp import evaluate
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.evaluate import perplexity
+
+TOKENS = torch.randint(0, 320, (1000,), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+def direct(model, tokens: torch.Tensor, seq_len: int) -> list[float]:
+    """Each window's mean NLL: for every token but its first, from the logits at the one before."""
+    means = []
+    for start in range(0, len(tokens) - seq_len + 1, seq_len):
+        window = tokens[start : start + seq_len]
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0].double()
+        nll = []
+        for position in range(1, seq_len):
+            row = logits[position - 1]
+            nll.append(float(torch.logsumexp(row, 0) - row[window[position]]))
+        means.append(math.fsum(nll) / len(nll))
+    return means
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 100, 333, 512])
+def test_perplexity_by_definition(seq_len, model):
+    result = perplexity(model, TOKENS, seq_len=seq_len)
+    expected = direct(model, TOKENS, seq_len)
+    assert result.windows == len(expected) == 1000 // seq_len
+    assert result.seq_len == seq_len
+    # float32 logits, log-softmax and a sum: relative 2**-23 each, a few times over.
+    assert result.window_nll == pytest.approx(expected, rel=2e-6)
+    mean = math.fsum(expected) / len(expected)
+    assert result.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_tail_is_dropped_and_windows_do_not_overlap(model):
+    whole = perplexity(model, TOKENS[:900], seq_len=300)
+    tail = perplexity(model, TOKENS[:999], seq_len=300)
+    assert whole.window_nll == tail.window_nll
+    apart = [perplexity(model, TOKENS[i : i + 300], seq_len=300) for i in (0, 300, 600)]
+    assert whole.window_nll == [result.window_nll[0] for result in apart]
+
+
+def test_windows_are_taken_from_the_beginning(model):
+    every = perplexity(model, TOKENS, seq_len=100)
+    few = perplexity(model, TOKENS, seq_len=100, windows=3)
+    assert few.windows == 3 and few.window_nll == every.window_nll[:3]
+    assert perplexity(model, TOKENS, seq_len=100, windows=99).windows == 10
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 99, 100, 4096])
+def test_chunks_of_logits_do_not_matter(chunk, model, monkeypatch):
+    expected = perplexity(model, TOKENS, seq_len=100)
+    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", chunk)
+    result = perplexity(model, TOKENS, seq_len=100)
+    assert result.window_nll == pytest.approx(expected.window_nll, rel=1e-6)
+
+
+def test_logits_are_never_whole(model, monkeypatch):
+    """A long window over a large vocabulary would not fit in memory."""
+    sizes = []
+    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", 64)
+    handle = model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
+    perplexity(model, TOKENS, seq_len=500, windows=1)
+    handle.remove()
+    assert max(sizes) <= 64 and sum(sizes) == 499
+
+
+def test_uniform_model_has_the_vocabulary_as_perplexity(model):
+    head = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data.zero_()
+    result = perplexity(model, TOKENS, seq_len=50)
+    model.lm_head.weight.data.copy_(head)
+    assert result.perplexity == pytest.approx(320, rel=1e-6)
+
+
+def test_bfloat16_model_sums_in_float32(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    result = perplexity(model, TOKENS, seq_len=200)
+    assert result.window_nll == pytest.approx(direct(model, TOKENS, 200), rel=2e-6)
+
+
+def test_quantized_model(tiny_llama, tmp_path):
+    config = QuantizeConfig(method="hadamard")
+    duqpp.quantize_model(str(tiny_llama), tmp_path / "out", config)
+    model = duqpp.from_pretrained(tmp_path / "out")
+    result = perplexity(model, TOKENS, seq_len=100)
+    assert result.window_nll == pytest.approx(direct(model, TOKENS, 100), rel=2e-6)
+    assert result.window_nll == perplexity(model, TOKENS, seq_len=100).window_nll
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seq_len", "windows", "message"),
+    [
+        (99, 100, None, "has 99 tokens, fewer than one window of 100: lower --seq-len"),
+        (0, 2, None, "has 0 tokens"),
+        (50, 1, None, "seq_len must be at least 2, got 1"),
+        (50, 0, None, "seq_len must be at least 2, got 0"),
+        (50, 10, 0, "windows must be at least 1, got 0"),
+        (50, 10, -3, "windows must be at least 1, got -3"),
+    ],
+)
+def test_what_cannot_be_evaluated(tokens, seq_len, windows, message, model):
+    with pytest.raises(InputError, match=message):
+        perplexity(model, TOKENS[:tokens], seq_len=seq_len, windows=windows)
+
+
+def test_tokens_beyond_the_vocabulary(model):
+    with pytest.raises(InputError, match=r"tokens must be in \[0, 320\)"):
+        perplexity(model, TOKENS + 5, seq_len=100)
+
+
+def test_nan_is_not_hidden(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
+    assert math.isnan(perplexity(model, TOKENS, seq_len=100).perplexity)
+
+
+def test_progress_and_json(model):
+    calls = []
+    result = perplexity(model, TOKENS, seq_len=400, progress=lambda *call: calls.append(call))
+    assert calls == [("evaluate", i, 2) for i in range(3)]
+    values = result.to_dict()
+    assert values["perplexity"] == result.perplexity and values["windows"] == 2
+    assert values["window_nll"] == result.window_nll and values["seconds"] > 0
+    assert "non-overlapping windows" in values["convention"]
+
+
+def test_model_is_left_as_it_was(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).train()
+    perplexity(model, TOKENS, seq_len=400)
+    assert model.training and all(p.grad is None for p in model.parameters())

@@ -1,0 +1,150 @@
+"""Imports inside the package point one way. They are read from the source, nothing is run."""
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "duqpp"
+
+# From the bottom up: a module may import from layers below its own, and inside its own package. The
+# members of one layer do not know each other.
+LAYERS = (
+    ("errors", "threads"),
+    ("format",),
+    ("config",),  # its fields are of types that the format defines
+    ("ops",),
+    ("rotation",),
+    ("calibration",),
+    ("nn",),
+    ("models",),
+    ("quantize_block",),
+    ("quantize", "evaluate"),
+    ("integrations",),
+    ("compare", "inspection", "generate", "doctor"),
+    ("options", "plot", "terminal"),
+    ("cli",),
+    ("__main__",),
+)
+# The package itself is above everything. Below, it may only be asked for its version.
+ROOT = "duqpp"
+# What a layer may import from outside while it is itself imported; anything else is imported where
+# it is used, so that the layers up to nn need torch alone.
+BASE = {"torch"}
+HOSTS = {
+    "models": {"safetensors"},
+    "integrations": {"transformers"},
+    "compare": {"safetensors"},
+    "options": {"typer"},
+    "terminal": {"rich"},
+    "cli": {"rich", "typer"},
+}
+
+
+def module_name(path: Path) -> str:
+    """duqpp/ops/library.py is duqpp.ops.library; a package's __init__.py is the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
+
+
+def imported(node: ast.stmt) -> list[str]:
+    """Modules that a statement imports: `from a import b` is a.b where that is a module."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import in line {node.lineno}"
+        inside = [f"{node.module}.{alias.name}" for alias in node.names]
+        modules = [name for name in inside if name in SOURCES]
+        return modules if len(modules) == len(inside) else [*modules, node.module]
+    return []
+
+
+def imports_of(name: str) -> set[str]:
+    """Every module that a module imports, also inside functions."""
+    return {found for node in ast.walk(TREES[name]) for found in imported(node)}
+
+
+def imports_at_import_time(name: str) -> set[str]:
+    """Those outside functions: they are needed as soon as the module is imported."""
+    found, open_nodes = set(), [TREES[name]]
+    while open_nodes:
+        node = open_nodes.pop()
+        found |= set(imported(node))
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        open_nodes += [] if inside else list(ast.iter_child_nodes(node))
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == ROOT}
+
+
+def layer_of(name: str) -> str:
+    """duqpp.ops.library is of layer ops; the package itself is of none."""
+    return name.partition(".")[2].partition(".")[0]
+
+
+def test_the_reader_sees_imports():
+    """The tests below would pass on nothing: what they read must be there."""
+    assert "duqpp.format.e8m0" in imports_of("duqpp.format.mxfp4")
+    assert "duqpp.format" in imports_of("duqpp.config")
+    assert "duqpp.ops.library" in imports_of("duqpp.ops"), "a module named in `from package import`"
+    lazy = imports_of("duqpp.models.llama") - imports_at_import_time("duqpp.models.llama")
+    assert "transformers" in lazy
+
+
+def test_every_module_has_a_layer():
+    unknown = {name for name in SOURCES if name != ROOT and layer_of(name) not in RANK}
+    assert not unknown, f"name their layer in {Path(__file__).name}: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != ROOT])
+def test_imports_point_down(name):
+    layer = layer_of(name)
+    for other in sorted(own(imports_of(name))):
+        if other == ROOT:
+            continue  # see the next test
+        below = RANK[layer_of(other)] < RANK[layer]
+        assert below or layer_of(other) == layer, f"{name} must not import {other}"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != ROOT])
+def test_the_package_is_only_asked_for_its_version(name):
+    tree = TREES[name]
+    from_root = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == ROOT
+        for alias in node.names
+        if f"{ROOT}.{alias.name}" not in SOURCES
+    ]
+    attributes = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == ROOT
+    ]
+    assert set(from_root + attributes) <= {"__version__"}
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    graph = {name: own(imports_of(name)) - {ROOT} for name in SOURCES if name != ROOT}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != ROOT])
+def test_hosts_are_imported_where_they_are_used(name):
+    roots = {found.split(".")[0] for found in imports_at_import_time(name)} - {ROOT}
+    outside = roots - set(sys.stdlib_module_names)
+    assert outside <= BASE | HOSTS.get(layer_of(name), set()), f"{name} imports {outside}"

@@ -1,0 +1,424 @@
+"""quantize_model, end to end on tiny models: what is saved is what was computed, and how it is."""
+
+import gc
+import hashlib
+import itertools
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import duqpp
+from duqpp.config import QuantizeConfig
+from duqpp.format import ScaleRule, dequantize
+from duqpp.models import llama
+from duqpp.models.source import open_source
+from duqpp.nn import MXFP4Linear
+from duqpp.rotation import BlockRotation, InputTransform
+from tests import decoder, oracle
+
+METHODS = ("rtn", "hadamard", "random", "duquant", "duquant++")
+TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+PROMPT = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))
+LINEARS = [f"{group.owner}.{n.rpartition('.')[2]}" for group in llama.GROUPS for n in group.linears]
+BLOCK_LINEARS = 7
+
+
+def config(**options) -> QuantizeConfig:
+    return QuantizeConfig(**({"max_steps": 8} | options))
+
+
+def quantize(model: Path, out: Path, **options) -> Path:
+    duqpp.quantize_model(str(model), out, config(**options), calibration=TOKENS)
+    return out
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=PROMPT).logits
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+
+
+@pytest.fixture
+def finished_blocks(monkeypatch) -> dict[int, torch.nn.Module]:
+    """The decoder blocks as quantization leaves them in memory, by index."""
+    blocks = {}
+    release = llama.DecoderStack.release
+
+    def keep(stack, index):
+        blocks[index] = stack._blocks[index]
+        release(stack, index)
+
+    monkeypatch.setattr(llama.DecoderStack, "release", keep)
+    return blocks
+
+
+def model_of_blocks(source: Path, blocks: dict[int, torch.nn.Module]):
+    """The float model, loaded by transformers, with finished blocks in the place of its own."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for index, block in blocks.items():
+        model.model.layers[index] = block
+    return model
+
+
+def assert_saved_equals_memory(source: Path, blocks: dict, out: Path) -> None:
+    expected = logits(model_of_blocks(source, blocks))
+    assert torch.isfinite(expected).all()
+    loaded = duqpp.from_pretrained(out)
+    assert sum(isinstance(m, MXFP4Linear) for m in loaded.modules()) > 0
+    oracle.assert_same(logits(loaded), expected, "logits of duqpp.from_pretrained")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    oracle.assert_same(logits(loaded), expected, "logits of AutoModelForCausalLM")
+
+
+@pytest.fixture(scope="session")
+def bf16_llama(make_tiny, tmp_path_factory) -> Path:
+    """The tiny Llama in bfloat16, in several shards."""
+    folder = tmp_path_factory.mktemp("tiny_bf16")
+    model = AutoModelForCausalLM.from_pretrained(make_tiny("llama"), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(make_tiny("llama")).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.mark.parametrize("gptq", [False, True], ids=["nearest", "gptq"])
+@pytest.mark.parametrize("rotation", ["shared", "per-block"])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_before_and_after_saving(
+    method, rotation, gptq, tiny_llama, tmp_path, finished_blocks
+):
+    out = quantize(tiny_llama, tmp_path / "out", method=method, rotation=rotation, gptq=gptq)
+    assert_saved_equals_memory(tiny_llama, finished_blocks, out)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", llama.ARCHITECTURES)
+def test_logits_of_every_family(family, tied, make_tiny, tmp_path, finished_blocks):
+    model = make_tiny(family, tie_word_embeddings=tied)
+    out = quantize(model, tmp_path / "out")
+    assert_saved_equals_memory(model, finished_blocks, out)
+    names = decoder.Checkpoint(out).data
+    assert ("lm_head.weight" in names) is not tied
+    biases = [n for n in names if n.endswith("_proj.bias")]
+    assert len(biases) == (6 if family == "qwen2" else 0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "duquant", "duquant++"])
+def test_a_bfloat16_model_in_shards(method, bf16_llama, tmp_path, finished_blocks):
+    out = quantize(bf16_llama, tmp_path / "out", method=method)
+    assert_saved_equals_memory(bf16_llama, finished_blocks, out)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    kinds = {entry["dtype"] for entry in decoder.Checkpoint(out).entries.values()}
+    assert kinds == {"U8", "BF16"} | ({"I32"} if method == "duquant" else set())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip": ("down_proj", "model.layers.0.self_attn")},
+        {"skip": ("model.layers.1",), "gptq": True},
+        {"smooth_alpha": 0.0, "hessian": "quantized", "gptq": True},
+        {"smooth_alpha": 0.5, "method": "hadamard", "next_inputs": "float"},
+        {"activation_rule": ScaleRule.FLOOR, "weight_rule": ScaleRule.CEIL},
+        {"smooth_alpha": 0.5, "method": "rtn", "rotation": "per-block"},
+    ],
+    ids=["skip linears", "skip a block", "quantized hessian", "float inputs", "rules", "scaling"],
+)
+def test_options_survive_saving(options, tiny_llama, tmp_path, finished_blocks):
+    out = quantize(tiny_llama, tmp_path / "out", **options)
+    assert_saved_equals_memory(tiny_llama, finished_blocks, out)
+    loaded = duqpp.from_pretrained(out)
+    quantized = {n for n, m in loaded.named_modules() if isinstance(m, MXFP4Linear)}
+    expected = {
+        f"model.layers.{i}.{n}"
+        for i, n in itertools.product(range(2), LINEARS)
+        if not llama.is_skipped(f"model.layers.{i}.{n}", options.get("skip", ()))
+    }
+    assert quantized == expected
+    rule = options.get("activation_rule", ScaleRule.EVEN)
+    assert {m.rule for m in loaded.modules() if isinstance(m, MXFP4Linear)} == {rule}
+
+
+def test_skipped_linears_keep_their_weights(tiny_llama, tmp_path):
+    """Smoothing never reaches a weight that stays in floating point."""
+    out = quantize(
+        tiny_llama, tmp_path / "out", skip=("up_proj", "model.layers.0.self_attn.k_proj")
+    )
+    saved = decoder.Checkpoint(out)
+    source = open_source(str(tiny_llama))
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.k_proj"):
+        assert name not in saved.linears
+        oracle.assert_same(saved.floats(f"{name}.weight"), source.tensor(f"{name}.weight"), name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_size_on_disk(method, tiny_llama, tmp_path):
+    """4.25 bits per weight, rotations in bfloat16, and not a byte besides."""
+    for rotation, matrices in (("shared", lambda k: 1), ("per-block", lambda k: k // 32)):
+        out = quantize(tiny_llama, tmp_path / rotation, method=method, rotation=rotation)
+        saved = decoder.Checkpoint(out)
+        assert sorted(saved.linears) == sorted(
+            f"model.layers.{i}.{n}" for i, n in itertools.product(range(2), LINEARS)
+        )
+        source = open_source(str(tiny_llama))
+        for name in saved.linears:
+            n, k = source.tensor(f"{name}.weight").shape
+            parts = {key: d for key, d in saved.data.items() if key.startswith(name + ".")}
+            rotations = {"rtn": 0, "duquant": 2}.get(method, 1)
+            expected = n * k // 2 + n * k // 32 + rotations * 2 * 32 * 32 * matrices(k)
+            if method == "rtn":
+                expected = n * k // 2 + n * k // 32
+            if method == "duquant":
+                expected += 4 * k  # the permutation
+            assert sum(map(len, parts.values())) == expected, (name, sorted(parts))
+        total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        headers = total - sum(map(len, saved.data.values()))
+        assert 0 < headers < 250 * len(saved.data)
+
+
+def test_configuration_on_disk(tiny_llama, tmp_path):
+    out = quantize(
+        tiny_llama,
+        tmp_path / "out",
+        method="duquant",
+        rotation="per-block",
+        activation_rule=ScaleRule.CEIL,
+        skip=("model.layers.1.mlp",),
+        seed=5,
+    )
+    config = json.loads((out / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    provenance = quantization.pop("provenance")
+    assert quantization == {
+        "quant_method": "duqpp",
+        "format_version": 1,
+        "method": "duquant",
+        "rotation": "per_block",
+        "permuted": True,
+        "scale_rule": {"weights": "mse", "activations": "ceil"},
+        "modules_to_not_convert": ["lm_head", "model.layers.1.mlp"],
+    }
+    assert provenance["base_model"] == tiny_llama.name
+    assert provenance["calibration"] == "tokens"
+    assert provenance["configuration"]["seed"] == 5
+    assert set(provenance["versions"]) == {"duqpp", "torch", "transformers", "python"}
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    assert str(tiny_llama) not in (out / "config.json").read_text()
+    original = json.loads((tiny_llama / "config.json").read_text())
+    assert config | original == config
+    assert config["dtype"] == "float32" and config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_files_on_disk(tiny_llama, tmp_path):
+    out = quantize(tiny_llama, tmp_path / "sub" / "out")
+    assert sorted(f.name for f in out.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "quantization_report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+    kept = json.loads((out / "generation_config.json").read_text())
+    given = json.loads((tiny_llama / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == given["eos_token_id"] is not None
+    text = "The capital of France is"
+    for folder in (tiny_llama, out):
+        ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        assert ids == AutoTokenizer.from_pretrained(tiny_llama)(text)["input_ids"]
+    for block in range(2):
+        file = out / f"model-0000{block + 2}-of-00003.safetensors"
+        assert all(n.startswith(f"model.layers.{block}.") for n in decoder.read_shard(file)[0])
+
+
+def test_report_of_each_group(tiny_llama, tmp_path):
+    report = duqpp.quantize_model(str(tiny_llama), tmp_path / "out", config(), calibration=TOKENS)
+    assert report.folder == tmp_path / "out" and report.resumed_blocks == 0
+    sizes = [f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")]
+    assert report.weight_bytes == sum(sizes)
+    groups = [f"model.layers.{i}.{g.name}" for i in range(2) for g in llama.GROUPS]
+    assert [g.name for g in report.groups] == groups
+    for group in report.groups:
+        assert 0 < group.weight_error < 0.2 and 0 < group.activation_error < 0.3
+    written = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert written == {"groups": [g.to_dict() for g in report.groups]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rotation", ["shared", "per-block"])
+def test_independent_decoder_reads_the_same_weights(method, rotation, tiny_llama, tmp_path):
+    out = quantize(tiny_llama, tmp_path / "out", method=method, rotation=rotation)
+    saved, model = decoder.Checkpoint(out), duqpp.from_pretrained(out)
+    for name in saved.linears:
+        linear = model.get_submodule(name)
+        stored = saved.rotated_weight(name)
+        oracle.assert_same(dequantize(linear.weight).double(), stored, name)
+        transform = InputTransform(
+            None if linear.rotation is None else BlockRotation(linear.rotation),
+            None if linear.pre_rotation is None else BlockRotation(linear.pre_rotation),
+            linear.permutation,
+        )
+        inputs = torch.eye(linear.in_features, dtype=torch.float64)
+        function = transform.apply(inputs) @ torch.from_numpy(stored).T  # [K, N]
+        effective = torch.from_numpy(saved.effective_weight(name)).T
+        assert (function - effective).abs().max() <= 1e-12 * function.abs().max(), name
+
+
+@pytest.mark.parametrize("rule", ["mse", "floor", "even", "ceil"])
+def test_rtn_weights_are_the_nearest_of_the_format(rule, bf16_llama, tmp_path):
+    out = quantize(bf16_llama, tmp_path / "out", method="rtn", weight_rule=rule)
+    saved, source = decoder.Checkpoint(out), open_source(str(bf16_llama))
+    grid = oracle.E2M1_VALUES
+    for name in saved.linears:
+        weight = source.tensor(f"{name}.weight").double().numpy()
+        scales = np.repeat(saved.scales(name), 32, axis=1)
+        nearest = np.abs(weight[..., None] / scales[..., None] - grid).min(-1) * scales
+        error = np.abs(saved.effective_weight(name) - weight)
+        oracle.assert_same(error, nearest, f"error of {name}")
+        ratio = np.abs(weight).reshape(len(weight), -1, 32).max(-1) / saved.scales(name)
+        low, high = {"floor": (4, 8), "even": (3.5, 7), "ceil": (3, 6.001), "mse": (2, 8)}[rule]
+        assert ratio.min() >= low and ratio.max() < high, name
+
+
+@pytest.mark.parametrize("options", [{"method": "hadamard"}, {"method": "duquant"}, {}])
+@pytest.mark.parametrize("rotation", ["shared", "per-block"])
+def test_decoded_weights_are_close_to_the_original(options, rotation, make_tiny, tmp_path):
+    """Un-rotated, and with smoothing taken back from norms and producers, weights are the old ones.
+
+    The bound is that of 4-bit rounding with blocks of 32; a wrong fold is off by its own size.
+    """
+    folder = make_tiny("qwen2")
+    out = quantize(folder, tmp_path / "out", rotation=rotation, **options)
+    saved, source = decoder.Checkpoint(out), open_source(str(folder))
+
+    def norm_ratio(name: str) -> np.ndarray:
+        return saved.floats(name) / source.tensor(name).double().numpy()
+
+    for name in saved.linears:
+        weight = source.tensor(f"{name}.weight").double().numpy()
+        block, _, linear = name.rpartition(".")
+        layer = block.rpartition(".")[0]
+        effective = saved.effective_weight(name)
+        if linear in ("q_proj", "k_proj", "v_proj"):
+            effective = effective * norm_ratio(f"{layer}.input_layernorm.weight")
+        if linear in ("gate_proj", "up_proj"):
+            effective = effective * norm_ratio(f"{layer}.post_attention_layernorm.weight")
+        if linear in ("q_proj", "k_proj", "gate_proj"):  # their outputs are never smoothed
+            error = np.linalg.norm(effective - weight) / np.linalg.norm(weight)
+            assert error < 0.2, (name, error)
+
+
+def test_shards_of_the_source_do_not_matter(make_tiny, tmp_path):
+    whole = quantize(make_tiny("llama"), tmp_path / "whole", gptq=True)
+    sharded = quantize(make_tiny("llama", shard_size="60KB"), tmp_path / "sharded", gptq=True)
+    first, second = hashes(whole), hashes(sharded)
+    first.pop("config.json"), second.pop("config.json")  # names of the two models
+    assert first == second
+
+
+def test_runs_are_reproducible_and_seeded(tiny_llama, tmp_path):
+    first = hashes(quantize(tiny_llama, tmp_path / "a", method="random", gptq=True))
+    assert first == hashes(quantize(tiny_llama, tmp_path / "b", method="random", gptq=True))
+    other = hashes(quantize(tiny_llama, tmp_path / "c", method="random", gptq=True, seed=1))
+    shards = [name for name in first if name.endswith("-of-00003.safetensors")]
+    assert [first[n] == other[n] for n in sorted(shards)] == [True, False, False]
+
+
+def test_calibration_from_a_text_file(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = config(samples=2, seq_len=32)
+    duqpp.quantize_model(str(tiny_llama), tmp_path / "out", options, calibration=str(text))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["quantization_config"]["provenance"]["calibration"] == "text.txt"
+
+
+def test_progress(tiny_llama, tmp_path):
+    calls = []
+    duqpp.quantize_model(
+        str(tiny_llama),
+        tmp_path / "out",
+        config(method="rtn"),
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [("fingerprint", 0, 1), *(("quantize", i, 2) for i in range(3))]
+
+
+class WatchedSource:
+    """A source that notes, at each read, which tensors that it gave are still alive."""
+
+    def __init__(self, source) -> None:
+        self._source, self.config, self.names = source, source.config, source.names
+        self.given: list[tuple[str, weakref.ref]] = []
+        self.most_blocks = 0
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = self._source.tensor(name)
+        self.given.append((name, weakref.ref(tensor)))
+        self.most_blocks = max(self.most_blocks, len(self.blocks_alive()))
+        return tensor
+
+    def blocks_alive(self) -> set[str]:
+        alive = [name.split(".") for name, ref in self.given if ref() is not None]
+        return {parts[2] for parts in alive if parts[1] == "layers"}
+
+    def tokenizer(self):
+        return self._source.tokenizer()
+
+
+@pytest.mark.parametrize("options", [{"method": "rtn"}, {"gptq": True}, {"next_inputs": "float"}])
+def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, monkeypatch):
+    source = WatchedSource(open_source(str(make_tiny("llama", "60KB", num_hidden_layers=4))))
+    block_bytes = sum(
+        source.tensor(n).nbytes for n in source.names if n.startswith("model.layers.0.")
+    )
+    source.given.clear()
+    real_blocks, reads, live_bytes = [], {}, []
+    stacks = []
+    build = llama.DecoderStack.__init__
+
+    def remember(stack, *args, **kwargs):
+        build(stack, *args, **kwargs)
+        stacks.append(stack)
+
+    monkeypatch.setattr(llama.DecoderStack, "__init__", remember)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "fingerprint":
+            return
+        if done == 0:
+            source.given.clear()  # what the fingerprint and the embeddings read
+            source.most_blocks = 0
+        reads[done] = {n.split(".")[2] for n, _ in source.given if n.startswith("model.layers.")}
+        real_blocks.append(
+            [
+                i
+                for i, b in enumerate(stacks[0]._blocks)
+                if any(not p.is_meta for p in b.parameters())
+            ]
+        )
+        objects = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        tensors = [t for t in objects if not t.is_meta]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        live_bytes.append(sum(storages.values()))
+
+    duqpp.quantize_model(
+        source, tmp_path / "out", config(**options), calibration=TOKENS, progress=progress
+    )
+    assert real_blocks == [[], [], [], [], []]
+    assert reads == {done: {str(i) for i in range(done)} for done in range(5)}
+    assert source.most_blocks == 1
+    assert max(live_bytes) - min(live_bytes) < block_bytes / 2
+    assert source.blocks_alive() == set()
