@@ -91,6 +91,7 @@ def inspect_source(
 ) -> Inspection:
     """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
     check_architecture(source.config, config.skip)
+    config = replace(config, next_inputs="float")
     tokens = tokenize(source.tokenizer(), read_text(calibration))
     sequences = sample_sequences(
         tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed

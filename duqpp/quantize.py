@@ -170,7 +170,6 @@ def _quantize_one(
         if config.next_inputs == "float":
             inputs.hidden = outputs
         else:
-            del outputs
             inputs.advance(block, index)
     return report
 

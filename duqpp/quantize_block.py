@@ -98,8 +98,11 @@ def layout_of(config: QuantizeConfig, provenance: dict[str, Any]) -> Layout:
 
 def collect_statistics(
     block: nn.Module, index: int, inputs: BlockInputs, config: QuantizeConfig
-) -> tuple[dict[str, InputStatistics], list[Tensor]]:
-    """Run the float block over its inputs: statistics by group name, and the block's outputs."""
+) -> tuple[dict[str, InputStatistics], list[Tensor] | None]:
+    """Run the float block over its inputs.
+
+    Returns: statistics by group name, and the block's outputs if the next block reads those.
+    """
     sample = draw_sample(inputs.tokens, SAMPLE_TOKENS, config.seed)
     wants_moment = config.gptq and config.hessian == "float"
     statistics = {}
@@ -111,8 +114,10 @@ def collect_statistics(
                 name, reader.in_features, sample, second_moment=wants_moment
             )
             hooks.enter_context(_observed(reader, statistics[group.name].update))
-        outputs = list(inputs.outputs(block, index))
-    return statistics, outputs
+        if config.next_inputs == "float" or not statistics:
+            return statistics, list(inputs.outputs(block, index))
+        inputs.run_up_to(block, index, reader)  # groups are listed in the order of the forward pass
+    return statistics, None
 
 
 def quantize_block(

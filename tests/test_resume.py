@@ -302,7 +302,7 @@ def test_resumes_a_model_that_was_moved(model, tmp_path):
             "calibration and configuration (gptq, seed)",
         ),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
 )
 def test_refuses_another_job(change, named, model, tmp_path):
     work = interrupted(model, tmp_path / "out")

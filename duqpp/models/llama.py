@@ -1,6 +1,7 @@
 """The LLaMA family: decoder blocks, and the groups of linears in them that share one input."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +219,21 @@ class BlockInputs:
                 out = block(hidden, **arguments[index])
                 yield out[0] if isinstance(out, tuple) else out
 
+    def run_up_to(self, block: nn.Module, index: int, last: nn.Module) -> None:
+        """Run a block over the batches only until `last` gets its input, for its hooks' sake."""
+
+        def stop(*_: Any) -> None:
+            raise _LastInputSeenError
+
+        handle = last.register_forward_pre_hook(stop)  # runs after the hooks that are there already
+        try:
+            with torch.no_grad():
+                for hidden, arguments in zip(self.hidden, self.arguments, strict=True):
+                    with suppress(_LastInputSeenError):
+                        block(hidden, **arguments[index])
+        finally:
+            handle.remove()
+
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the activations by the block's outputs for them."""
         for batch, out in enumerate(self.outputs(block, index)):
@@ -227,6 +243,10 @@ class BlockInputs:
     def tokens(self) -> int:
         """How many tokens there are in all."""
         return sum(h.shape[0] * h.shape[1] for h in self.hidden)
+
+
+class _LastInputSeenError(Exception):
+    """Ends a forward pass whose remaining work is not needed."""
 
 
 class _Probe(nn.Module):
