@@ -318,6 +318,9 @@ def test_decoded_weights_are_close_to_the_original(options, rotation, make_tiny,
         if linear in ("q_proj", "k_proj", "gate_proj"):  # their outputs are never smoothed
             error = np.linalg.norm(effective - weight) / np.linalg.norm(weight)
             assert error < 0.2, (name, error)
+        if linear in ("q_proj", "k_proj"):
+            bias = source.tensor(f"{name}.bias")
+            oracle.assert_same(saved.floats(f"{name}.bias"), bias.double(), f"bias of {name}")
 
 
 def test_shards_of_the_source_do_not_matter(make_tiny, tmp_path):
