@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import CONVENTION, Progress, perplexity
+from duqpp.evaluate import CONVENTION, perplexity
 from duqpp.integrations.transformers import from_pretrained
+from duqpp.models.checkpoint import Progress
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
 from duqpp.quantize import quantize_model

@@ -1,7 +1,6 @@
 """Perplexity, in the convention of the quantization papers."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.models.checkpoint import Progress
 
 CONVENTION = (
     "text tokenized whole without added special tokens, cut into non-overlapping windows, "
     "tail dropped; exp of the mean over windows of each window's mean next-token NLL"
 )
 _LOGIT_TOKENS = 256  # logits of this many tokens at a time: [256, vocabulary] in float32
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.evaluate import Progress
-from duqpp.models.checkpoint import read_json
+from duqpp.models.checkpoint import Progress, read_json
 from duqpp.models.layout import QUANT_METHOD, Layout
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, download, is_gguf, open_source
