@@ -1,0 +1,27 @@
+// The instruction sets that the CPU kernels are written for, and which of them this machine has.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace duqpp::cpu {
+
+// Worst first. Every kernel computes the same bytes on each.
+enum class Isa : int32_t {
+  kPortable = 0,   // C++17, no intrinsics
+  kAvx2 = 1,       // AVX2, FMA, F16C
+  kAvxVnni = 2,    // and AVX-VNNI
+  kAvx512 = 3,     // AVX-512 F, BW, DQ, VL and VNNI
+};
+
+const char* isa_name(Isa isa);  // "portable", "avx2", "avx-vnni", "avx512"
+
+// Those that this machine runs (the operating system saves their registers too), worst first.
+std::vector<Isa> supported_isas();
+
+// The best of them, or the one that DUQPP_CPU_ISA names.
+// Throws std::runtime_error for a name that is unknown or that this machine cannot run.
+Isa selected_isa();
+
+}  // namespace duqpp::cpu

@@ -1,0 +1,22 @@
+// The qualifier of functions that run on the host and on a GPU, and the bits of a float on both.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DUQPP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DUQPP_HOST_DEVICE inline
+#endif
+
+namespace duqpp {
+
+DUQPP_HOST_DEVICE constexpr uint32_t float_bits(float value) {
+  return __builtin_bit_cast(uint32_t, value);
+}
+
+DUQPP_HOST_DEVICE constexpr float float_from_bits(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+
+}  // namespace duqpp

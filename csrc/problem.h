@@ -1,0 +1,50 @@
+// What an op is asked to do, as pointers and sizes: the only thing that the tensor-facing code hands to
+// the kernels. Everything is checked before a problem is filled; kernels trust it.
+#pragma once
+
+#include <cstdint>
+
+#include "format/e8m0.h"
+
+namespace duqpp {
+
+enum class Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+enum class ScaleLayout : int32_t { kRowMajor = 0, kSwizzled = 1 };  // see format/scale_layout.h
+
+// What happens to the input before it is rotated, computed in float32:
+//   kNone: x;  kRmsNorm: x * weight / sqrt(mean(x^2) + epsilon);  kSiluMul: silu(x) * up.
+enum class Prologue : int32_t { kNone = 0, kRmsNorm = 1, kSiluMul = 2 };
+
+// (codes, scales) = quantize(prologue(x) R), block by block of 32 along K.
+struct RotateQuantizeProblem {
+  int64_t M, K;
+  Dtype dtype;           // of x, up and norm_weight
+  Prologue prologue;
+  ScaleRule rule;
+  ScaleLayout scale_layout;
+  const void* x;           // [M, K] contiguous; with kSiluMul the gate
+  const void* up;          // [M, K] contiguous with kSiluMul, else null
+  const void* norm_weight; // [K] with kRmsNorm, or null for ones
+  float epsilon;           // of kRmsNorm
+  const uint16_t* rotation;   // bfloat16 [matrices, 32, 32], or null for the identity
+  int64_t rotation_matrices;  // 1: shared by all blocks; K/32: one per block
+  uint8_t* codes;          // [M, K/2]
+  uint8_t* scales;         // [M, K/32] or the swizzled buffer, padding included
+};
+
+// out = alpha * dequantize(a) dequantize(b)^T + bias: [M, K] times [N, K] transposed.
+struct MXFP4GemmProblem {
+  int64_t M, N, K;
+  const uint8_t* a_codes;   // [M, K/2]
+  const uint8_t* a_scales;  // in the layout that the backend's rotate_quantize writes
+  const uint8_t* b_codes;   // [N, K/2], and b_scales, as the backend's prepare_weight leaves them
+  const uint8_t* b_scales;
+  const void* bias;         // [N] of bias_dtype, or null
+  Dtype bias_dtype;
+  float alpha;
+  void* out;                // [M, N] of out_dtype, contiguous
+  Dtype out_dtype;
+};
+
+}  // namespace duqpp
