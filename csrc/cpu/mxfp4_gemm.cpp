@@ -1,0 +1,256 @@
+// mxfp4_gemm over the kernels of an instruction set: which rows and tiles a thread multiplies, and
+// the memory that it works in.
+#include "cpu/mxfp4_gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/gemm_kernels.h"
+#include "cpu/scratch.h"
+#include "format/mx_block.h"
+#include "format/narrow_float.h"
+
+namespace duqpp::cpu {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls visit(offset in rows, offset in tiles, width) for the elements of one tile: `count`
+// elements of each row, row-major on one side, transposed on the other.
+template <typename Visit>
+void for_each_element(int64_t tile, int64_t N, int64_t count, const Visit& visit) {
+  const int64_t first = tile * kTileRows;
+  const int64_t width = std::min<int64_t>(kTileRows, N - first);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      visit((first + lane) * count + i, first * count + i * width + lane);
+    }
+  }
+}
+
+const GemmKernels& kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512_gemm_kernels();
+  if (isa == Isa::kAvxVnni) return avxvnni_gemm_kernels();
+  if (isa == Isa::kAvx2) return avx2_gemm_kernels();
+#endif
+  (void)isa;
+  return portable_gemm_kernels();
+}
+
+std::vector<float> to_float32(const void* values, int64_t count, Dtype dtype) {
+  std::vector<float> result(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    result[i] = dtype == Dtype::kFloat32 ? static_cast<const float*>(values)[i]
+                : dtype == Dtype::kBFloat16
+                    ? decode_bfloat16(static_cast<const uint16_t*>(values)[i])
+                    : decode_float16(static_cast<const uint16_t*>(values)[i]);
+  }
+  return result;
+}
+
+// The tiles of a prepared weight. A last tile of fewer than 16 rows is copied to a whole one, so
+// that kernels see whole tiles only.
+class TiledWeight {
+ public:
+  TiledWeight(int64_t N, int64_t K, const uint8_t* codes, const uint8_t* scales)
+      : blocks_(K / kBlockSize), whole_tiles_(N / kTileRows), codes_(codes), scales_(scales) {
+    const int64_t width = N % kTileRows;
+    if (width == 0) return;
+    last_codes_.resize(blocks_ * kTileBlockBytes);
+    last_scales_.resize(blocks_ * kTileRows);
+    const uint8_t* const words = codes_ + whole_tiles_ * blocks_ * kTileBlockBytes;
+    for (int64_t i = 0; i < blocks_ * kBlockWords; ++i) {
+      std::memcpy(last_codes_.data() + i * kTileRows * 4, words + i * width * 4, width * 4);
+    }
+    const uint8_t* const bytes = scales_ + whole_tiles_ * blocks_ * kTileRows;
+    for (int64_t i = 0; i < blocks_; ++i) {
+      std::memcpy(last_scales_.data() + i * kTileRows, bytes + i * width, width);
+    }
+  }
+
+  int64_t blocks() const { return blocks_; }
+  const uint8_t* codes(int64_t tile) const {
+    return tile < whole_tiles_ ? codes_ + tile * blocks_ * kTileBlockBytes : last_codes_.data();
+  }
+  const uint8_t* scales(int64_t tile) const {
+    return tile < whole_tiles_ ? scales_ + tile * blocks_ * kTileRows : last_scales_.data();
+  }
+
+ private:
+  int64_t blocks_, whole_tiles_;
+  const uint8_t *codes_, *scales_;
+  std::vector<uint8_t> last_codes_, last_scales_;
+};
+
+// Rows split into row panels of nearly equal size: panel i starts at row begin(i).
+struct RowSplit {
+  int64_t rows, panels;
+  int64_t begin(int64_t panel) const { return panel * rows / panels; }
+  int size(int64_t panel) const { return static_cast<int>(begin(panel + 1) - begin(panel)); }
+};
+
+class Gemm {
+ public:
+  Gemm(const MXFP4GemmProblem& problem, const ParallelFor& parallel_for)
+      : problem_(problem),
+        parallel_for_(parallel_for),
+        weight_(problem.N, problem.K, problem.b_codes, problem.b_scales) {
+    if (problem.bias) {
+      bias_ = to_float32(problem.bias, problem.N, problem.bias_dtype);
+      bias_.resize(problem.N + kMaxPanelColumns);
+    }
+  }
+
+  // Rows [begin, end) of the product, whose scales must suit the kernels.
+  void multiply_rows(const GemmKernels& kernels, int64_t begin, int64_t end) {
+    // Row panels stay in a few MiB whatever M: more rows than that gain nothing from a weight
+    // panel.
+    constexpr int64_t kRowPanelsBytes = 8 << 20;
+    const int64_t row_bytes = std::max<int64_t>(1, weight_.blocks() * kRowPanelBytes);
+    const int64_t chunk =
+        std::max<int64_t>(1, kRowPanelsBytes / row_bytes / kernels.max_rows) * kernels.max_rows;
+    for (int64_t row = begin; row < end; row += chunk) {
+      multiply_chunk(kernels, row, std::min(chunk, end - row));
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxPanelColumns = 64;
+
+  void multiply_chunk(const GemmKernels& kernels, int64_t first_row, int64_t rows) {
+    const int64_t blocks = weight_.blocks();
+    const RowSplit split = {rows, ceil_div(rows, kernels.max_rows)};
+    thread_local Scratch row_scratch;
+    uint8_t* const row_panels = row_scratch.reserve(rows * blocks * kRowPanelBytes);
+
+    // About 10 us of work a task at least: waking a thread costs as much.
+    const int64_t values_per_panel = kernels.max_rows * blocks * kBlockSize;
+    const int64_t grain = ceil_div(int64_t{1} << 16, std::max<int64_t>(1, values_per_panel));
+    parallel_for_(split.panels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t row = split.begin(panel);
+        kernels.expand_rows(problem_.a_codes + (first_row + row) * blocks * kBlockBytes,
+                            problem_.a_scales + (first_row + row) * blocks, split.size(panel),
+                            blocks, row_panels + row * blocks * kRowPanelBytes);
+      }
+    });
+    const int64_t columns = kernels.panel_tiles * kTileRows;
+    parallel_for_(ceil_div(problem_.N, columns), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        multiply_columns(kernels, split, row_panels, first_row, panel * columns);
+      }
+    });
+  }
+
+  // The columns of `out` from first_column, one weight panel of them.
+  void multiply_columns(const GemmKernels& kernels, const RowSplit& split,
+                        const uint8_t* row_panels, int64_t first_row, int64_t first_column) const {
+    const int64_t blocks = weight_.blocks();
+    const int64_t columns =
+        std::min<int64_t>(kernels.panel_tiles * kTileRows, problem_.N - first_column);
+    const int tiles = static_cast<int>(ceil_div(columns, kTileRows));
+    const int64_t first_tile = first_column / kTileRows;
+
+    // With a single row panel, expanding the weights to memory is work without a second use.
+    const bool expand = split.panels > 1 || kernels.multiply_tile == nullptr;
+    thread_local Scratch weight_scratch;
+    uint8_t* weight_panel = nullptr;
+    if (expand) {
+      weight_panel = weight_scratch.reserve(blocks * kernels.panel_tiles * kWeightPanelBytes);
+      for (int i = 0; i < kernels.panel_tiles; ++i) {
+        const int64_t tile =
+            first_tile + std::min(i, tiles - 1);  // an unused place needs values too
+        kernels.expand_tile(weight_.codes(tile), weight_.scales(tile), blocks, i, weight_panel);
+      }
+    }
+    alignas(64) float sums[kMaxRows * kMaxPanelColumns];
+    for (int64_t panel = 0; panel < split.panels; ++panel) {
+      const int64_t row = split.begin(panel);
+      const int rows = split.size(panel);
+      const uint8_t* const row_panel = row_panels + row * blocks * kRowPanelBytes;
+      if (expand) {
+        kernels.multiply_panel(row_panel, rows, weight_panel, blocks, sums);
+      } else {
+        for (int i = 0; i < tiles; ++i) {
+          kernels.multiply_tile(row_panel, rows, weight_.codes(first_tile + i),
+                                weight_.scales(first_tile + i), blocks, sums + i * kTileRows);
+        }
+      }
+      const int64_t element = (first_row + row) * problem_.N + first_column;
+      const int64_t element_bytes = problem_.out_dtype == Dtype::kFloat32 ? 4 : 2;
+      kernels.store(sums, rows, static_cast<int>(columns), problem_.alpha,
+                    bias_.empty() ? nullptr : bias_.data() + first_column,
+                    static_cast<uint8_t*>(problem_.out) + element * element_bytes, problem_.N,
+                    problem_.out_dtype);
+    }
+  }
+
+  static constexpr int64_t kMaxRows = 16;
+
+  const MXFP4GemmProblem& problem_;
+  const ParallelFor& parallel_for_;
+  TiledWeight weight_;
+  std::vector<float> bias_;
+};
+
+}  // namespace
+
+void prepare_weight(int64_t N, int64_t K, const uint8_t* codes, const uint8_t* scales,
+                    uint8_t* tiled_codes, uint8_t* tiled_scales, const ParallelFor& parallel_for) {
+  const int64_t blocks = K / kBlockSize;
+  parallel_for(ceil_div(N, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for_each_element(tile, N, blocks * kBlockWords, [&](int64_t in_rows, int64_t in_tiles) {
+        std::memcpy(tiled_codes + in_tiles * 4, codes + in_rows * 4, 4);
+      });
+      for_each_element(tile, N, blocks, [&](int64_t in_rows, int64_t in_tiles) {
+        tiled_scales[in_tiles] = scales[in_rows];
+      });
+    }
+  });
+}
+
+void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint8_t* tiled_scales,
+                    uint8_t* codes, uint8_t* scales, const ParallelFor& parallel_for) {
+  const int64_t blocks = K / kBlockSize;
+  parallel_for(ceil_div(N, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for_each_element(tile, N, blocks * kBlockWords, [&](int64_t in_rows, int64_t in_tiles) {
+        std::memcpy(codes + in_rows * 4, tiled_codes + in_tiles * 4, 4);
+      });
+      for_each_element(tile, N, blocks, [&](int64_t in_rows, int64_t in_tiles) {
+        scales[in_rows] = tiled_scales[in_tiles];
+      });
+    }
+  });
+}
+
+void mxfp4_gemm(const MXFP4GemmProblem& problem, Isa isa, const ParallelFor& parallel_for) {
+  if (problem.M == 0 || problem.N == 0) return;
+  Gemm gemm(problem, parallel_for);
+  const GemmKernels& kernels = kernels_of(isa);
+  const int64_t blocks = problem.K / kBlockSize;
+
+  // Runs of rows that the kernels take, and of rows with a scale beyond them: those are portable's.
+  const auto fits = [&](int64_t row) {
+    const uint8_t* const scales = problem.a_scales + row * blocks;
+    int beyond = 0;
+    for (int64_t i = 0; i < blocks; ++i) {
+      beyond |= (scales[i] > kernels.max_row_scale) & (scales[i] != kNanScale);
+    }
+    return beyond == 0;
+  };
+  int64_t begin = 0;
+  bool begin_fits = fits(0);
+  for (int64_t row = 1; row <= problem.M; ++row) {
+    const bool row_fits = row < problem.M && fits(row);
+    if (row < problem.M && row_fits == begin_fits) continue;
+    gemm.multiply_rows(begin_fits ? kernels : portable_gemm_kernels(), begin, row);
+    begin = row;
+    begin_fits = row_fits;
+  }
+}
+
+}  // namespace duqpp::cpu

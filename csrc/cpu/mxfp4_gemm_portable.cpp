@@ -1,0 +1,123 @@
+// The definition of mxfp4_gemm in C++17, and the kernels that cover what the vectorized ones leave.
+#include <cmath>
+#include <cstring>
+
+#include "cpu/gemm_kernels.h"
+#include "format/e2m1.h"
+#include "format/e8m0.h"
+#include "format/mx_block.h"
+#include "format/narrow_float.h"
+
+namespace duqpp::cpu {
+namespace {
+
+// The arithmetic of every kernel: sum + d 2^(ea - 127) 2^(eb - 127), rounded once to float32, where
+// d is the exact dot product of a block's E2M1 values. An output is this over the blocks 0, 1, ...
+// in order, from 0; it is then multiplied by alpha, the bias is added, and the result is rounded to
+// the output's type, each of the three once.
+//
+// Here quadruple_dot = 4 d is an integer, a_scale = 2^(ea - 127) / 4 and b_scale = 2^(eb - 127),
+// all exact (a NaN scale is a NaN). Their product with the sum is one fused multiply-add.
+float add_block_product(float sum, int32_t quadruple_dot, float a_scale, float b_scale) {
+  const float dot = static_cast<float>(quadruple_dot);
+  if (!(a_scale >= 0x1p105f)) return std::fma(dot * a_scale, b_scale, sum);
+  // |4 d| is below 2^13, so that dot * a_scale may overflow though the sum does not: 2^32 changes
+  // sides. Where b_scale cannot take it, a d other than 0 gives 2^200 or more, as 2^127 still does.
+  const float raised = b_scale >= 0x1p95f ? 0x1p127f : b_scale * 0x1p32f;
+  return std::fma(dot * (a_scale * 0x1p-32f), raised, sum);
+}
+
+void expand_rows(const uint8_t* codes, const uint8_t* scales, int rows, int64_t blocks,
+                 uint8_t* row_panel) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint8_t* const record = row_panel + block * rows * kRowPanelBytes;
+    for (int row = 0; row < rows; ++row) {
+      const uint8_t* const bytes = codes + (row * blocks + block) * kBlockBytes;
+      for (int i = 0; i < kBlockBytes; ++i) {
+        record[row * 32 + i] = static_cast<uint8_t>(doubled_e2m1(bytes[i] & 15u));
+        record[row * 32 + 16 + i] = static_cast<uint8_t>(doubled_e2m1(bytes[i] >> 4));
+      }
+      const float scale = 0.25f * decode_e8m0(scales[row * blocks + block]);
+      std::memcpy(record + rows * 32 + row * 4, &scale, sizeof scale);
+    }
+  }
+}
+
+// A portable panel is one tile, and it holds a row's 32 values together: int8 [16, 32].
+void expand_tile(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int,
+                 uint8_t* weight_panel) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint8_t* const record = weight_panel + block * kWeightPanelBytes;
+    for (int lane = 0; lane < kTileRows; ++lane) {
+      for (int i = 0; i < kBlockBytes; ++i) {
+        const uint8_t byte =
+            codes[block * kTileBlockBytes + (i / 4 * kTileRows + lane) * 4 + i % 4];
+        record[lane * 32 + i] = static_cast<uint8_t>(doubled_e2m1(byte & 15u));
+        record[lane * 32 + 16 + i] = static_cast<uint8_t>(doubled_e2m1(byte >> 4));
+      }
+      const float scale = decode_e8m0(scales[block * kTileRows + lane]);
+      std::memcpy(record + kTileRows * 32 + lane * 4, &scale, sizeof scale);
+    }
+  }
+}
+
+int32_t integer_dot(const int8_t* a, const int8_t* b) {
+  int32_t dot = 0;
+  for (int i = 0; i < kBlockSize; ++i) dot += static_cast<int32_t>(a[i]) * b[i];
+  return dot;
+}
+
+void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_panel, int64_t blocks,
+                    float* sums) {
+  for (int i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* const activations = row_panel + block * rows * kRowPanelBytes;
+    const uint8_t* const weights = weight_panel + block * kWeightPanelBytes;
+    float b_scales[kTileRows];
+    std::memcpy(b_scales, weights + kTileRows * 32, sizeof b_scales);
+    for (int row = 0; row < rows; ++row) {
+      float a_scale;
+      std::memcpy(&a_scale, activations + rows * 32 + row * 4, sizeof a_scale);
+      for (int lane = 0; lane < kTileRows; ++lane) {
+        const int32_t dot = integer_dot(reinterpret_cast<const int8_t*>(activations) + row * 32,
+                                        reinterpret_cast<const int8_t*>(weights) + lane * 32);
+        float& sum = sums[row * kTileRows + lane];
+        sum = add_block_product(sum, dot, a_scale, b_scales[lane]);
+      }
+    }
+  }
+}
+
+void store(const float* sums, int rows, int columns, float alpha, const float* bias, void* out,
+           int64_t stride, Dtype dtype) {
+  for (int row = 0; row < rows; ++row) {
+    for (int i = 0; i < columns; ++i) {
+      float value = sums[row * kTileRows + i] * alpha;
+      if (bias) value += bias[i];
+      const int64_t index = row * stride + i;
+      if (dtype == Dtype::kFloat32) {
+        const uint32_t bits = is_nan_bits(float_bits(value)) ? kQuietNanBits : float_bits(value);
+        static_cast<float*>(out)[index] = float_from_bits(bits);
+      } else {
+        static_cast<uint16_t*>(out)[index] =
+            dtype == Dtype::kBFloat16 ? encode_bfloat16(value) : encode_float16(value);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const GemmKernels& portable_gemm_kernels() {
+  static constexpr GemmKernels kernels = {/*max_rows=*/4,
+                                          /*panel_tiles=*/1,
+                                          expand_rows,
+                                          /*max_row_scale=*/254,
+                                          expand_tile,
+                                          multiply_panel,
+                                          /*multiply_tile=*/nullptr,
+                                          store};
+  return kernels;
+}
+
+}  // namespace duqpp::cpu
