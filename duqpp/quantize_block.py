@@ -20,7 +20,7 @@ from duqpp.calibration.smoothing import (
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize, quantize
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
 from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
     BlockInputs,
@@ -31,6 +31,7 @@ from duqpp.models.llama import (
     quantized_groups,
 )
 from duqpp.nn import MXFP4Linear
+from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.construct import duquant_transform, outlier_aware
@@ -369,6 +370,7 @@ def _fill(
         linear.permutation.data = transform.permutation.clone()
     if bias is not None:
         linear.bias.data = bias.detach().clone()
+    linear.prepare()
 
 
 def _outputs(plan: _Plan, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "duqpp"
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.
 LAYERS = (
-    ("errors", "threads"),
+    ("_C", "errors", "threads"),  # _C: the compiled library
     ("format",),
     ("config",),  # its fields are of types that the format defines
     ("ops",),

@@ -337,8 +337,8 @@ def test_stored_weights_are_the_rounded_folded_weights(method, rotation, run):
     for name in LINEARS:
         linear = job.quantized.get_submodule(name)
         expected = quantize(job.exact[name], rule=job.config.weight_rule)
-        oracle.assert_same(linear.weight_packed, expected.codes, f"{name} codes")
-        oracle.assert_same(linear.weight_scale, expected.scales, f"{name} scales")
+        oracle.assert_same(linear.weight.codes, expected.codes, f"{name} codes")
+        oracle.assert_same(linear.weight.scales, expected.scales, f"{name} scales")
         assert linear.rule is job.config.activation_rule
     for group in GROUPS:
         first, *others = (job.quantized.get_submodule(name) for name in group.linears)

@@ -83,7 +83,9 @@ std::vector<Isa> supported_isas() {
   return isas;
 }
 
-Isa selected_isa() {
+namespace {
+
+Isa select_isa() {
   const std::vector<Isa> isas = supported_isas();
   const char* const name = std::getenv("DUQPP_CPU_ISA");
   if (name == nullptr || *name == '\0') return isas.back();
@@ -94,6 +96,14 @@ Isa selected_isa() {
   }
   throw std::runtime_error("DUQPP_CPU_ISA must name an instruction set of this machine (" +
                            available + "), got " + name);
+}
+
+}  // namespace
+
+Isa selected_isa() {
+  // Once: in a virtual machine each CPUID instruction costs tens of microseconds.
+  static const Isa selected = select_isa();
+  return selected;
 }
 
 }  // namespace duqpp::cpu

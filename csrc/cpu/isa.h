@@ -20,7 +20,7 @@ const char* isa_name(Isa isa);  // "portable", "avx2", "avx-vnni", "avx512"
 // Those that this machine runs (the operating system saves their registers too), worst first.
 std::vector<Isa> supported_isas();
 
-// The best of them, or the one that DUQPP_CPU_ISA names.
+// The best of them, or the one that DUQPP_CPU_ISA names when this is first called.
 // Throws std::runtime_error for a name that is unknown or that this machine cannot run.
 Isa selected_isa();
 

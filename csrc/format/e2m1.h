@@ -43,6 +43,22 @@ DUQPP_HOST_DEVICE constexpr float decode_e2m1(uint32_t code) {
 }
 static_assert(decode_e2m1(7) == 6.0f && decode_e2m1(15) == -6.0f && decode_e2m1(1) == 0.5f);
 
+// decode_e2m1(encode_e2m1(value)) without the codes, up to the sign of zero: the nearest multiple of the
+// grid's step at that magnitude. Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even,
+// and an integer multiple of the step is even where its code is.
+DUQPP_HOST_DEVICE constexpr float round_to_e2m1(float value) {
+  const float magnitude = float_from_bits(float_bits(value) & 0x7FFFFFFFu);
+  const float step = magnitude < 2.0f ? 0.5f : magnitude < 4.0f ? 1.0f : 2.0f;
+  const float steps_per_unit = magnitude < 2.0f ? 2.0f : magnitude < 4.0f ? 1.0f : 0.5f;
+  const float bounded = magnitude < 6.0f ? magnitude : 6.0f;
+  const float rounded = (bounded * steps_per_unit + 12582912.0f) - 12582912.0f;
+  return float_from_bits((float_bits(value) & 0x80000000u) | float_bits(rounded * step));
+}
+static_assert(round_to_e2m1(0.25f) == 0.0f && round_to_e2m1(0.75f) == 1.0f &&
+              round_to_e2m1(1.75f) == 2.0f && round_to_e2m1(-2.5f) == -2.0f &&
+              round_to_e2m1(3.5f) == 4.0f && round_to_e2m1(5.0f) == 4.0f &&
+              round_to_e2m1(5.5f) == 6.0f && round_to_e2m1(-7.0f) == -6.0f);
+
 // Two codes a byte, the even column in the low nibble.
 DUQPP_HOST_DEVICE constexpr uint8_t pack_e2m1(uint32_t even_column, uint32_t odd_column) {
   return static_cast<uint8_t>(even_column | (odd_column << 4));

@@ -1,4 +1,7 @@
 // The qualifier of functions that run on the host and on a GPU, and the bits of a float on both.
+//
+// Such a function is always inlined: the CPU kernels compile the same headers once per instruction set,
+// and of equal out-of-line copies the linker keeps one, which might be the copy for a better CPU.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +9,7 @@
 #if defined(__CUDACC__)
 #define DUQPP_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DUQPP_HOST_DEVICE inline
+#define DUQPP_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace duqpp {

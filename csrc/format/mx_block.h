@@ -25,8 +25,8 @@ DUQPP_HOST_DEVICE constexpr uint32_t block_amax_bits(const float (&values)[kBloc
 // values that it rounds to. Factored, each term fits 33 bits, so that a double sum of 32 of them is
 // exact in any order and equal errors are seen to be equal.
 DUQPP_HOST_DEVICE constexpr double error_change(float scaled) {
-  const double low = decode_e2m1(encode_e2m1(scaled));
-  const double high = 2.0 * decode_e2m1(encode_e2m1(0.5f * scaled));
+  const double low = round_to_e2m1(scaled);
+  const double high = 2.0f * round_to_e2m1(0.5f * scaled);
   return (high - low) * (high + low - 2.0 * static_cast<double>(scaled));
 }
 

@@ -85,6 +85,7 @@ class DuqppQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, MXFP4Linear):
                 module.requires_grad_(False)
+                module.prepare()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         checksums = {name: checksum(tensor) for name, tensor in model.state_dict().items()}

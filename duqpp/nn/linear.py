@@ -2,12 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
-from duqpp.ops import mxfp4_gemm, mxfp4_linear, rotate_quantize
+from duqpp.ops import (
+    mxfp4_gemm,
+    mxfp4_linear,
+    prepare_weight,
+    restore_weight,
+    rotate_quantize,
+)
+from duqpp.ops.dispatch import select
 from duqpp.ops.reference import rotate_blocks
 
 _MATRICES = ("rotation", "pre_rotation")
@@ -32,7 +40,8 @@ class MXFP4Linear(nn.Module):
     ``y = dequantize(quantize(x R)) @ dequantize(weight).T + bias`` with weight = quantized W R^-T.
 
     Parameters, none of them trained:
-        weight_packed: uint8 [N, K/2]; weight_scale: uint8 [N, K/32], row-major.
+        weight_packed: uint8 [N, K/2]; weight_scale: uint8 [N, K/32]. Row-major until `prepare`, and
+            always in a state dict; `weight` reads them in either state.
         rotation: bfloat16 [32, 32] or [K/32, 32, 32]; None is the identity.
         pre_rotation, permutation: DuQuant's first rotation, and its channel order int32 [K]; they
             act on x before `rotation` does. None in every other method.
@@ -67,6 +76,7 @@ class MXFP4Linear(nn.Module):
             )
         self.in_features, self.out_features = in_features, out_features
         self.rule, self.backend = ScaleRule(rule), backend
+        self._prepared_for: tuple[str, str] | None = None  # backend and device type
 
         def parameter(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Parameter | None:
             if shape is None:
@@ -82,33 +92,68 @@ class MXFP4Linear(nn.Module):
 
     @property
     def weight(self) -> MXFP4Tensor:
-        """The quantized, rotated weight [N, K]."""
-        return MXFP4Tensor(self.weight_packed, self.weight_scale)
+        """The quantized, rotated weight [N, K], row-major."""
+        stored = MXFP4Tensor(self.weight_packed.data, self.weight_scale.data)
+        if self._prepared_for is None:
+            return stored
+        backend, device = self._prepared_for
+        moved = MXFP4Tensor(stored.codes.to(device), stored.scales.to(device))
+        weight = restore_weight(moved, backend=backend)
+        return MXFP4Tensor(
+            weight.codes.to(stored.codes.device), weight.scales.to(stored.codes.device)
+        )
+
+    def prepare(self) -> None:
+        """Bring the weight, in place, into the layout that this device's backend reads.
+
+        Called once the values are loaded; the backend is chosen here and stays. A linear that was
+        not prepared computes the same, but orders its weight anew in every call.
+        """
+        device = self.weight_packed.device
+        if device.type == "meta" or self._prepared_for is not None:
+            return
+        chosen = select("mxfp4_gemm", device, self.backend)
+        prepared = chosen.prepare_weight(self.weight)
+        self.weight_packed.data, self.weight_scale.data = prepared.codes, prepared.scales
+        self._prepared_for = (chosen.name, device.type)
+
+    def _restore(self) -> None:
+        """Undo `prepare`."""
+        weight = self.weight
+        self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
+        self._prepared_for = None
+
+    def _operand(self) -> tuple[MXFP4Tensor, str]:
+        """The weight as a backend's GEMM reads it, and that backend."""
+        stored = MXFP4Tensor(self.weight_packed, self.weight_scale)
+        if self._prepared_for is not None and self._prepared_for[1] == stored.codes.device.type:
+            return stored, self._prepared_for[0]
+        return prepare_weight(self.weight, backend=self.backend), self.backend
 
     def quantize_input(self, x: Tensor) -> SharedInput:
         """Rotate and quantize x [..., K] once, for this linear and those that share its input."""
+        backend = self.backend if self._prepared_for is None else self._prepared_for[0]
         quantized = rotate_quantize(
-            self._prepare(x), self.rotation, rule=self.rule, backend=self.backend
+            self._transform(x), self.rotation, rule=self.rule, backend=backend
         )
         return SharedInput(quantized, x.shape, x.dtype)
 
     def forward(self, x: Tensor | SharedInput) -> Tensor:
         """x [..., K], or an input that is quantized already, to [..., N] in the dtype of x."""
+        weight, backend = self._operand()
         if isinstance(x, SharedInput):
-            y = mxfp4_gemm(
-                x.quantized, self.weight, self.bias, out_dtype=x.dtype, backend=self.backend
-            )
+            y = mxfp4_gemm(x.quantized, weight, self.bias, out_dtype=x.dtype, backend=backend)
             return y.view(*x.shape[:-1], self.out_features)
         return mxfp4_linear(
-            self._prepare(x),
+            self._transform(x),
             self.rotation,
-            self.weight,
+            weight,
             self.bias,
             rule=self.rule,
-            backend=self.backend,
+            backend=backend,
         ).to(x.dtype)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor) -> Tensor:
         """What DuQuant does before the aligned rotation, in float32: rotate, then permute."""
         if self.pre_rotation is not None:
             x = rotate_blocks(x.float(), self.pre_rotation.float())
@@ -118,13 +163,30 @@ class MXFP4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices, but keeps rotations as they are: weights are folded with those."""
+        was_prepared = self._prepared_for is not None
+        if was_prepared:  # another device may have another backend
+            self._restore()
         stored = {n: m.data for n in _MATRICES if (m := getattr(self, n)) is not None}
         super()._apply(fn, recurse)
         for name, values in stored.items():
             matrix = getattr(self, name)
             if matrix.dtype != torch.bfloat16:  # rounded to another dtype: take the original back
                 matrix.data = values.to(matrix.device)
+        if was_prepared:
+            self.prepare()
         return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepared_for is not None:
+            weight = self.weight
+            destination[prefix + "weight_packed"] = weight.codes
+            destination[prefix + "weight_scale"] = weight.scales
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._prepared_for is not None:
+            self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         rotation = "none" if self.rotation is None else list(self.rotation.shape)

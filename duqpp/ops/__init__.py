@@ -1,13 +1,22 @@
-"""The two ops of a quantized linear, with their contracts and argument checks."""
+"""The two ops of a quantized linear and their fused forms: contracts and argument checks."""
 
 import torch
 from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.ops import library
-from duqpp.ops.dispatch import select
+from duqpp.ops.dispatch import available, select
 
-__all__ = ["mxfp4_gemm", "mxfp4_linear", "prepare_weight", "rotate_quantize"]
+__all__ = [
+    "mxfp4_gemm",
+    "mxfp4_linear",
+    "prepare_weight",
+    "quantize",
+    "restore_weight",
+    "rmsnorm_rotate_quantize",
+    "rotate_quantize",
+    "silu_mul_rotate_quantize",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,6 +43,84 @@ def rotate_quantize(
     _check_rotation("rotate_quantize", rotation, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
     return MXFP4Tensor(*library.rotate_quantize(rows, rotation, str(rule), backend))
+
+
+def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
+    """`duqpp.format.quantize` of a tensor on the CPU, by the compiled kernel where it is there.
+
+    Args:
+        x: floating point [..., K], K a multiple of 32.
+        rule: how a block's amax becomes its exponent.
+    Returns: MXFP4Tensor [..., K] with row-major scales, byte for byte that of the definition.
+    """
+    backend = "cpu" if "cpu" in available("rotate_quantize", x.device) else "reference"
+    rows = rotate_quantize(x.float(), None, rule=rule, backend=backend)
+    codes = rows.codes.view(*x.shape[:-1], -1)
+    return MXFP4Tensor(codes, rows.scales.view(*x.shape[:-1], -1))
+
+
+def rmsnorm_rotate_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    rotation: Tensor | None,
+    *,
+    epsilon: float,
+    rule: ScaleRule,
+    backend: str = "auto",
+) -> MXFP4Tensor:
+    """`rotate_quantize` of the RMSNorm of x, in float32 from one end to the other.
+
+    ``x * rsqrt(mean(x**2) + epsilon) * norm_weight``, which is not rounded before it is rotated.
+
+    Args:
+        x, rotation, rule, backend: as of `rotate_quantize`; the mean is over the last dimension.
+        norm_weight: [K] in the dtype of x; None is all ones.
+        epsilon: added to the mean square.
+    Returns, Raises: as `rotate_quantize`.
+    """
+    op = "rmsnorm_rotate_quantize"
+    _check_input(op, x)
+    _check_rotation(op, rotation, x.shape[-1])
+    if norm_weight is not None and (
+        norm_weight.dtype != x.dtype or list(norm_weight.shape) != [x.shape[-1]]
+    ):
+        raise ValueError(
+            f"{op}: norm_weight must be {x.dtype} [{x.shape[-1]}], "
+            f"got {norm_weight.dtype} {list(norm_weight.shape)}"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    return MXFP4Tensor(
+        *library.rmsnorm_rotate_quantize(rows, norm_weight, epsilon, rotation, str(rule), backend)
+    )
+
+
+def silu_mul_rotate_quantize(
+    gate: Tensor,
+    up: Tensor,
+    rotation: Tensor | None,
+    *,
+    rule: ScaleRule,
+    backend: str = "auto",
+) -> MXFP4Tensor:
+    """`rotate_quantize` of ``silu(gate) * up``, in float32 from one end to the other.
+
+    Args:
+        gate, up: [..., K], of one shape and dtype; as x of `rotate_quantize`.
+        rotation, rule, backend: as of `rotate_quantize`.
+    Returns, Raises: as `rotate_quantize`.
+    """
+    op = "silu_mul_rotate_quantize"
+    _check_input(op, gate)
+    _check_rotation(op, rotation, gate.shape[-1])
+    if up.dtype != gate.dtype or up.shape != gate.shape:
+        raise ValueError(
+            f"{op}: up must be {gate.dtype} {list(gate.shape)} like gate, "
+            f"got {up.dtype} {list(up.shape)}"
+        )
+    gate_rows, up_rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
+    return MXFP4Tensor(
+        *library.silu_mul_rotate_quantize(gate_rows, up_rows, rotation, str(rule), backend)
+    )
 
 
 def mxfp4_gemm(
@@ -96,8 +183,23 @@ def mxfp4_linear(
 
 
 def prepare_weight(weight: MXFP4Tensor, *, backend: str = "auto") -> MXFP4Tensor:
-    """A weight [N, K] as checkpoints hold it, in the layout that the backend's GEMM reads."""
-    return select("mxfp4_gemm", weight.codes.device, backend).prepare_weight(weight)
+    """A weight [N, K] as checkpoints hold it, in the layout that the backend's GEMM reads.
+
+    Raises: ValueError when codes and scales are not uint8 [N, K/2] and [N, K/32].
+    """
+    _check_operand("prepare_weight", "weight", weight)
+    rows, columns = weight.shape
+    if list(weight.scales.shape) != [rows, columns // BLOCK_SIZE]:
+        raise ValueError(
+            f"prepare_weight: weight.scales must be [{rows}, {columns // BLOCK_SIZE}], "
+            f"got {list(weight.scales.shape)}"
+        )
+    return MXFP4Tensor(*library.prepare_weight(weight.codes, weight.scales, backend))
+
+
+def restore_weight(weight: MXFP4Tensor, *, backend: str) -> MXFP4Tensor:
+    """The inverse of `prepare_weight` on the named backend."""
+    return select("mxfp4_gemm", weight.codes.device, backend).restore_weight(weight)
 
 
 def _check_input(op: str, x: Tensor) -> None:

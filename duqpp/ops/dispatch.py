@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duqpp.errors import BackendUnavailableError
 from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops.native import CpuBackend
 from duqpp.ops.reference import OPS, ReferenceBackend
 
 ENVIRONMENT_VARIABLE = "DUQPP_BACKEND"
@@ -22,11 +23,32 @@ class Backend(Protocol):
     def unavailable_reason(self, op: str, device: torch.device) -> str | None:
         """Why `op` cannot run on `device` here, in a few words; None when it can."""
 
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of a [rows, columns] tensor in the layout that this GEMM reads."""
+
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         """See `duqpp.ops.rotate_quantize`; scales in the layout that this backend's GEMM reads."""
 
+    def rmsnorm_rotate_quantize(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        epsilon: float,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+    ) -> MXFP4Tensor:
+        """See `duqpp.ops.rmsnorm_rotate_quantize`."""
+
+    def silu_mul_rotate_quantize(
+        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
+    ) -> MXFP4Tensor:
+        """See `duqpp.ops.silu_mul_rotate_quantize`."""
+
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         """A weight as checkpoints hold it, in the layout that this backend's GEMM reads."""
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        """The inverse of `prepare_weight`."""
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -35,7 +57,7 @@ class Backend(Protocol):
 
 
 # Best first: `select` takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (ReferenceBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
 
 
 def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
@@ -43,7 +65,8 @@ def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
 
     Args:
         op: name of a public op.
-        backend: a backend's name, or "auto": what DUQPP_BACKEND names, else the best that can run.
+        backend: a backend's name, or "auto": what DUQPP_BACKEND names, else the best that can run
+            all ops there.
     Raises: BackendUnavailableError naming the reason and what is available instead.
     """
     if backend == "auto":
@@ -57,7 +80,10 @@ def _select(op: str, device_type: str, device_index: int | None, backend: str) -
     device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     runnable = {b.name: b for b in BACKENDS if b.unavailable_reason(op, device) is None}
     if backend == "auto" and runnable:
-        return next(iter(runnable.values()))
+        # One backend for both ops: what one writes is in the layout that its own GEMM reads.
+        for candidate in runnable.values():
+            if all(candidate.unavailable_reason(other, device) is None for other in OPS):
+                return candidate
     if backend in runnable:
         return runnable[backend]
     reasons = {b.name: b.unavailable_reason(op, device) for b in BACKENDS}
@@ -66,6 +92,18 @@ def _select(op: str, device_type: str, device_index: int | None, backend: str) -
         f"{reasons.get(backend, 'no such backend')}; available: {', '.join(runnable) or 'none'} "
         f"({ENVIRONMENT_VARIABLE}=...)"
     )
+
+
+def select_shapes(op: str, device: torch.device, backend: str = "auto") -> Backend:
+    """`select` for results without values: on the meta device, too, where nothing can run."""
+    if device.type != "meta":
+        return select(op, device, backend)
+    return next((b for b in BACKENDS if b.name == backend), BACKENDS[-1])
+
+
+def available(op: str, device: torch.device) -> list[str]:
+    """Names of the backends that can run an op on a device, best first."""
+    return [b.name for b in BACKENDS if b.unavailable_reason(op, device) is None]
 
 
 def capability_table() -> list[dict[str, str]]:

@@ -7,8 +7,8 @@ tensors. Arguments are checked in `duqpp.ops`, before these are called.
 import torch
 from torch import Tensor
 
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
-from duqpp.ops.dispatch import select
+from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
+from duqpp.ops.dispatch import Backend, select, select_shapes
 from duqpp.ops.reference import rotate_blocks
 
 
@@ -24,9 +24,68 @@ def rotate_quantize(
 
 @rotate_quantize.register_fake
 def _(x, rotation, rule, backend):
+    return _empty_quantized(x, select_shapes("rotate_quantize", x.device, backend))
+
+
+def _empty_quantized(x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     codes = x.new_empty((rows, columns // 2), dtype=torch.uint8)
-    return codes, x.new_empty((rows, columns // BLOCK_SIZE), dtype=torch.uint8)
+    return codes, x.new_empty(backend.scales_shape(rows, columns), dtype=torch.uint8)
+
+
+@torch.library.custom_op("duqpp::rmsnorm_rotate_quantize", mutates_args=())
+def rmsnorm_rotate_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    epsilon: float,
+    rotation: Tensor | None,
+    rule: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] to codes uint8 [M, K/2] and scales uint8."""
+    chosen = select("rotate_quantize", x.device, backend)
+    quantized = chosen.rmsnorm_rotate_quantize(x, norm_weight, epsilon, rotation, ScaleRule(rule))
+    return quantized.codes, quantized.scales
+
+
+@rmsnorm_rotate_quantize.register_fake
+def _(x, norm_weight, epsilon, rotation, rule, backend):
+    return _empty_quantized(x, select_shapes("rotate_quantize", x.device, backend))
+
+
+@torch.library.custom_op("duqpp::silu_mul_rotate_quantize", mutates_args=())
+def silu_mul_rotate_quantize(
+    gate: Tensor, up: Tensor, rotation: Tensor | None, rule: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """gate and up [M, K] to codes uint8 [M, K/2] and scales uint8."""
+    chosen = select("rotate_quantize", gate.device, backend)
+    quantized = chosen.silu_mul_rotate_quantize(gate, up, rotation, ScaleRule(rule))
+    return quantized.codes, quantized.scales
+
+
+@silu_mul_rotate_quantize.register_fake
+def _(gate, up, rotation, rule, backend):
+    return _empty_quantized(gate, select_shapes("rotate_quantize", gate.device, backend))
+
+
+@torch.library.custom_op("duqpp::prepare_weight", mutates_args=())
+def prepare_weight(codes: Tensor, scales: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """A row-major weight in the layout that the backend's GEMM reads; never the tensors given."""
+    prepared = select("mxfp4_gemm", codes.device, backend).prepare_weight(
+        MXFP4Tensor(codes, scales)
+    )
+    # An op must not return its own arguments.
+    return (
+        prepared.codes.clone() if prepared.codes is codes else prepared.codes,
+        prepared.scales.clone() if prepared.scales is scales else prepared.scales,
+    )
+
+
+@prepare_weight.register_fake
+def _(codes, scales, backend):
+    chosen = select_shapes("mxfp4_gemm", codes.device, backend)
+    shape = chosen.scales_shape(codes.shape[0], codes.shape[1] * 2)
+    return torch.empty_like(codes), scales.new_empty(shape)
 
 
 @torch.library.custom_op("duqpp::mxfp4_gemm", mutates_args=())
@@ -60,8 +119,9 @@ def mxfp4_linear(
     backend: str,
 ) -> Tensor:
     """rotate_quantize, then mxfp4_gemm, as one differentiable op: x [M, K] to [M, N]."""
-    codes, scales = rotate_quantize(x, rotation, rule, backend)
-    return mxfp4_gemm(codes, scales, weight_codes, weight_scales, bias, x.dtype, backend)
+    chosen = select("mxfp4_gemm", x.device, backend)
+    quantized = chosen.rotate_quantize(x, rotation, ScaleRule(rule))
+    return chosen.mxfp4_gemm(quantized, MXFP4Tensor(weight_codes, weight_scales), bias, x.dtype)
 
 
 @mxfp4_linear.register_fake
@@ -79,7 +139,13 @@ def _save_arity(ctx, inputs, output):
 
 # Codes and scales are integers: nothing flows back through them. A differentiable path is
 # mxfp4_linear, which `duqpp.nn.MXFP4Linear` takes whenever gradients are asked for.
-rotate_quantize.register_autograd(_no_gradient, setup_context=_save_arity)
+for _op in (
+    rotate_quantize,
+    rmsnorm_rotate_quantize,
+    silu_mul_rotate_quantize,
+    prepare_weight,
+):
+    _op.register_autograd(_no_gradient, setup_context=_save_arity)
 
 
 def _gemm_backward(ctx, grad):
@@ -97,22 +163,28 @@ mxfp4_gemm.register_autograd(_gemm_backward, setup_context=_gemm_context)
 
 @torch.library.custom_op("duqpp::mxfp4_linear_input_gradient", mutates_args=())
 def mxfp4_linear_input_gradient(
-    grad: Tensor, rotation: Tensor | None, weight_codes: Tensor, weight_scales: Tensor
+    grad: Tensor,
+    rotation: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    backend: str,
 ) -> Tensor:
     """Straight-through gradient of mxfp4_linear: grad [M, N] times (W R.T) [N, K], to [M, K]."""
-    rotated = grad.float() @ dequantize(MXFP4Tensor(weight_codes, weight_scales))
+    chosen = select("mxfp4_gemm", grad.device, backend)
+    weight = chosen.restore_weight(MXFP4Tensor(weight_codes, weight_scales))
+    rotated = grad.float() @ dequantize(weight)
     if rotation is not None:
         rotated = rotate_blocks(rotated, rotation.float().transpose(-1, -2))
     return rotated.to(grad.dtype)
 
 
 @mxfp4_linear_input_gradient.register_fake
-def _(grad, rotation, weight_codes, weight_scales):
+def _(grad, rotation, weight_codes, weight_scales, backend):
     return grad.new_empty((grad.shape[0], weight_codes.shape[1] * 2))
 
 
 def _linear_context(ctx, inputs, output):
-    _, rotation, _, weight_codes, weight_scales, bias, _ = inputs
+    _, rotation, _, weight_codes, weight_scales, bias, ctx.backend = inputs
     ctx.save_for_backward(rotation, weight_codes, weight_scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -120,7 +192,7 @@ def _linear_context(ctx, inputs, output):
 def _linear_backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = mxfp4_linear_input_gradient(grad, *ctx.saved_tensors)
+        grad_x = mxfp4_linear_input_gradient(grad, *ctx.saved_tensors, ctx.backend)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize, quantize
 
@@ -16,11 +17,36 @@ class ReferenceBackend:
     def unavailable_reason(self, op: str, device: torch.device) -> str | None:
         return None if op in OPS else f"no op named {op}"
 
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return rows, columns // BLOCK_SIZE
+
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         rotated = x.float() if rotation is None else rotate_blocks(x.float(), rotation.float())
         return quantize(rotated, rule=rule)
 
+    def rmsnorm_rotate_quantize(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        epsilon: float,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+    ) -> MXFP4Tensor:
+        x = x.float()
+        normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        if norm_weight is not None:
+            normed = normed * norm_weight.float()
+        return self.rotate_quantize(normed, rotation, rule)
+
+    def silu_mul_rotate_quantize(
+        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
+    ) -> MXFP4Tensor:
+        return self.rotate_quantize(silu(gate.float()) * up.float(), rotation, rule)
+
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        return weight
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return weight
 
     def mxfp4_gemm(

@@ -228,3 +228,71 @@ def test_sharing_steps_aside_for_gradients_and_changes_no_bit(owner):
     assert owner.seen == [SharedInput, torch.Tensor, SharedInput]
     for made, wanted in zip(asked, plain, strict=True):
         oracle.assert_same(made, wanted, "y with gradients")
+
+
+# A prepared linear holds its weight as the backend's GEMM reads it; nothing else may show it.
+
+
+def prepared_linear(**options) -> MXFP4Linear:
+    linear = make_linear(ROTATIONS["shared"], **options)
+    linear.prepare()
+    return linear
+
+
+def test_preparing_changes_no_output_and_takes_no_memory():
+    x = inputs.outliers(5, K, seed=6)
+    plain, prepared = make_linear(ROTATIONS["shared"]), prepared_linear()
+    oracle.assert_same(prepared(x), plain(x), "y")
+    oracle.assert_same(prepared(prepared.quantize_input(x)), plain(x), "y of a shared input")
+    sizes = [sum(p.numel() for p in linear.parameters()) for linear in (plain, prepared)]
+    assert sizes[0] == sizes[1]
+    assert not any(p.requires_grad for p in prepared.parameters())
+    codes = prepared.weight_packed.clone()
+    prepared.prepare()
+    oracle.assert_same(prepared.weight_packed, codes, "codes, prepared twice")
+
+
+def test_a_prepared_linear_saves_what_a_checkpoint_holds():
+    plain, prepared = make_linear(ROTATIONS["shared"]), prepared_linear()
+    assert (prepared.weight_packed != plain.weight_packed).any(), "the layouts must differ here"
+    expected, state = plain.state_dict(), prepared.state_dict()
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        oracle.assert_same(state[name], tensor, name)
+    oracle.assert_same(prepared.weight.codes, plain.weight_packed, "weight.codes")
+
+
+def test_a_prepared_linear_can_be_loaded_copied_and_moved():
+    x = inputs.outliers(5, K, seed=6)
+    expected, other = prepared_linear()(x), prepared_linear()
+    other.weight_packed.data.zero_()
+    other.load_state_dict(prepared_linear().state_dict())
+    oracle.assert_same(other(x), expected, "y after loading")
+    assigned = prepared_linear()
+    assigned.load_state_dict(prepared_linear().state_dict(), assign=True)
+    oracle.assert_same(assigned(x), expected, "y after assigning")
+    oracle.assert_same(copy.deepcopy(prepared_linear())(x), expected, "y of a copy")
+    moved = prepared_linear().to("meta").to_empty(device="cpu")
+    moved.load_state_dict(prepared_linear().state_dict())
+    oracle.assert_same(moved(x), expected, "y after a move through the meta device")
+    half = prepared_linear(bias=False).half()
+    oracle.assert_same(half(x), make_linear(ROTATIONS["shared"], bias=False)(x), "y of half()")
+
+
+def test_a_prepared_linear_keeps_its_backend(monkeypatch):
+    x, linear = inputs.outliers(5, K, seed=6), prepared_linear()
+    expected = linear(x)
+    monkeypatch.setenv("DUQPP_BACKEND", "reference")
+    oracle.assert_same(linear(x), expected, "y: the layout belongs to the backend that was chosen")
+    error = (prepared_linear()(x) - expected).abs().max()
+    assert error <= 2**-6 * expected.abs().max(), "the reference, but for the order of its sums"
+
+
+def test_gradients_of_a_prepared_linear():
+    linear, gradients = make_linear(ROTATIONS["per block"]), []
+    for _ in range(2):
+        x = inputs.outliers(5, K, seed=6).requires_grad_()
+        linear(x).sum().backward()
+        gradients.append(x.grad)
+        linear.prepare()
+    oracle.assert_same(gradients[1], gradients[0], "gradient")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from duqpp.format import MXFP4Tensor
-from duqpp.format.scale_layout import unswizzle_scales
+from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
 from duqpp.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -30,3 +30,11 @@ def row_major_scales(quantized: MXFP4Tensor) -> Tensor:
     if quantized.scales.shape == (rows, k // 32):
         return quantized.scales
     return unswizzle_scales(quantized.scales.flatten(), rows, k // 32)
+
+
+def as_activation(operand: MXFP4Tensor, backend: str) -> MXFP4Tensor:
+    """A row-major operand [M, K] as the backend's own rotate_quantize would have left it."""
+    chosen = dispatch.select("mxfp4_gemm", CPU, backend)
+    if chosen.scales_shape(*operand.shape) == tuple(operand.scales.shape):
+        return operand
+    return MXFP4Tensor(operand.codes, swizzle_scales(operand.scales))

@@ -19,7 +19,10 @@ WEIGHT = MXFP4Tensor(*inputs.mxfp4_operand(N, K, seed=1))
 
 
 def test_the_ops_are_in_the_namespace_duqpp(backend):
-    names = ("rotate_quantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_input_gradient")
+    names = (
+        *("rotate_quantize", "rmsnorm_rotate_quantize", "silu_mul_rotate_quantize"),
+        *("prepare_weight", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_input_gradient"),
+    )
     for name in names:
         assert getattr(torch.ops.duqpp, name).default._schema.name == f"duqpp::{name}"
 
@@ -61,7 +64,21 @@ def test_opcheck_mxfp4_linear(rotation, backend):
 @pytest.mark.parametrize("rotation", [None, SHARED, PER_BLOCK], ids=["none", "shared", "per block"])
 def test_opcheck_input_gradient(rotation, backend):
     w, grad = prepare_weight(WEIGHT, backend=backend), inputs.gaussian(5, N, seed=5)
-    torch.library.opcheck(library.mxfp4_linear_input_gradient, (grad, rotation, w.codes, w.scales))
+    arguments = (grad, rotation, w.codes, w.scales, backend)
+    torch.library.opcheck(library.mxfp4_linear_input_gradient, arguments)
+
+
+@pytest.mark.parametrize("rotation", [None, SHARED, PER_BLOCK], ids=["none", "shared", "per block"])
+def test_opcheck_fused_forms(rotation, backend):
+    x, up = (inputs.gaussian(5, K, seed=seed).bfloat16() for seed in (6, 7))
+    torch.library.opcheck(library.silu_mul_rotate_quantize, (x, up, rotation, "even", backend))
+    for norm_weight in (None, up[0]):
+        arguments = (x, norm_weight, 1e-5, rotation, "even", backend)
+        torch.library.opcheck(library.rmsnorm_rotate_quantize, arguments)
+
+
+def test_opcheck_prepare_weight(backend):
+    torch.library.opcheck(library.prepare_weight, (WEIGHT.codes, WEIGHT.scales, backend))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 129])

@@ -7,7 +7,7 @@ import torch
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import mxfp4_gemm, prepare_weight
 from tests import inputs, oracle
-from tests.ops.backends import BACKENDS
+from tests.ops.backends import BACKENDS, as_activation
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -35,8 +35,8 @@ def round_once(exact: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run(a, b, bias=None, *, out_dtype, backend):
-    """The op on operands as checkpoints hold them; `prepare_weight` gives the backend's layout."""
-    a, b = prepare_weight(a, backend=backend), prepare_weight(b, backend=backend)
+    """The op on row-major operands, brought into the backend's layouts first."""
+    a, b = as_activation(a, backend), prepare_weight(b, backend=backend)
     y = mxfp4_gemm(a, b, bias, out_dtype=out_dtype, backend=backend)
     assert y.dtype == out_dtype
     return y

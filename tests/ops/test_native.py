@@ -1,0 +1,213 @@
+"""The compiled library: what is in it, and the CPU backend on each instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import duqpp._C as _C
+from duqpp.format import MXFP4Tensor, ScaleRule, quantize
+from duqpp.ops import dispatch, mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
+from duqpp.ops import quantize as fast_quantize
+from duqpp.rotation.basis import random_orthogonal
+from tests import inputs, oracle
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Path(_C.__file__)
+CPU = torch.device("cpu")
+
+
+def tool(name: str, *arguments: str) -> str:
+    try:
+        return subprocess.run(
+            [name, *arguments], check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+    except FileNotFoundError:
+        pytest.skip(f"{name} is not installed")
+
+
+def test_the_library_needs_nothing_of_cuda():
+    """It loads where there is no CUDA: nothing undefined is CUDA's, no CUDA library is named."""
+    undefined = tool("nm", "-D", "--undefined-only", str(LIBRARY)).split()
+    foreign = [name for name in undefined if name.startswith(("cuda", "cu", "__cuda"))]
+    assert not foreign
+    needed = [line for line in tool("readelf", "-d", str(LIBRARY)).splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if "cuda" in line or "nvrtc" in line]
+
+
+def test_the_library_names_no_folder_of_the_machine_that_built_it():
+    data = LIBRARY.read_bytes()
+    for folder in {str(ROOT), sys.prefix, str(Path(torch.__file__).parent)}:
+        assert folder.encode() not in data, folder
+
+
+def test_torch_symbols_are_those_of_the_stable_abi():
+    """Its undefined symbols of torch are C functions of the shim: no C++ of one torch version."""
+    lines = tool("nm", "-D", "--undefined-only", str(LIBRARY)).splitlines()
+    names = [line.split()[-1].partition("@")[0] for line in lines]
+    assert any(name.startswith("aoti_torch_") for name in names), "the shim itself"
+    mangled = [name for name in names if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
+    assert not mangled
+
+
+def test_no_kernel_for_one_instruction_set_can_serve_another():
+    """Objects under isa/ define no weak symbol: of equal weak functions the linker keeps one, which
+    might be the one that this CPU cannot run."""
+    objects = sorted(ROOT.glob("build/cmake-*/**/cpu/isa/*.o"))
+    if not objects:
+        pytest.skip("the build folder is not here: duqpp was not built in place")
+    for path in objects:
+        symbols = [line.split() for line in tool("nm", "--defined-only", str(path)).splitlines()]
+        weak = [fields[-1] for fields in symbols if fields[-2] in "WVwvu"]
+        assert not weak, f"{path.name}: {weak}"
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert set(info) >= {"compiler", "cuda_architectures"}
+    assert _C.cpu_isas()[0] == "portable"
+    assert _C.cpu_isa() in _C.cpu_isas()
+
+
+def test_the_cpu_backend_is_the_default_on_a_cpu(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    assert dispatch.select("rotate_quantize", CPU).name == "cpu"
+    assert dispatch.select("mxfp4_gemm", CPU).name == "cpu"
+    reason = dispatch.BACKENDS[0].unavailable_reason("mxfp4_gemm", torch.device("meta"))
+    assert reason == "needs a tensor on the CPU, not on meta"
+
+
+# The same problems in a process for each instruction set; the results are compared as bytes.
+
+PROBLEMS = """
+import sys, torch
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops import *
+from tests import inputs
+from duqpp.rotation.basis import random_orthogonal
+results = []
+for rows, k in ((1, 32), (7, 96), (16, 160), (33, 4096)):
+    x = inputs.outliers(rows, k, seed=rows)
+    matrices = random_orthogonal(32, inputs.generator(k), count=k // 32).bfloat16()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rotation in (None, matrices[0].contiguous(), matrices.contiguous()):
+            for rule in ScaleRule:
+                results += [rotate_quantize(x.to(dtype), rotation, rule=rule)]
+            y = x.flip(0).to(dtype)
+            results += [silu_mul_rotate_quantize(y, x.to(dtype), rotation, rule=ScaleRule.EVEN)]
+            results += [rmsnorm_rotate_quantize(
+                y, y[0], rotation, epsilon=1e-5, rule=ScaleRule.EVEN)]
+    a = results[-1]
+    for n in (1, 8, 40, 129):
+        w = MXFP4Tensor(*inputs.mxfp4_operand(n, k, seed=n, spread=20))
+        p = prepare_weight(w)
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            results += [(p.codes, mxfp4_gemm(a, p, torch.ones(n), out_dtype=out_dtype))]
+pairs = [(r.codes, r.scales) if isinstance(r, MXFP4Tensor) else r for r in results]
+torch.save(pairs, sys.argv[1])
+"""
+
+
+def results_on(isa: str, folder: Path) -> list:
+    file = folder / f"{isa}.pt"
+    environment = os.environ | {
+        "DUQPP_CPU_ISA": isa,
+        "DUQPP_BACKEND": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    subprocess.run(
+        [sys.executable, "-c", PROBLEMS, str(file)], env=environment, check=True, timeout=250
+    )
+    return torch.load(file)
+
+
+def test_every_instruction_set_gives_the_same_bytes(tmp_path):
+    expected = results_on("portable", tmp_path)
+    assert len(expected) > 200
+    for isa in _C.cpu_isas()[1:]:
+        for index, (pair, other) in enumerate(
+            zip(expected, results_on(isa, tmp_path), strict=True)
+        ):
+            for one, two in zip(pair, other, strict=True):
+                oracle.assert_same(two, one, f"{isa}, result {index}")
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    command = "import torch, duqpp._C as c; print(c.cpu_isa())"
+    environment = os.environ | {"DUQPP_CPU_ISA": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert "DUQPP_CPU_ISA" in done.stderr
+    assert "mmx" in done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_byte(rows, threads):
+    x = inputs.outliers(rows, 8192, seed=rows)
+    rotation = random_orthogonal(32, inputs.generator(1), count=256).bfloat16()
+    w = prepare_weight(MXFP4Tensor(*inputs.mxfp4_operand(72, 8192, seed=2, spread=9)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        a = rotate_quantize(x, rotation, rule=ScaleRule.EVEN, backend="cpu")
+        y = mxfp4_gemm(a, w, out_dtype=torch.float32, backend="cpu")
+        torch.set_num_threads(1)
+        b = rotate_quantize(x[-1:], rotation, rule=ScaleRule.EVEN, backend="cpu")
+        z = mxfp4_gemm(b, w, out_dtype=torch.float32, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    oracle.assert_same(b.codes[0], a.codes[-1], "codes")
+    oracle.assert_same(z[0], y[-1], "a row, alone and in its batch")
+
+
+@pytest.mark.parametrize("rule", list(ScaleRule))
+def test_quantize_is_that_of_the_format(rule):
+    x = inputs.grid_and_ties(64, 96, seed=1).view(4, 16, 96)
+    for values in (x, inputs.mse_ties(64, seed=2), inputs.subnormals(16, 64, seed=3)):
+        expected, actual = quantize(values, rule=rule), fast_quantize(values, rule=rule)
+        oracle.assert_same(actual.scales, expected.scales, "scales")
+        oracle.assert_same(actual.codes, expected.codes, "codes")
+
+
+@pytest.mark.parametrize("n", [1, 8, 16, 17, 40, 129])
+@pytest.mark.parametrize("k", [32, 96, 4096])
+def test_a_prepared_weight_has_its_size_and_can_be_restored(n, k):
+    codes = torch.randint(0, 256, (n, k // 2), generator=inputs.generator(n)).byte()
+    scales = torch.randint(0, 256, (n, k // 32), generator=inputs.generator(k)).byte()
+    weight = MXFP4Tensor(codes, scales)
+    prepared = prepare_weight(weight, backend="cpu")
+    assert prepared.codes.shape == codes.shape
+    assert prepared.scales.shape == scales.shape
+    restored = restore_weight(prepared, backend="cpu")
+    oracle.assert_same(restored.codes, codes, "codes")
+    oracle.assert_same(restored.scales, scales, "scales")
+
+
+def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
+    ops = torch.ops.duqpp_native
+    x = torch.zeros(2, 64)
+    w = (torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.uint8))
+    bad = [
+        (ops.rotate_quantize, (x.t(), None, 0), "contiguous"),
+        (ops.rotate_quantize, (x[:, :40].contiguous(), None, 0), "multiple of 32"),
+        (ops.rotate_quantize, (x, torch.zeros(3, 32, 32).bfloat16(), 0), "rotation must be"),
+        (ops.rotate_quantize, (x, torch.zeros(32, 32), 0), "rotation must be bfloat16"),
+        (ops.rotate_quantize, (x, None, 4), "rule"),
+        (ops.rotate_quantize, (x.long(), None, 0), "x must be bfloat16"),
+        (ops.silu_mul_rotate_quantize, (x, x[:1], None, 0), "up must have the shape"),
+        (ops.rmsnorm_rotate_quantize, (x, x[0, :32], 0.0, None, 0), "norm_weight must be"),
+        (ops.prepare_weight, (w[0], w[1][:2]), "weight must be"),
+        (ops.mxfp4_gemm, (*w, w[0][:, :16], w[1], None, torch.float32), "contiguous"),
+        (ops.mxfp4_gemm, (*w, *w, torch.zeros(3), torch.float32), "bias must be"),
+        (ops.mxfp4_gemm, (*w, *w, None, torch.int32), "out must be"),
+    ]
+    for op, arguments, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
