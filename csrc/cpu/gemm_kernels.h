@@ -33,25 +33,23 @@ inline constexpr int64_t kRowPanelBytes = 40;  // of one row and block
 inline constexpr int64_t kWeightPanelBytes = kTileRows * (32 + 4);  // of one tile and block
 
 struct GemmKernels {
-  int max_rows;     // that a row panel may have
-  int panel_tiles;  // of a weight panel
-
-  // codes [rows, K/2] and scales [rows, K/32], row-major, to a row panel. Scale bytes are at most
-  // max_row_scale, or 255.
+  // Activations.
+  int max_row_scale;   // scale bytes that expand_rows takes: up to this, and 255
+  int max_panel_rows;  // of a row panel that multiplies a weight panel
+  int max_tile_rows;   // of a row panel that multiplies a tile as it lies in memory; 0: none does
+  // codes [rows, K/2] and scales [rows, K/32], row-major, to a row panel.
   void (*expand_rows)(const uint8_t* codes, const uint8_t* scales, int rows, int64_t blocks,
                       uint8_t* row_panel);
-  int max_row_scale;
 
-  // Tile `index` of a weight panel from a whole tile.
+  // Weights. A whole tile's blocks to tile `index` of a weight panel.
+  int panel_tiles;
   void (*expand_tile)(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int index,
                       uint8_t* weight_panel);
 
-  // sums [rows, 16 panel_tiles]: see add_block_product in mxfp4_gemm_portable.cpp for the meaning.
+  // Both add blocks to sums [rows, 16 panel_tiles], multiply_tile to 16 columns of it, in the order
+  // and with the rounding of add_block_product (mxfp4_gemm_portable.cpp).
   void (*multiply_panel)(const uint8_t* row_panel, int rows, const uint8_t* weight_panel,
                          int64_t blocks, float* sums);
-
-  // The same for one whole tile as it lies in memory: 16 columns of sums, whose rows are
-  // 16 panel_tiles apart. Null where a panel is always better.
   void (*multiply_tile)(const uint8_t* row_panel, int rows, const uint8_t* codes,
                         const uint8_t* scales, int64_t blocks, float* sums);
 

@@ -105,29 +105,27 @@ class Gemm {
 
   // Rows [begin, end) of the product, whose scales must suit the kernels.
   void multiply_rows(const GemmKernels& kernels, int64_t begin, int64_t end) {
-    // Row panels stay in a few MiB whatever M: more rows than that gain nothing from a weight
-    // panel.
+    // Row panels take a few MiB whatever M. So many rows at a time hide the expansion of the
+    // weights.
     constexpr int64_t kRowPanelsBytes = 8 << 20;
     const int64_t row_bytes = std::max<int64_t>(1, weight_.blocks() * kRowPanelBytes);
-    const int64_t chunk =
-        std::max<int64_t>(1, kRowPanelsBytes / row_bytes / kernels.max_rows) * kernels.max_rows;
+    const int64_t chunk = std::max<int64_t>(kMaxRows, kRowPanelsBytes / row_bytes);
     for (int64_t row = begin; row < end; row += chunk) {
       multiply_chunk(kernels, row, std::min(chunk, end - row));
     }
   }
 
  private:
-  static constexpr int64_t kMaxPanelColumns = 64;
-
   void multiply_chunk(const GemmKernels& kernels, int64_t first_row, int64_t rows) {
     const int64_t blocks = weight_.blocks();
-    const RowSplit split = {rows, ceil_div(rows, kernels.max_rows)};
+    const bool expand = rows > kernels.max_tile_rows;
+    const RowSplit split = {rows, expand ? ceil_div(rows, kernels.max_panel_rows) : 1};
     thread_local Scratch row_scratch;
     uint8_t* const row_panels = row_scratch.reserve(rows * blocks * kRowPanelBytes);
 
     // About 10 us of work a task at least: waking a thread costs as much.
-    const int64_t values_per_panel = kernels.max_rows * blocks * kBlockSize;
-    const int64_t grain = ceil_div(int64_t{1} << 16, std::max<int64_t>(1, values_per_panel));
+    const int64_t values = ceil_div(rows, split.panels) * blocks * kBlockSize;
+    const int64_t grain = ceil_div(int64_t{1} << 16, std::max<int64_t>(1, values));
     parallel_for_(split.panels, grain, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t row = split.begin(panel);
@@ -139,55 +137,66 @@ class Gemm {
     const int64_t columns = kernels.panel_tiles * kTileRows;
     parallel_for_(ceil_div(problem_.N, columns), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        multiply_columns(kernels, split, row_panels, first_row, panel * columns);
+        if (expand) {
+          multiply_expanded(kernels, split, row_panels, first_row, panel * columns);
+        } else {
+          multiply_in_place(kernels, static_cast<int>(rows), row_panels, first_row,
+                            panel * columns);
+        }
       }
     });
   }
 
-  // The columns of `out` from first_column, one weight panel of them.
-  void multiply_columns(const GemmKernels& kernels, const RowSplit& split,
-                        const uint8_t* row_panels, int64_t first_row, int64_t first_column) const {
+  // The columns of `out` from first_column, as many as a weight panel has, for every row panel.
+  void multiply_expanded(const GemmKernels& kernels, const RowSplit& split,
+                         const uint8_t* row_panels, int64_t first_row, int64_t first_column) const {
     const int64_t blocks = weight_.blocks();
-    const int64_t columns =
-        std::min<int64_t>(kernels.panel_tiles * kTileRows, problem_.N - first_column);
-    const int tiles = static_cast<int>(ceil_div(columns, kTileRows));
-    const int64_t first_tile = first_column / kTileRows;
-
-    // With a single row panel, expanding the weights to memory is work without a second use.
-    const bool expand = split.panels > 1 || kernels.multiply_tile == nullptr;
+    const int64_t last_tile = (problem_.N - 1) / kTileRows;
     thread_local Scratch weight_scratch;
-    uint8_t* weight_panel = nullptr;
-    if (expand) {
-      weight_panel = weight_scratch.reserve(blocks * kernels.panel_tiles * kWeightPanelBytes);
-      for (int i = 0; i < kernels.panel_tiles; ++i) {
-        const int64_t tile =
-            first_tile + std::min(i, tiles - 1);  // an unused place needs values too
-        kernels.expand_tile(weight_.codes(tile), weight_.scales(tile), blocks, i, weight_panel);
-      }
+    uint8_t* const weight_panel =
+        weight_scratch.reserve(blocks * kernels.panel_tiles * kWeightPanelBytes);
+    for (int i = 0; i < kernels.panel_tiles; ++i) {
+      const int64_t tile = std::min(first_column / kTileRows + i, last_tile);  // the last one twice
+      kernels.expand_tile(weight_.codes(tile), weight_.scales(tile), blocks, i, weight_panel);
     }
     alignas(64) float sums[kMaxRows * kMaxPanelColumns];
     for (int64_t panel = 0; panel < split.panels; ++panel) {
       const int64_t row = split.begin(panel);
       const int rows = split.size(panel);
-      const uint8_t* const row_panel = row_panels + row * blocks * kRowPanelBytes;
-      if (expand) {
-        kernels.multiply_panel(row_panel, rows, weight_panel, blocks, sums);
-      } else {
-        for (int i = 0; i < tiles; ++i) {
-          kernels.multiply_tile(row_panel, rows, weight_.codes(first_tile + i),
-                                weight_.scales(first_tile + i), blocks, sums + i * kTileRows);
-        }
-      }
-      const int64_t element = (first_row + row) * problem_.N + first_column;
-      const int64_t element_bytes = problem_.out_dtype == Dtype::kFloat32 ? 4 : 2;
-      kernels.store(sums, rows, static_cast<int>(columns), problem_.alpha,
-                    bias_.empty() ? nullptr : bias_.data() + first_column,
-                    static_cast<uint8_t*>(problem_.out) + element * element_bytes, problem_.N,
-                    problem_.out_dtype);
+      kernels.multiply_panel(row_panels + row * blocks * kRowPanelBytes, rows, weight_panel, blocks,
+                             sums);
+      store(kernels, sums, first_row + row, rows, first_column);
     }
   }
 
+  // The same for a single row panel: expanded weights would have no second use.
+  void multiply_in_place(const GemmKernels& kernels, int rows, const uint8_t* row_panel,
+                         int64_t first_row, int64_t first_column) const {
+    const int64_t tile = first_column / kTileRows;
+    const int64_t tiles =
+        std::min<int64_t>(kernels.panel_tiles, ceil_div(problem_.N - first_column, kTileRows));
+    alignas(64) float sums[kMaxRows * kMaxPanelColumns];
+    for (int64_t i = 0; i < tiles; ++i) {
+      kernels.multiply_tile(row_panel, rows, weight_.codes(tile + i), weight_.scales(tile + i),
+                            weight_.blocks(), sums + i * kTileRows);
+    }
+    store(kernels, sums, first_row, rows, first_column);
+  }
+
+  void store(const GemmKernels& kernels, const float* sums, int64_t row, int rows,
+             int64_t column) const {
+    const int64_t columns = std::min<int64_t>(kernels.panel_tiles * kTileRows, problem_.N - column);
+    const int64_t element_bytes = problem_.out_dtype == Dtype::kFloat32 ? 4 : 2;
+    uint8_t* const out =
+        static_cast<uint8_t*>(problem_.out) + (row * problem_.N + column) * element_bytes;
+    kernels.store(sums, rows, static_cast<int>(columns), problem_.alpha,
+                  bias_.empty() ? nullptr : bias_.data() + column, out, problem_.N,
+                  problem_.out_dtype);
+  }
+
+  // What every table of kernels stays within.
   static constexpr int64_t kMaxRows = 16;
+  static constexpr int64_t kMaxPanelColumns = 32;
 
   const MXFP4GemmProblem& problem_;
   const ParallelFor& parallel_for_;

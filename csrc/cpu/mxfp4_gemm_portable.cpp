@@ -109,14 +109,12 @@ void store(const float* sums, int rows, int columns, float alpha, const float* b
 }  // namespace
 
 const GemmKernels& portable_gemm_kernels() {
-  static constexpr GemmKernels kernels = {/*max_rows=*/4,
-                                          /*panel_tiles=*/1,
-                                          expand_rows,
-                                          /*max_row_scale=*/254,
-                                          expand_tile,
-                                          multiply_panel,
-                                          /*multiply_tile=*/nullptr,
-                                          store};
+  static constexpr GemmKernels kernels = {
+      /*max_row_scale=*/254,
+      /*max_panel_rows=*/4,
+      /*max_tile_rows=*/0,       expand_rows,
+      /*panel_tiles=*/1,         expand_tile, multiply_panel,
+      /*multiply_tile=*/nullptr, store};
   return kernels;
 }
 

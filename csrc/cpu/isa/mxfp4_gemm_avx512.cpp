@@ -12,7 +12,10 @@
 namespace duqpp::cpu {
 namespace {
 
-constexpr int kMaxRows = 6;  // 2 x 12 accumulators, two weights, the activations: 32 registers
+// Of 32 registers: 2 x 12 accumulators, two weights, activations; or 16 sums, eight weights, a
+// scale and four dot products in progress.
+constexpr int kMaxPanelRows = 6;
+constexpr int kMaxTileRows = 16;
 constexpr int kPanelTiles = 2;
 constexpr int kPanelColumns = kPanelTiles * kTileRows;
 constexpr int64_t kPanelBlockBytes = kPanelTiles * kWeightPanelBytes;
@@ -97,44 +100,65 @@ void multiply_panel_rows(const uint8_t* row_panel, const uint8_t* weight_panel, 
   }
 }
 
+// Rows kFirst .. kFirst + kCount - 1 of a tile's block: so many chains of dot products in progress.
+template <int kRows, int kFirst, int kCount>
+inline void add_block(const uint8_t* row_panel, const __m512i (&weights)[8], __m512 b_scales,
+                      __m512 (&total)[kRows]) {
+  __m512i dot[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    dot[i] = _mm512_set1_epi32(load_int32(row_panel + kRows * 32 + (kFirst + i) * 4));
+  }
+#pragma GCC unroll 8
+  for (int word = 0; word < 8; ++word) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const __m512i a = _mm512_set1_epi32(load_int32(row_panel + (kFirst + i) * 32 + word * 4));
+      dot[i] = _mm512_dpbusd_epi32(dot[i], weights[word], a);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    const __m512 base = _mm512_set1_ps(load_float(row_panel + kRows * 36 + (kFirst + i) * 4));
+    const __m512 scaled = _mm512_sub_ps(_mm512_castsi512_ps(dot[i]), base);
+    total[kFirst + i] = _mm512_fmadd_ps(scaled, b_scales, total[kFirst + i]);
+  }
+  constexpr int kNext = kFirst + kCount;
+  if constexpr (kNext < kRows) {
+    constexpr int kLeft = kRows - kNext;
+    add_block<kRows, kNext, (kLeft < kCount ? kLeft : kCount)>(row_panel, weights, b_scales, total);
+  }
+}
+
 template <int kRows>
 void multiply_tile_rows(const uint8_t* row_panel, const uint8_t* codes, const uint8_t* scales,
                         int64_t blocks, float* sums) {
   constexpr int64_t kPrefetchBytes = 2048;
   __m512 total[kRows];
-#pragma GCC unroll 6
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) total[row] = _mm512_setzero_ps();
   for (int64_t block = 0; block < blocks; ++block) {
     __m512i weights[8];
     unpack_block(codes, weights);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kBlockWords; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + i * 64, _MM_HINT_T0);
     }
-    const __m512 scale = load_scales(scales);
-#pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row) {
-      __m512i dot = _mm512_set1_epi32(load_int32(row_panel + kRows * 32 + row * 4));
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        dot = _mm512_dpbusd_epi32(dot, weights[i],
-                                  _mm512_set1_epi32(load_int32(row_panel + row * 32 + i * 4)));
-      }
-      const __m512 base = _mm512_set1_ps(load_float(row_panel + kRows * 36 + row * 4));
-      total[row] =
-          _mm512_fmadd_ps(_mm512_sub_ps(_mm512_castsi512_ps(dot), base), scale, total[row]);
-    }
+    add_block<kRows, 0, (kRows < 4 ? kRows : 4)>(row_panel, weights, load_scales(scales), total);
     row_panel += kRows * kRowPanelBytes;
     codes += kTileBlockBytes;
     scales += kTileRows;
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) _mm512_store_ps(sums + row * kPanelColumns, total[row]);
 }
 
+using MultiplyRows = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);
+using MultiplyTileRows = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, int64_t, float*);
+
 void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_panel, int64_t blocks,
                     float* sums) {
-  static constexpr decltype(&multiply_panel_rows<1>) kByRows[kMaxRows] = {
+  static constexpr MultiplyRows kByRows[kMaxPanelRows] = {
       multiply_panel_rows<1>, multiply_panel_rows<2>, multiply_panel_rows<3>,
       multiply_panel_rows<4>, multiply_panel_rows<5>, multiply_panel_rows<6>};
   kByRows[rows - 1](row_panel, weight_panel, blocks, sums);
@@ -142,18 +166,22 @@ void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_pa
 
 void multiply_tile(const uint8_t* row_panel, int rows, const uint8_t* codes, const uint8_t* scales,
                    int64_t blocks, float* sums) {
-  static constexpr decltype(&multiply_tile_rows<1>) kByRows[kMaxRows] = {
-      multiply_tile_rows<1>, multiply_tile_rows<2>, multiply_tile_rows<3>,
-      multiply_tile_rows<4>, multiply_tile_rows<5>, multiply_tile_rows<6>};
+  static constexpr MultiplyTileRows kByRows[kMaxTileRows] = {
+      multiply_tile_rows<1>,  multiply_tile_rows<2>,  multiply_tile_rows<3>,
+      multiply_tile_rows<4>,  multiply_tile_rows<5>,  multiply_tile_rows<6>,
+      multiply_tile_rows<7>,  multiply_tile_rows<8>,  multiply_tile_rows<9>,
+      multiply_tile_rows<10>, multiply_tile_rows<11>, multiply_tile_rows<12>,
+      multiply_tile_rows<13>, multiply_tile_rows<14>, multiply_tile_rows<15>,
+      multiply_tile_rows<16>};
   kByRows[rows - 1](row_panel, codes, scales, blocks, sums);
 }
 
 }  // namespace
 
 const GemmKernels& avx512_gemm_kernels() {
-  static constexpr GemmKernels kernels = {kMaxRows,      kPanelTiles,         expand_rows,
-                                          kMaxRowScale,  expand_tile,         multiply_panel,
-                                          multiply_tile, store<kPanelColumns>};
+  static constexpr GemmKernels kernels = {kMaxRowScale,   kMaxPanelRows, kMaxTileRows,
+                                          expand_rows,    kPanelTiles,   expand_tile,
+                                          multiply_panel, multiply_tile, store<kPanelColumns>};
   return kernels;
 }
 

@@ -184,8 +184,9 @@ void multiply_tile(const uint8_t* row_panel, int rows, const uint8_t* codes, con
   kByRows[rows - 1](row_panel, codes, scales, blocks, sums);
 }
 
-constexpr GemmKernels kKernels = {kMaxRows,    /*panel_tiles=*/1, expand_rows,   kMaxRowScale,
-                                  expand_tile, multiply_panel,    multiply_tile, store<kTileRows>};
+constexpr GemmKernels kKernels = {kMaxRowScale,   kMaxRows,          kMaxRows,
+                                  expand_rows,    /*panel_tiles=*/1, expand_tile,
+                                  multiply_panel, multiply_tile,     store<kTileRows>};
 
 }  // namespace
 }  // namespace duqpp::cpu
