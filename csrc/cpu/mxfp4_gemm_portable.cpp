@@ -27,6 +27,22 @@ float add_block_product(float sum, int32_t quadruple_dot, float a_scale, float b
   return std::fma(dot * (a_scale * 0x1p-32f), raised, sum);
 }
 
+struct DoubledTable {
+  int8_t values[16];
+  constexpr DoubledTable() : values() {
+    for (uint32_t code = 0; code < 16; ++code) {
+      values[code] = static_cast<int8_t>(doubled_e2m1(code));
+    }
+  }
+};
+constexpr DoubledTable kDoubled;
+
+// The two codes of a byte, each to twice its value.
+inline void split_columns(uint8_t byte, uint8_t* even, uint8_t* odd) {
+  *even = static_cast<uint8_t>(kDoubled.values[byte & 15u]);
+  *odd = static_cast<uint8_t>(kDoubled.values[byte >> 4]);
+}
+
 void expand_rows(const uint8_t* codes, const uint8_t* scales, int rows, int64_t blocks,
                  uint8_t* row_panel) {
   for (int64_t block = 0; block < blocks; ++block) {
@@ -34,8 +50,7 @@ void expand_rows(const uint8_t* codes, const uint8_t* scales, int rows, int64_t 
     for (int row = 0; row < rows; ++row) {
       const uint8_t* const bytes = codes + (row * blocks + block) * kBlockBytes;
       for (int i = 0; i < kBlockBytes; ++i) {
-        record[row * 32 + i] = static_cast<uint8_t>(doubled_e2m1(bytes[i] & 15u));
-        record[row * 32 + 16 + i] = static_cast<uint8_t>(doubled_e2m1(bytes[i] >> 4));
+        split_columns(bytes[i], record + row * 32 + i, record + row * 32 + 16 + i);
       }
       const float scale = 0.25f * decode_e8m0(scales[row * blocks + block]);
       std::memcpy(record + rows * 32 + row * 4, &scale, sizeof scale);
@@ -52,8 +67,7 @@ void expand_tile(const uint8_t* codes, const uint8_t* scales, int64_t blocks, in
       for (int i = 0; i < kBlockBytes; ++i) {
         const uint8_t byte =
             codes[block * kTileBlockBytes + (i / 4 * kTileRows + lane) * 4 + i % 4];
-        record[lane * 32 + i] = static_cast<uint8_t>(doubled_e2m1(byte & 15u));
-        record[lane * 32 + 16 + i] = static_cast<uint8_t>(doubled_e2m1(byte >> 4));
+        split_columns(byte, record + lane * 32 + i, record + lane * 32 + 16 + i);
       }
       const float scale = decode_e8m0(scales[block * kTileRows + lane]);
       std::memcpy(record + kTileRows * 32 + lane * 4, &scale, sizeof scale);

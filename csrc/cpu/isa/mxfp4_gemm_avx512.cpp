@@ -133,7 +133,7 @@ inline void add_block(const uint8_t* row_panel, const __m512i (&weights)[8], __m
 template <int kRows>
 void multiply_tile_rows(const uint8_t* row_panel, const uint8_t* codes, const uint8_t* scales,
                         int64_t blocks, float* sums) {
-  constexpr int64_t kPrefetchBytes = 2048;
+  constexpr int64_t kPrefetchBytes = 4096;
   __m512 total[kRows];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) total[row] = _mm512_setzero_ps();

@@ -23,7 +23,12 @@ inline __m256i finish_dot(__m256i dot, __m256i) { return dot; }
 static_assert(16 * 24 * 12 <= 32767);
 inline __m256i start_dot(__m256i) { return _mm256_setzero_si256(); }
 inline __m256i add_products(__m256i dot, __m256i weights, __m256i activations) {
-  return _mm256_add_epi16(dot, _mm256_maddubs_epi16(weights, activations));
+  __m256i sum = _mm256_add_epi16(dot, _mm256_maddubs_epi16(weights, activations));
+  // Makes the additions happen in this order: GCC rearranges them such that all products are alive
+  // at once, more than there are registers (28 against 21 ms at M = 512, N = 1024, K = 4096, one
+  // thread).
+  __asm__("" : "+x"(sum));
+  return sum;
 }
 inline __m256i finish_dot(__m256i dot, __m256i first) {
   return _mm256_add_epi32(_mm256_madd_epi16(dot, _mm256_set1_epi16(1)), first);
