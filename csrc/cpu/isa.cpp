@@ -83,26 +83,24 @@ std::vector<Isa> supported_isas() {
   return isas;
 }
 
-namespace {
-
-Isa select_isa() {
+Isa choose_isa(const std::string& name) {
   const std::vector<Isa> isas = supported_isas();
-  const char* const name = std::getenv("DUQPP_CPU_ISA");
-  if (name == nullptr || *name == '\0') return isas.back();
+  if (name.empty()) return isas.back();
   std::string available;
   for (const Isa isa : isas) {
-    if (name == std::string(isa_name(isa))) return isa;
+    if (name == isa_name(isa)) return isa;
     available += (available.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
   throw std::runtime_error("DUQPP_CPU_ISA must name an instruction set of this machine (" +
                            available + "), got " + name);
 }
 
-}  // namespace
-
 Isa selected_isa() {
   // Once: in a virtual machine each CPUID instruction costs tens of microseconds.
-  static const Isa selected = select_isa();
+  static const Isa selected = [] {
+    const char* const name = std::getenv("DUQPP_CPU_ISA");
+    return choose_isa(name == nullptr ? "" : name);
+  }();
   return selected;
 }
 

@@ -30,7 +30,8 @@ const StripKernels& strip_kernels(Isa isa) {
   return kPortableStrip;
 }
 
-// A task has at least this many blocks, some 20 microseconds of work, to be worth a thread's waking.
+// A task has at least this many blocks, some 20 microseconds of work, to be worth a thread's
+// waking.
 constexpr int64_t kBlocksPerTask = 256;
 
 }  // namespace

@@ -7,8 +7,8 @@
 
 namespace duqpp::cpu {
 
-// Scales row-major or swizzled. A rotated value is the sum of x_k R_kn over k = 0 .. 31 in this order by
-// fused multiply-adds in float32, on every instruction set.
+// Scales row-major or swizzled. A rotated value is the sum of x_k R_kn over k = 0 .. 31 in this
+// order by fused multiply-adds in float32, on every instruction set.
 void rotate_quantize(const RotateQuantizeProblem& problem, Isa isa,
                      const ParallelFor& parallel_for);
 

@@ -1,11 +1,12 @@
 // The loop of rotate_quantize over a strip of rows, compiled once per instruction set.
 //
-// A strip is taken block by block: 32 inputs of each row become float32 (the prologue), are multiplied
-// by the block's matrix, and each row's 32 outputs are rounded to codes and a scale. `Lanes` brings the
-// vectors: kCount floats each, with zero, load, broadcast, multiply_add (fused) and store.
+// A strip is taken block by block: 32 inputs of each row become float32 (the prologue), are
+// multiplied by the block's matrix, and each row's 32 outputs are rounded to codes and a scale.
+// `Lanes` brings the vectors: kCount floats each, with zero, load, broadcast, multiply_add (fused)
+// and store.
 //
-// No standard library containers here: their out-of-line copies would be built for one instruction set
-// and might be linked into code that runs on another.
+// No standard library containers here: their out-of-line copies would be built for one instruction
+// set and might be linked into code that runs on another.
 #pragma once
 
 #include <cstdint>
@@ -154,7 +155,7 @@ struct StripLoop {
       for (int64_t r = 0; r < s.rows; ++r) {
         load_block<dtype, prologue>(s, s.first_row + r, block, in[r]);
       }
-      const float(*rotated)[kBlockSize] = in;
+      const float (*rotated)[kBlockSize] = in;
       if (p.rotation != nullptr) {
         const float* matrix = s.shared_matrix;
         if (matrix == nullptr) {
@@ -181,7 +182,8 @@ struct StripLoop {
 
   template <Dtype dtype>
   static float inverse_rms_of(const RotateQuantizeProblem& p, int64_t row) {
-    // Thirty-two partial sums, one a column of the block, then theirs in order: one order everywhere.
+    // Thirty-two partial sums, one a column of the block, then theirs in order: one order
+    // everywhere.
     float partial[kBlockSize] = {};
     for (int64_t k = 0; k < p.K; k += kBlockSize) {
       for (int i = 0; i < kBlockSize; ++i) {
@@ -196,36 +198,49 @@ struct StripLoop {
 
   static float inverse_rms(const RotateQuantizeProblem& p, int64_t row) {
     switch (p.dtype) {
-      case Dtype::kBFloat16: return inverse_rms_of<Dtype::kBFloat16>(p, row);
-      case Dtype::kFloat16: return inverse_rms_of<Dtype::kFloat16>(p, row);
-      default: return inverse_rms_of<Dtype::kFloat32>(p, row);
+      case Dtype::kBFloat16:
+        return inverse_rms_of<Dtype::kBFloat16>(p, row);
+      case Dtype::kFloat16:
+        return inverse_rms_of<Dtype::kFloat16>(p, row);
+      default:
+        return inverse_rms_of<Dtype::kFloat32>(p, row);
     }
   }
 
   template <Dtype dtype, Prologue prologue>
   static StripFunction with_rule(ScaleRule rule) {
     switch (rule) {
-      case ScaleRule::kFloor: return run<dtype, prologue, ScaleRule::kFloor>;
-      case ScaleRule::kEven: return run<dtype, prologue, ScaleRule::kEven>;
-      case ScaleRule::kCeil: return run<dtype, prologue, ScaleRule::kCeil>;
-      default: return run<dtype, prologue, ScaleRule::kMse>;
+      case ScaleRule::kFloor:
+        return run<dtype, prologue, ScaleRule::kFloor>;
+      case ScaleRule::kEven:
+        return run<dtype, prologue, ScaleRule::kEven>;
+      case ScaleRule::kCeil:
+        return run<dtype, prologue, ScaleRule::kCeil>;
+      default:
+        return run<dtype, prologue, ScaleRule::kMse>;
     }
   }
 
   template <Dtype dtype>
   static StripFunction with_prologue(const RotateQuantizeProblem& p) {
     switch (p.prologue) {
-      case Prologue::kRmsNorm: return with_rule<dtype, Prologue::kRmsNorm>(p.rule);
-      case Prologue::kSiluMul: return with_rule<dtype, Prologue::kSiluMul>(p.rule);
-      default: return with_rule<dtype, Prologue::kNone>(p.rule);
+      case Prologue::kRmsNorm:
+        return with_rule<dtype, Prologue::kRmsNorm>(p.rule);
+      case Prologue::kSiluMul:
+        return with_rule<dtype, Prologue::kSiluMul>(p.rule);
+      default:
+        return with_rule<dtype, Prologue::kNone>(p.rule);
     }
   }
 
   static StripFunction select(const RotateQuantizeProblem& p) {
     switch (p.dtype) {
-      case Dtype::kBFloat16: return with_prologue<Dtype::kBFloat16>(p);
-      case Dtype::kFloat16: return with_prologue<Dtype::kFloat16>(p);
-      default: return with_prologue<Dtype::kFloat32>(p);
+      case Dtype::kBFloat16:
+        return with_prologue<Dtype::kBFloat16>(p);
+      case Dtype::kFloat16:
+        return with_prologue<Dtype::kFloat16>(p);
+      default:
+        return with_prologue<Dtype::kFloat32>(p);
     }
   }
 

@@ -1,5 +1,5 @@
-// silu(x) = x / (1 + exp(-x)) in float32 without library calls: plain multiplications and additions, so
-// that it vectorizes, and has the same bytes on every instruction set.
+// silu(x) = x / (1 + exp(-x)) in float32 without library calls: plain multiplications and
+// additions, so that it vectorizes, and has the same bytes on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,13 @@
 
 namespace duqpp::cpu {
 
-// exp(x) within 2 units in the last place, for x in [-87, 88.3]; below, that of -87; above, infinity.
-// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2; ln 2 is split in two so that r is
-// nearly exact; exp(r) is its Taylor series to r^7 / 7!, whose first dropped term is below 6e-9.
+// exp(x) within 2 units in the last place, for x in [-87, 88.3]; below, that of -87; above,
+// infinity. exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2; ln 2 is split in two
+// so that r is nearly exact; exp(r) is its Taylor series to r^7 / 7!, whose first dropped term is
+// below 6e-9.
 DUQPP_HOST_DEVICE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;  // written so that a NaN stays a NaN
-  x = x > 89.0f ? 89.0f : x;  // n = 128, whose exponent is that of infinity
+  x = x < -87.0f ? -87.0f : x;      // written so that a NaN stays a NaN
+  x = x > 89.0f ? 89.0f : x;        // n = 128, whose exponent is that of infinity
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const float shifted = x * 1.44269504f + shift;
   const float n = shifted - shift;

@@ -43,9 +43,9 @@ DUQPP_HOST_DEVICE constexpr float decode_e2m1(uint32_t code) {
 }
 static_assert(decode_e2m1(7) == 6.0f && decode_e2m1(15) == -6.0f && decode_e2m1(1) == 0.5f);
 
-// decode_e2m1(encode_e2m1(value)) without the codes, up to the sign of zero: the nearest multiple of the
-// grid's step at that magnitude. Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even,
-// and an integer multiple of the step is even where its code is.
+// decode_e2m1(encode_e2m1(value)) without the codes, up to the sign of zero: the nearest multiple
+// of the grid's step at that magnitude. Adding and subtracting 1.5 * 2^23 rounds to an integer,
+// ties to even, and an integer multiple of the step is even where its code is.
 DUQPP_HOST_DEVICE constexpr float round_to_e2m1(float value) {
   const float magnitude = float_from_bits(float_bits(value) & 0x7FFFFFFFu);
   const float step = magnitude < 2.0f ? 0.5f : magnitude < 4.0f ? 1.0f : 2.0f;

@@ -1,7 +1,8 @@
 // The qualifier of functions that run on the host and on a GPU, and the bits of a float on both.
 //
-// Such a function is always inlined: the CPU kernels compile the same headers once per instruction set,
-// and of equal out-of-line copies the linker keeps one, which might be the copy for a better CPU.
+// Such a function is always inlined: the CPU kernels compile the same headers once per instruction
+// set, and of equal out-of-line copies the linker keeps one, which might be the copy for a better
+// CPU.
 #pragma once
 
 #include <cstdint>

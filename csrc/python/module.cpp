@@ -10,7 +10,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of duqpp. Importing it registers torch ops in namespace duqpp_native.";
+  m.doc() =
+      "Compiled kernels of duqpp. Importing it registers torch ops in namespace duqpp_native.";
 
   m.def(
       "build_info",

@@ -18,10 +18,14 @@ using torch::stable::Tensor;
 
 inline Dtype float_dtype(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::Float: return Dtype::kFloat32;
-    default: STD_TORCH_CHECK(false, name, " must be bfloat16, float16 or float32");
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    default:
+      STD_TORCH_CHECK(false, name, " must be bfloat16, float16 or float32");
   }
 }
 

@@ -1,7 +1,7 @@
 // The kernels as torch ops (namespace duqpp_native): check, allocate, fill a problem, call.
 //
-// Through torch's stable ABI only, so that one build loads under every torch from 2.11 on, with CUDA or
-// without.
+// Through torch's stable ABI only, so that one build loads under every torch from 2.11 on, with
+// CUDA or without.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +21,8 @@ void torch_parallel_for(int64_t tasks, int64_t grain, const cpu::ParallelBody& b
   torch::stable::parallel_for(0, tasks, grain, body);
 }
 
-// What the forms of rotate_quantize have in common: fills all of the problem but its prologue's own.
+// What the forms of rotate_quantize have in common: fills all of the problem but its prologue's
+// own.
 RotateQuantizeProblem quantize_problem(const Tensor& x, const std::optional<Tensor>& rotation,
                                        int64_t rule) {
   RotateQuantizeProblem problem{};
@@ -37,17 +38,18 @@ RotateQuantizeProblem quantize_problem(const Tensor& x, const std::optional<Tens
     check_contiguous("rotation", *rotation);
     problem.rotation = static_cast<const uint16_t*>(rotation->const_data_ptr());
     problem.rotation_matrices = rotation->numel() / (kBlockSize * kBlockSize);
-    STD_TORCH_CHECK(rotation->numel() % (kBlockSize * kBlockSize) == 0 &&
-                        (problem.rotation_matrices == 1 ||
-                         problem.rotation_matrices == problem.K / kBlockSize),
-                    "rotation must be [32, 32] or [K/32, 32, 32]");
+    STD_TORCH_CHECK(
+        rotation->numel() % (kBlockSize * kBlockSize) == 0 &&
+            (problem.rotation_matrices == 1 || problem.rotation_matrices == problem.K / kBlockSize),
+        "rotation must be [32, 32] or [K/32, 32, 32]");
   }
   return problem;
 }
 
 std::tuple<Tensor, Tensor> quantize_on_cpu(const Tensor& x, RotateQuantizeProblem& problem) {
   Tensor codes = torch::stable::new_empty(x, {problem.M, problem.K / 2}, ScalarType::Byte);
-  Tensor scales = torch::stable::new_empty(x, {problem.M, problem.K / kBlockSize}, ScalarType::Byte);
+  Tensor scales =
+      torch::stable::new_empty(x, {problem.M, problem.K / kBlockSize}, ScalarType::Byte);
   problem.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   problem.scales = static_cast<uint8_t*>(scales.mutable_data_ptr());
   cpu::rotate_quantize(problem, cpu::selected_isa(), torch_parallel_for);
@@ -69,9 +71,9 @@ std::tuple<Tensor, Tensor> rmsnorm_rotate_quantize_cpu(const Tensor& x,
   problem.prologue = Prologue::kRmsNorm;
   problem.epsilon = static_cast<float>(epsilon);
   if (norm_weight.has_value()) {
-    STD_TORCH_CHECK(norm_weight->scalar_type() == x.scalar_type() &&
-                        norm_weight->numel() == problem.K,
-                    "norm_weight must be [K], in the dtype of x");
+    STD_TORCH_CHECK(
+        norm_weight->scalar_type() == x.scalar_type() && norm_weight->numel() == problem.K,
+        "norm_weight must be [K], in the dtype of x");
     check_contiguous("norm_weight", *norm_weight);
     problem.norm_weight = norm_weight->const_data_ptr();
   }
@@ -84,9 +86,9 @@ std::tuple<Tensor, Tensor> silu_mul_rotate_quantize_cpu(const Tensor& gate, cons
   RotateQuantizeProblem problem = quantize_problem(gate, rotation, rule);
   problem.prologue = Prologue::kSiluMul;
   check_rows("up", up);
-  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && up.size(0) == problem.M &&
-                      up.size(1) == problem.K,
-                  "up must have the shape and dtype of gate");
+  STD_TORCH_CHECK(
+      up.scalar_type() == gate.scalar_type() && up.size(0) == problem.M && up.size(1) == problem.K,
+      "up must have the shape and dtype of gate");
   problem.up = up.const_data_ptr();
   return quantize_on_cpu(gate, problem);
 }

@@ -348,22 +348,18 @@ void test_isa_selection() {
   const std::vector<Isa> isas = cpu::supported_isas();
   CHECK(isas.front() == Isa::kPortable && std::is_sorted(isas.begin(), isas.end()), "%zu",
         isas.size());
-  unsetenv("DUQPP_CPU_ISA");
-  CHECK(cpu::selected_isa() == isas.back(), "without an override");
+  CHECK(cpu::choose_isa("") == isas.back(), "without an override");
   for (const Isa isa : isas) {
-    setenv("DUQPP_CPU_ISA", cpu::isa_name(isa), 1);
-    CHECK(cpu::selected_isa() == isa, "%s", cpu::isa_name(isa));
+    CHECK(cpu::choose_isa(cpu::isa_name(isa)) == isa, "%s", cpu::isa_name(isa));
   }
-  setenv("DUQPP_CPU_ISA", "avx9", 1);
   std::string message;
   try {
-    cpu::selected_isa();
+    cpu::choose_isa("avx9");
   } catch (const std::runtime_error& error) {
     message = error.what();
   }
   CHECK(message.find("avx9") != std::string::npos && message.find("portable") != std::string::npos,
         "message '%s'", message.c_str());
-  unsetenv("DUQPP_CPU_ISA");
 }
 
 int run_all() {

@@ -13,7 +13,9 @@ struct Avx2Lanes {
   static inline Vector zero() { return _mm256_setzero_ps(); }
   static inline Vector load(const float* p) { return _mm256_load_ps(p); }
   static inline Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-  static inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
   static inline void store(float* p, Vector v) { _mm256_store_ps(p, v); }
 };
 

@@ -13,7 +13,9 @@ struct Avx512Lanes {
   static inline Vector zero() { return _mm512_setzero_ps(); }
   static inline Vector load(const float* p) { return _mm512_load_ps(p); }
   static inline Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+    return _mm512_fmadd_ps(a, b, c);
+  }
   static inline void store(float* p, Vector v) { _mm512_store_ps(p, v); }
 };
 

@@ -1,0 +1,47 @@
+"""The C++ test programs of the CPU kernels, under the address and undefined-behaviour sanitizers.
+
+What they check is in the programs; here a warning is an error, and so is a read beyond a buffer.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("test_cpu_gemm", "test_cpu_rotate_quantize")
+
+
+def find_tool(name: str) -> str:
+    tool = Path(sys.executable).parent / name
+    found = str(tool) if tool.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed: pip install {name}")
+    return found
+
+
+def run(command: list[str], timeout: int) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{command[0]}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Path:
+    folder, cmake = tmp_path_factory.mktemp("cpp"), find_tool("cmake")
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DDUQPP_SANITIZE=ON"]
+    run([*configure, f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"], timeout=120)
+    run([cmake, "--build", str(folder), "--target", "duqpp_cpp_tests"], timeout=900)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first one compiles every CPU kernel
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program_passes_under_the_sanitizers(program, programs):
+    output = run([str(programs / program)], timeout=600)
+    checks = int(output.splitlines()[-1].split()[1])
+    assert checks > 10_000, output
