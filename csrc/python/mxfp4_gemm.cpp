@@ -1,0 +1,80 @@
+#include "python/mxfp4_gemm.h"
+
+#include <dlfcn.h>
+
+#include "cuda/mxfp4_gemm.h"
+
+namespace duqpp::python {
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+// A problem whose pointers are aligned and never read.
+MXFP4GemmProblem problem_of_shape(int64_t M, int64_t N, int64_t K) {
+  uint8_t* const anywhere = reinterpret_cast<uint8_t*>(uintptr_t{256});
+  MXFP4GemmProblem problem{};
+  problem.M = M;
+  problem.N = N;
+  problem.K = K;
+  problem.a_codes = problem.a_scales = problem.b_codes = problem.b_scales = anywhere;
+  problem.alpha = 1.0f;
+  problem.out = anywhere;
+  return problem;
+}
+
+}  // namespace
+
+void bind_mxfp4_gemm(py::module_& module) {
+  module.def(
+      "can_implement_mxfp4_gemm",
+      [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
+        return cuda::can_implement_mxfp4_gemm(problem_of_shape(M, N, K), plan);
+      },
+      "plan"_a, "M"_a, "N"_a, "K"_a, "CUTLASS's answer for the plan's kernel.");
+  module.def(
+      "mxfp4_gemm_workspace_size",
+      [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
+        return cuda::mxfp4_gemm_workspace_size(problem_of_shape(M, N, K), plan);
+      },
+      "plan"_a, "M"_a, "N"_a, "K"_a, "CUTLASS's answer for the plan's kernel, in bytes.");
+  module.def(
+      "mxfp4_gemm_shared_memory",
+      [](const cuda::GemmPlan& plan) { return cuda::mxfp4_gemm_shared_memory(plan.kernel); },
+      "plan"_a, "Bytes of shared memory that a CTA of the plan's kernel takes.");
+  module.def(
+      "check_mxfp4_gemm",
+      [](int64_t M, int64_t N, int64_t K, int64_t a_scales_size, int64_t b_scales_size,
+         uintptr_t a_codes, uintptr_t a_scales, uintptr_t b_codes, uintptr_t b_scales,
+         uintptr_t bias, uintptr_t out, int bias_dtype, int out_dtype) {
+        const MXFP4GemmProblem problem = {M,
+                                          N,
+                                          K,
+                                          reinterpret_cast<const uint8_t*>(a_codes),
+                                          reinterpret_cast<const uint8_t*>(a_scales),
+                                          reinterpret_cast<const uint8_t*>(b_codes),
+                                          reinterpret_cast<const uint8_t*>(b_scales),
+                                          reinterpret_cast<const void*>(bias),
+                                          static_cast<Dtype>(bias_dtype),
+                                          1.0f,
+                                          reinterpret_cast<void*>(out),
+                                          static_cast<Dtype>(out_dtype)};
+        return cuda::check_mxfp4_gemm(problem, a_scales_size, b_scales_size);
+      },
+      "M"_a, "N"_a, "K"_a, "a_scales_size"_a, "b_scales_size"_a, py::kw_only(), "a_codes"_a = 256,
+      "a_scales"_a = 256, "b_codes"_a = 256, "b_scales"_a = 256, "bias"_a = 0, "out"_a = 256,
+      "bias_dtype"_a = 0, "out_dtype"_a = 0,
+      "Why the arguments are refused, or ''. Sizes in bytes; pointers are addresses; a dtype is "
+      "0 for bfloat16, 1 for float16, 2 for float32.");
+  module.def(
+      "cuda_library",
+      [] {
+        Dl_info info{};
+        dladdr(reinterpret_cast<const void*>(&cuda::run_mxfp4_gemm), &info);
+        return std::string(info.dli_fname);
+      },
+      "Path of the shared library that holds the CUDA kernels.");
+}
+
+}  // namespace duqpp::python

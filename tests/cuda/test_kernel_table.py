@@ -1,0 +1,98 @@
+"""The table that chooses a kernel of mxfp4_gemm: its choices, splits and workspaces."""
+
+import pytest
+
+from tests.cuda.library import extension
+
+B200_SMS = 148
+LONG = {
+    "A": "sm100_swapped_128x64",
+    "D": "sm100_256x128",
+    "E": "sm100_256x192",
+    "F": "sm100_256x256",
+}
+STREAMK = "sm100_swapped_128x64_streamk"
+
+# Rows of x: 1, 64, 65, 128, 129, 256, 257, 512, 768, 1024, 2048, 8192. B2 is stream-K in two parts.
+ROWS = (1, 64, 65, 128, 129, 256, 257, 512, 768, 1024, 2048, 8192)
+CHOICES = {
+    "8B qkv": (6144, 4096, "B3 B3 D D D D E E F E F F"),
+    "8B o": (4096, 4096, "B4 B4 B2 B2 D D D D E F F F"),
+    "8B gate_up": (28672, 4096, "A A F F F F F F F F F F"),
+    "8B down": (4096, 14336, "B4 B4 B2 B2 D D D D E F F F"),
+    "70B qkv": (10240, 8192, "A A E E E E E E F E F F"),
+    "70B o": (8192, 8192, "B2 B2 D D D D F F E F F F"),
+    "70B gate_up": (57344, 8192, "A A D D D F F F F F F F"),
+    "70B down": (8192, 28672, "B2 B2 D D D D F F E F F F"),
+}
+
+
+@pytest.mark.parametrize("linear", CHOICES)
+def test_llama_3_linears_on_a_b200(linear):
+    N, K, expected = CHOICES[linear]
+    chosen = []
+    for M in ROWS:
+        plan = extension().select_gemm(M, N, K, arch=100, sm_count=B200_SMS)
+        letter = {name: letter for letter, name in LONG.items()}.get(plan.kernel)
+        chosen.append(f"B{plan.splits}" if plan.kernel == STREAMK else letter)
+    assert " ".join(chosen) == expected
+
+
+@pytest.mark.parametrize("arch", [100, 103])
+@pytest.mark.parametrize("sm_count", [1, 2, 20, 74, 132, 148, 160])
+def test_splits_use_idle_sms_and_leave_each_a_share_of_k(arch, sm_count):
+    split = 0
+    for M in (1, 8, 63, 64, 65, 127, 128, 129, 1000):
+        for N in (8, 128, 1024, 4096, 4104, 9472, 28672):
+            for K in (32, 256, 1024, 1792, 2048, 4096, 14336, 28672):
+                plan = extension().select_gemm(M, N, K, arch=arch, sm_count=sm_count)
+                assert plan.sm_count == sm_count
+                if plan.kernel != STREAMK:
+                    assert plan.splits == 1
+                    continue
+                split += 1
+                tiles = -(-N // 128) * -(-M // 64)
+                assert 2 <= plan.splits <= 4
+                assert M <= 128
+                assert tiles * plan.splits <= sm_count
+                assert 4 * plan.splits <= -(-K // 256)
+    assert (split > 0) == (sm_count > 1)
+
+
+def test_workspace_of_stream_k_is_a_float32_tile_and_a_barrier_for_each_tile():
+    module = extension()
+    workspace = module.gemm_workspace_size
+    for splits in (2, 3, 4):
+        plan = module.GemmPlan(STREAMK, splits=splits, sm_count=B200_SMS)
+        assert workspace(plan, 8, 4096) == 32 * 128 * 64 * 4 + 32 * 4 == 1_048_704
+        assert workspace(plan, 65, 136) == 4 * 128 * 64 * 4 + 16
+        assert workspace(plan, 1, 8) == 128 * 64 * 4 + 16  # barriers are rounded up to 16 bytes
+    for name in LONG.values():
+        assert workspace(module.GemmPlan(name, sm_count=B200_SMS), 8192, 28672) == 0
+
+
+def test_a_chosen_workspace_stays_small():
+    module = extension()
+    for sm_count in (20, 148, 160):
+        for M in (1, 64, 128, 129, 8192):
+            for N in range(8, 30000, 1000):
+                plan = module.select_gemm(M, N, 8192, arch=100, sm_count=sm_count)
+                # At most a tile of 32 KiB for every two SMs.
+                assert module.gemm_workspace_size(plan, M, N) <= sm_count // 2 * 32800
+
+
+@pytest.mark.parametrize("arch", [120, 121])
+def test_one_kernel_serves_sm_120(arch):
+    for M, N, K in [(1, 4096, 4096), (64, 8, 32), (8192, 28672, 8192)]:
+        plan = extension().select_gemm(M, N, K, arch=arch, sm_count=170)
+        assert (plan.kernel, plan.splits) == ("sm120_128x128", 1)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 110, 130])
+def test_other_architectures_have_no_kernel_here(arch):
+    assert extension().select_gemm(16, 4096, 4096, arch=arch, sm_count=132) is None
+
+
+def test_an_unknown_kernel_is_refused_by_name():
+    with pytest.raises(ValueError, match="no kernel is named 'sm99'"):
+        extension().GemmPlan("sm99", sm_count=1)

@@ -1,0 +1,157 @@
+"""What the CUDA kernels of mxfp4_gemm accept, asked of CUTLASS on the host: no GPU is needed."""
+
+import itertools
+
+import pytest
+
+from duqpp.format.scale_layout import swizzled_size
+from tests.cuda.library import cuda_extension
+
+M_GRID = (
+    1,
+    2,
+    3,
+    7,
+    8,
+    31,
+    33,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    255,
+    256,
+    257,
+    300,
+    511,
+    513,
+    1000,
+    8192,
+)
+N_GRID = (8, 16, 24, 64, 72, 120, 128, 136, 248, 264, 1024, 4096, 6144, 28672)
+K_GRID = (32, 64, 96, 128, 160, 224, 256, 288, 1024, 2048, 4096, 4128, 14336, 28672)
+SHAPES = tuple(itertools.product(M_GRID, N_GRID, K_GRID))
+
+KERNELS = (
+    "sm100_swapped_128x64",
+    "sm100_swapped_128x64_streamk",
+    "sm100_256x128",
+    "sm100_256x192",
+    "sm100_256x256",
+    "sm120_128x128",
+)
+SM_COUNTS = {100: (1, 20, 74, 132, 148, 160), 103: (148,), 120: (48, 170), 121: (48,)}
+
+
+def test_every_kernel_of_the_table_is_tested():
+    assert tuple(kernel["name"] for kernel in cuda_extension().gemm_kernels()) == KERNELS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_can_implement_every_legal_shape(kernel):
+    module = cuda_extension()
+    splits = 2 if kernel.endswith("streamk") else 1
+    plan = module.GemmPlan(kernel, splits=splits, sm_count=148)
+    refused = [s for s in SHAPES if not module.can_implement_mxfp4_gemm(plan, *s)]
+    assert not refused, f"{len(refused)} of {len(SHAPES)} refused, first {refused[0]}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cutlass_refuses_what_tma_cannot_address(kernel):
+    # Ours are the first to refuse; this shows that they are not stricter than need be.
+    module = cuda_extension()
+    plan = module.GemmPlan(kernel, splits=2 if kernel.endswith("streamk") else 1, sm_count=148)
+    for M, N, K in [
+        (16, 4096, 4112),
+        (16, 4096, 16),
+        (16, 4100, 4096),
+        (16, 4, 4096),
+        (16, 7, 4096),
+    ]:
+        assert not module.can_implement_mxfp4_gemm(plan, M, N, K), (M, N, K)
+
+
+@pytest.mark.parametrize("arch", SM_COUNTS)
+def test_the_kernel_of_every_legal_shape_can_implement_it_in_the_workspace_of_the_table(arch):
+    module = cuda_extension()
+    chosen = set()
+    for sm_count, (M, N, K) in itertools.product(SM_COUNTS[arch], SHAPES):
+        plan = module.select_gemm(M, N, K, arch=arch, sm_count=sm_count)
+        where = f"{plan} for {(M, N, K)}"
+        assert module.can_implement_mxfp4_gemm(plan, M, N, K), where
+        expected = module.mxfp4_gemm_workspace_size(plan, M, N, K)
+        assert module.gemm_workspace_size(plan, M, N) == expected, where
+        chosen.add(plan.kernel)
+    family = "sm100" if arch < 120 else "sm120"
+    assert chosen == {kernel for kernel in KERNELS if kernel.startswith(family)}
+
+
+def test_workspace_of_explicit_splits_is_the_formula():
+    module = cuda_extension()
+    for splits, (M, N, K) in itertools.product((2, 3, 4), SHAPES):
+        if splits > -(-K // 256):
+            continue  # CUTLASS lowers the splits; the table never asks for this
+        plan = module.GemmPlan("sm100_swapped_128x64_streamk", splits=splits, sm_count=148)
+        expected = module.mxfp4_gemm_workspace_size(plan, M, N, K)
+        assert module.gemm_workspace_size(plan, M, N) == expected, (splits, M, N, K)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shared_memory_fits_the_architecture(kernel):
+    module = cuda_extension()
+    plan = module.GemmPlan(kernel, sm_count=148)
+    most = 227 * 1024 if kernel.startswith("sm100") else 99 * 1024
+    assert 0 < module.mxfp4_gemm_shared_memory(plan) <= most
+
+
+def check(M: int, N: int, K: int, **changes: int) -> str:
+    """check_mxfp4_gemm with arguments that fit, but for `changes`."""
+    sizes = {
+        "a_scales_size": swizzled_size(max(M, 0), K // 32),
+        "b_scales_size": swizzled_size(max(N, 0), K // 32),
+    }
+    return cuda_extension().check_mxfp4_gemm(M, N, K, **(sizes | changes))
+
+
+def test_every_legal_shape_passes_the_checks():
+    for shape in (*SHAPES, (0, 8, 32)):
+        for changes in (
+            {},
+            {"bias": 254, "out_dtype": 1, "bias_dtype": 1},
+            {"bias": 252, "bias_dtype": 2},
+        ):
+            assert check(*shape, **changes) == "", (shape, changes)
+
+
+ROWS_OF_B = "b must have a multiple of 8 rows, at least 8 and at most 2147483647"
+ALIGNED = "must start at a multiple of 16 bytes, got an address"
+HOLD = "bytes (swizzled, padding included)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((-1, 8, 32), {}, "a must have at least 0 rows and at most 2147483647, got -1"),
+        ((2**31, 8, 32), {}, "a must have at least 0 rows and at most 2147483647, got 2147483648"),
+        ((1, 4100, 32), {}, f"{ROWS_OF_B}, got 4100; pad the weight with zero rows"),
+        ((1, 0, 32), {}, ROWS_OF_B),
+        ((1, 2**31, 32), {}, ROWS_OF_B),
+        ((1, 8, 48), {}, "K must be a multiple of 32, at least 32 and at most 2147483647, got 48"),
+        ((1, 8, 0), {}, "K must be a multiple of 32"),
+        ((1, 8, 2**31), {}, "K must be a multiple of 32"),
+        ((1, 8, 32), {"out_dtype": 2}, "out_dtype must be bfloat16 or float16 on this device"),
+        ((1, 8, 32), {"a_codes": 264}, f"a.codes {ALIGNED} 8 bytes past one"),
+        ((1, 8, 32), {"a_scales": 257}, f"a.scales {ALIGNED} 1 bytes past one"),
+        ((1, 8, 32), {"b_codes": 260}, f"b.codes {ALIGNED} 4 bytes past one"),
+        ((1, 8, 32), {"b_scales": 258}, f"b.scales {ALIGNED} 2 bytes past one"),
+        ((1, 8, 32), {"out": 264}, f"out {ALIGNED} 8 bytes past one"),
+        ((1, 8, 32), {"bias": 1}, "bias must start at a multiple of 2 bytes"),
+        ((1, 8, 32), {"bias": 2, "bias_dtype": 2}, "bias must start at a multiple of 4 bytes"),
+        ((129, 8, 160), {"a_scales_size": 2047}, f"a.scales must hold 2048 {HOLD}, got 2047"),
+        ((1, 8, 32), {"b_scales_size": 8}, f"b.scales must hold 512 {HOLD}, got 8"),
+    ],
+)
+def test_each_refusal_names_its_argument(shape, changes, message):
+    assert check(*shape, **changes).startswith(f"mxfp4_gemm: {message}")
