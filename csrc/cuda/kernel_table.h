@@ -10,46 +10,11 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <utility>
+
+#include "cuda/gemm_kernel.h"
 
 namespace duqpp::cuda {
-
-enum class GemmKernel : int32_t {
-  kSm100Swapped = 0,         // few rows of x: they are the columns of the tile
-  kSm100SwappedStreamK = 1,  // and few tiles: K is split over SMs
-  kSm100Tile256x128 = 2,     // pairs of SMs
-  kSm100Tile256x192 = 3,
-  kSm100Tile256x256 = 4,
-  kSm120Tile128x128 = 5,
-};
-inline constexpr int kGemmKernels = 6;
-
-struct GemmKernelInfo {
-  const char* name;
-  int arch;                    // the first of the architectures that run it: 100 or 120
-  int tile_m, tile_n, tile_k;  // GEMM tile; with `swapped`, tile_m counts rows of W
-  int sms;                     // SMs that work on a tile together
-  bool swapped;                // computes (W x^T)^T
-};
-
-inline constexpr std::array<GemmKernelInfo, kGemmKernels> kGemmKernelInfo = {{
-    {"sm100_swapped_128x64", 100, 128, 64, 256, 1, true},
-    {"sm100_swapped_128x64_streamk", 100, 128, 64, 256, 1, true},
-    {"sm100_256x128", 100, 256, 128, 256, 2, false},
-    {"sm100_256x192", 100, 256, 192, 256, 2, false},
-    {"sm100_256x256", 100, 256, 256, 256, 2, false},
-    {"sm120_128x128", 120, 128, 128, 128, 1, false},
-}};
-
-constexpr const GemmKernelInfo& gemm_kernel_info(GemmKernel kernel) {
-  return kGemmKernelInfo[static_cast<size_t>(kernel)];
-}
-
-// A kernel and the arguments that are not the problem's own.
-struct GemmPlan {
-  GemmKernel kernel;
-  int splits;    // parts of K that a tile's sum is made of; 1 but for stream-K
-  int sm_count;  // of the device: CUTLASS divides by it, so it is never left for CUTLASS to query
-};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -66,13 +31,12 @@ constexpr int64_t gemm_waves(GemmKernel kernel, int64_t M, int64_t N, int sm_cou
   return ceil_div(gemm_tiles(kernel, M, N), tiles_at_once);
 }
 
-// Parts into which stream-K splits K: as many as idle SMs can take, at most 4 (each part adds its
-// float32 tile to the workspace in turn), each of at least 4 tiles along K (1024 values, what is
-// left of K = 4096 when it is split 4 times).
+// Parts into which stream-K splits K: as many as the SMs can take at once, at most 4 (each part
+// adds its float32 tile to the workspace in turn), each of at least 2 tiles along K.
 constexpr int streamk_splits(int64_t M, int64_t N, int64_t K, int sm_count) {
   const GemmKernel kernel = GemmKernel::kSm100SwappedStreamK;
   const int64_t by_sms = sm_count / std::max<int64_t>(1, gemm_tiles(kernel, M, N));
-  const int64_t by_k = ceil_div(K, gemm_kernel_info(kernel).tile_k) / 4;
+  const int64_t by_k = ceil_div(K, gemm_kernel_info(kernel).tile_k) / 2;
   return static_cast<int>(std::clamp<int64_t>(std::min(by_sms, by_k), 1, 4));
 }
 
@@ -82,10 +46,8 @@ constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, i
   if (arch == 120 || arch == 121) return GemmPlan{GemmKernel::kSm120Tile128x128, 1, sm_count};
   if (arch != 100 && arch != 103) return std::nullopt;
 
-  if (M <= 128) {
-    const int splits = streamk_splits(M, N, K, sm_count);
-    if (splits > 1) return GemmPlan{GemmKernel::kSm100SwappedStreamK, splits, sm_count};
-  }
+  const int splits = streamk_splits(M, N, K, sm_count);
+  if (splits > 1) return GemmPlan{GemmKernel::kSm100SwappedStreamK, splits, sm_count};
   if (M <= 64) return GemmPlan{GemmKernel::kSm100Swapped, 1, sm_count};
 
   // Rows of A and B per SM: 128 + 128, 128 + 96 and 128 + 64. The larger tile first: it wins a tie.

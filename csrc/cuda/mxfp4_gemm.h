@@ -10,12 +10,12 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/kernel_table.h"
+#include "cuda/gemm_kernel.h"
 #include "problem.h"
 
 namespace duqpp::cuda {
 
-// Why the kernels of kernel_table.h cannot compute the problem, naming the argument and what it
+// Why the kernels of gemm_kernel.h cannot compute the problem, naming the argument and what it
 // should be, or an empty string. `*_scales_size` are the bytes behind the scale pointers.
 std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_size,
                              int64_t b_scales_size);

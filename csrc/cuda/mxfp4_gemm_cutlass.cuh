@@ -19,7 +19,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/kernel_table.h"
+#include "cuda/gemm_kernel.h"
 #include "cuda/mxfp4_gemm_epilogue.cuh"
 #include "cuda/mxfp4_gemm_instance.h"
 #include "problem.h"

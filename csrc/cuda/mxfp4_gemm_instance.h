@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/kernel_table.h"
+#include "cuda/gemm_kernel.h"
 #include "problem.h"
 
 namespace duqpp::cuda {

@@ -1,0 +1,49 @@
+// The kernels of mxfp4_gemm on Blackwell, and a plan to launch one. Apart from kernel_table.h, so
+// that a change to the choice among them compiles no kernel again.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace duqpp::cuda {
+
+enum class GemmKernel : int32_t {
+  kSm100Swapped = 0,         // few rows of x: they are the columns of the tile
+  kSm100SwappedStreamK = 1,  // and few tiles: K is split over SMs
+  kSm100Tile256x128 = 2,     // pairs of SMs
+  kSm100Tile256x192 = 3,
+  kSm100Tile256x256 = 4,
+  kSm120Tile128x128 = 5,
+};
+inline constexpr int kGemmKernels = 6;
+
+struct GemmKernelInfo {
+  const char* name;
+  int arch;                    // the first of the architectures that run it: 100 or 120
+  int tile_m, tile_n, tile_k;  // GEMM tile; with `swapped`, tile_m counts rows of W
+  int sms;                     // SMs that work on a tile together
+  bool swapped;                // computes (W x^T)^T
+};
+
+inline constexpr std::array<GemmKernelInfo, kGemmKernels> kGemmKernelInfo = {{
+    {"sm100_swapped_128x64", 100, 128, 64, 256, 1, true},
+    {"sm100_swapped_128x64_streamk", 100, 128, 64, 256, 1, true},
+    {"sm100_256x128", 100, 256, 128, 256, 2, false},
+    {"sm100_256x192", 100, 256, 192, 256, 2, false},
+    {"sm100_256x256", 100, 256, 256, 256, 2, false},
+    {"sm120_128x128", 120, 128, 128, 128, 1, false},
+}};
+
+constexpr const GemmKernelInfo& gemm_kernel_info(GemmKernel kernel) {
+  return kGemmKernelInfo[static_cast<size_t>(kernel)];
+}
+
+// A kernel and the arguments that are not the problem's own.
+struct GemmPlan {
+  GemmKernel kernel;
+  int splits;    // parts of K that a tile's sum is made of; 1 but for stream-K
+  int sm_count;  // of the device: CUTLASS divides by it, so it is never left for CUTLASS to query
+};
+
+}  // namespace duqpp::cuda
