@@ -83,9 +83,16 @@ struct CutlassGemm {
           sizeof(typename Epilogue::SharedStorage))>,
       typename Config::MainloopSchedule>::CollectiveOp;
 
-  // A type of its own, so that profilers and tests see a name that can be read.
-  struct Kernel : cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                       Epilogue, typename Config::Scheduler> {};
+  using Universal = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
+                                                         Epilogue, typename Config::Scheduler>;
+  // Types of our own, so that profilers and tests see a name that can be read, and because the host
+  // compiler (GCC 12) takes CUTLASS's type for sm_120 and the same type as nvcc spells it for two.
+  struct Kernel : Universal {
+    struct Params : Universal::Params {
+      Params() = default;
+      Params(const typename Universal::Params& params) : Universal::Params(params) {}
+    };
+  };
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Arguments = typename Gemm::Arguments;
 
@@ -151,7 +158,8 @@ struct CutlassGemm {
         cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kInstance.shared_memory);
     if (granted != cudaSuccess) return failure(cutlass::Status::kErrorInternal, granted);
-    auto params = Kernel::to_underlying_arguments(arguments(problem, plan), workspace);
+    typename Kernel::Params params =
+        Kernel::to_underlying_arguments(arguments(problem, plan), workspace);
     return failure(Gemm::run(params, static_cast<cudaStream_t>(stream), nullptr,
                              /*launch_with_pdl=*/true));
   }

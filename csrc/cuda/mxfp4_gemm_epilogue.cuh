@@ -144,11 +144,35 @@ struct Bias : BiasBroadcast<CtaTile, along> {
     }
   };
 
+  // A row stays in shared memory until it is used: in registers, as the base class keeps it, it
+  // would stand beside the accumulators and spill them.
+  template <class Base>
+  struct RowCallbacks : Callbacks<Base> {
+    using Callbacks<Base>::Callbacks;
+
+    CUTLASS_DEVICE void begin_loop(int, int) {}
+
+    template <class Accumulator, int kSize>
+    CUTLASS_DEVICE cutlass::Array<float, kSize> visit(const cutlass::Array<Accumulator, kSize>&,
+                                                      int fragment, int epi_m, int epi_n) {
+      using cute::_;
+      cute::Tensor row = this->tSR_sRow(_, _, _, epi_m, epi_n);
+      cutlass::Array<float, kSize> values;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kSize; ++i) values[i] = row(fragment * kSize + i);
+      return values;
+    }
+  };
+
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       const fusion::detail::ConsumerStoreArgs<Args...>& args) {
     auto base = Broadcast::template get_consumer_store_callbacks<kReferenceSource>(args);
-    return Callbacks<decltype(base)>(base, bias, dtype);
+    if constexpr (along == BiasAlong::kColumns) {
+      return RowCallbacks<decltype(base)>(base, bias, dtype);
+    } else {
+      return Callbacks<decltype(base)>(base, bias, dtype);
+    }
   }
 };
 

@@ -3,13 +3,15 @@
 
 namespace duqpp::cuda {
 
-// One tile shape for every problem: CUTLASS 4.2 compiles none narrower than 128 here.
+// One tile shape for every problem: CUTLASS 4.2 compiles none narrower than 128 here. Two groups of
+// warps share a tile (the schedule without Pingpong in its name): with a tile each, a thread holds
+// 128 accumulators and spills registers.
 template <GemmKernel kernel>
 struct Sm120Config {
   static constexpr GemmKernel kKernel = kernel;
   using Arch = cutlass::arch::Sm120;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongMxf4Sm120;
+  using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedMxf4Sm120;
   using EpilogueSchedule = cutlass::epilogue::collective::EpilogueScheduleAuto;
   using Scheduler = void;
 };
