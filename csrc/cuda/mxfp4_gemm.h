@@ -20,11 +20,15 @@ namespace duqpp::cuda {
 std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_size,
                              int64_t b_scales_size);
 
+// Whether the build holds the kernel: it may leave out architectures. What follows is for those
+// that it holds.
+bool has_mxfp4_gemm_kernel(GemmKernel kernel);
+
+int mxfp4_gemm_shared_memory(GemmKernel kernel);  // bytes that a CTA takes
+
 // CUTLASS's own answers for the planned kernel, computed on the host.
 bool can_implement_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan);
 int64_t mxfp4_gemm_workspace_size(const MXFP4GemmProblem& problem, const GemmPlan& plan);
-
-int mxfp4_gemm_shared_memory(GemmKernel kernel);  // bytes that a CTA takes
 
 // Zeroes the barriers of stream-K, an asynchronous memset that a CUDA graph can capture; nothing
 // for other kernels. Queued ahead of rotate_quantize it leaves that kernel and the GEMM adjacent,

@@ -19,7 +19,7 @@ struct GemmInstance {
   std::string (*run)(const MXFP4GemmProblem&, const GemmPlan&, void* workspace, void* stream);
 };
 
-// Each in a source of its own, mxfp4_gemm_<name>.cu.
+// Each in a source of its own.
 extern const GemmInstance kSm100Swapped;
 extern const GemmInstance kSm100SwappedStreamK;
 extern const GemmInstance kSm100Tile256x128;

@@ -24,24 +24,35 @@ MXFP4GemmProblem problem_of_shape(int64_t M, int64_t N, int64_t K) {
   return problem;
 }
 
+// The plan, if this build holds its kernel.
+const cuda::GemmPlan& built(const cuda::GemmPlan& plan) {
+  if (cuda::has_mxfp4_gemm_kernel(plan.kernel)) return plan;
+  throw py::value_error(std::string(cuda::gemm_kernel_info(plan.kernel).name) +
+                        " is not in this build");
+}
+
 }  // namespace
 
 void bind_mxfp4_gemm(py::module_& module) {
   module.def(
+      "has_mxfp4_gemm_kernel",
+      [](const cuda::GemmPlan& plan) { return cuda::has_mxfp4_gemm_kernel(plan.kernel); }, "plan"_a,
+      "Whether this build holds the plan's kernel.");
+  module.def(
       "can_implement_mxfp4_gemm",
       [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
-        return cuda::can_implement_mxfp4_gemm(problem_of_shape(M, N, K), plan);
+        return cuda::can_implement_mxfp4_gemm(problem_of_shape(M, N, K), built(plan));
       },
       "plan"_a, "M"_a, "N"_a, "K"_a, "CUTLASS's answer for the plan's kernel.");
   module.def(
       "mxfp4_gemm_workspace_size",
       [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
-        return cuda::mxfp4_gemm_workspace_size(problem_of_shape(M, N, K), plan);
+        return cuda::mxfp4_gemm_workspace_size(problem_of_shape(M, N, K), built(plan));
       },
       "plan"_a, "M"_a, "N"_a, "K"_a, "CUTLASS's answer for the plan's kernel, in bytes.");
   module.def(
       "mxfp4_gemm_shared_memory",
-      [](const cuda::GemmPlan& plan) { return cuda::mxfp4_gemm_shared_memory(plan.kernel); },
+      [](const cuda::GemmPlan& plan) { return cuda::mxfp4_gemm_shared_memory(built(plan).kernel); },
       "plan"_a, "Bytes of shared memory that a CTA of the plan's kernel takes.");
   module.def(
       "check_mxfp4_gemm",
