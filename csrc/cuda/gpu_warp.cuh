@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/rotate_quantize.cuh"
 #include "cute/arch/mma_sm80.hpp"
 #include "cutlass/arch/grid_dependency_control.h"
 #include "cutlass/arch/memory.h"
@@ -13,7 +14,6 @@
 #include "format/e2m1_word.h"
 #include "format/fragment.h"
 #include "problem.h"
-#include "rotate_quantize.cuh"
 
 namespace duqpp::cuda {
 

@@ -1,9 +1,9 @@
 // Configuration and launch of rotate_quantize.cuh.
+#include "cuda/device.h"
+#include "cuda/gpu_warp.cuh"
+#include "cuda/rotate_quantize.cuh"
+#include "cuda/rotate_quantize.h"
 #include "cutlass/cutlass.h"
-#include "device.h"
-#include "gpu_warp.cuh"
-#include "rotate_quantize.cuh"
-#include "rotate_quantize.h"
 
 namespace duqpp::cuda {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kOp = "rotate_quantize";
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kMaxThreads)
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas)
     rotate_quantize_kernel(const __grid_constant__ RotateQuantizeParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   static_assert(cutlass::arch::IsGdcGloballyEnabled,

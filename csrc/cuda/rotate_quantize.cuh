@@ -24,10 +24,11 @@
 
 #include <cstdint>
 
+#include "cuda/rotate_quantize_plan.h"
 #include "format/e8m0.h"
+#include "format/error_change.h"
 #include "format/fragment.h"
 #include "format/mx_block.h"
-#include "format/scale_layout.h"
 #include "problem.h"
 
 // The qualifier of functions that call a warp policy.
@@ -40,11 +41,6 @@
 #endif
 
 namespace duqpp::cuda {
-
-inline constexpr int kTeamWarps = kScaleTileBlocks;
-inline constexpr int kMaxTeams = 4;
-inline constexpr int kRowParts = 4;      // a row's sum of squares has four parts, a warp each
-inline constexpr int kMaxNormRows = 32;  // rows whose reciprocal rms a CTA keeps
 
 // The compile-time half of a problem.
 template <Dtype kDtype_, Prologue kPrologue_, ScaleRule kRule_, bool kRotate_>
@@ -59,108 +55,16 @@ struct RotateQuantizeTraits {
   static constexpr int kTerms = kDtype == Dtype::kFloat16 ? 2 : 1;
   static constexpr bool kNorm = kPrologue == Prologue::kRmsNorm;
   static constexpr int kMaxThreads = kWarpLanes * kTeamWarps * (kNorm ? kMaxTeams : 1);
+  // CTAs that fit an SM at once: what bounds registers, to 72, 80 and 128 of the SM's 65536.
+  static constexpr int kMinCtas = kNorm ? 2 : kPrologue == Prologue::kSiluMul ? 6 : 7;
 };
 
-// ---- Which warp does what
-// -------------------------------------------------------------------------
-
-// Both scale layouts are sums of strides over the digits of a row, 128 a + 32 b + 16 c + 8 h + r,
-// so that a kernel of either adds one number a tile and one for the lane's second row.
-struct ScaleStrides {
-  uint32_t r, h, c, b, a;
-};
-
-DUQPP_HOST_DEVICE constexpr ScaleStrides scale_strides(ScaleLayout layout, uint32_t blocks) {
-  if (layout == ScaleLayout::kRowMajor) {
-    return {blocks, 8 * blocks, 16 * blocks, 32 * blocks, 128 * blocks};
-  }
-  return {16, 128, 256, 4,
-          static_cast<uint32_t>(scale_tiles_along_k(blocks)) * uint32_t{kScaleTileBytes}};
-}
-
-DUQPP_HOST_DEVICE constexpr uint32_t scale_block_offset(ScaleLayout layout, uint32_t block) {
-  return layout == ScaleLayout::kRowMajor ? block : swizzled_offset<uint32_t>(0, block, 0);
-}
-
-DUQPP_HOST_DEVICE constexpr uint32_t scale_tile_offset(const ScaleStrides& strides, uint32_t row) {
-  return (row >> 7) * strides.a + ((row >> 5) & 3) * strides.b + ((row >> 4) & 1) * strides.c;
-}
-static_assert(scale_tile_offset(scale_strides(ScaleLayout::kSwizzled, 5), 176) +
-                  scale_block_offset(ScaleLayout::kSwizzled, 4) +
-                  scale_strides(ScaleLayout::kSwizzled, 5).h ==
-              swizzled_offset<uint32_t>(184, 4, 2));
-
-// How a launch splits [M, K]: a CTA takes columns_per_cta columns of scale tiles (four blocks each)
-// and rows_per_cta rows; its teams take turns at the columns.
-struct RotateQuantizePlan {
-  int teams;
-  int columns_per_cta;
-  int column_chunks;  // CTAs side by side along K
-  int rows_per_cta;   // a multiple of 16
-  int row_strips;     // CTAs along M; the last one also writes the scales' row padding
-  int scale_rows;     // M and K/32, with the padding of the scale layout
-  int scale_blocks;
-};
-
+// What a kernel is launched with.
 struct RotateQuantizeParams {
   RotateQuantizeProblem problem;
   RotateQuantizePlan plan;
   ScaleStrides scale_strides;
 };
-
-// Per SM about two waves of CTAs that stream rows, so that a matrix is read for many tiles and the
-// last wave still balances. A kRmsNorm CTA reads whole rows whatever columns it then quantizes:
-// columns are split only as far as rows leave SMs idle.
-inline RotateQuantizePlan plan_rotate_quantize(const RotateQuantizeProblem& problem, int sm_count) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const bool swizzled = problem.scale_layout == ScaleLayout::kSwizzled;
-  const int blocks = static_cast<int>(problem.K / kBlockSize);
-  const int columns = ceil_div(blocks, kScaleTileBlocks);
-  const int tiles = ceil_div(problem.M, kTileRows);
-
-  RotateQuantizePlan plan{};
-  plan.scale_rows =
-      swizzled ? ceil_div(problem.M, kScaleTileRows) * kScaleTileRows : static_cast<int>(problem.M);
-  plan.scale_blocks = swizzled ? columns * kScaleTileBlocks : blocks;
-  if (problem.prologue == Prologue::kRmsNorm) {
-    const int tiles_per_cta = tiles >= 2 * sm_count ? kMaxNormRows / kTileRows : 1;
-    plan.rows_per_cta = tiles_per_cta * kTileRows;
-    plan.row_strips = ceil_div(tiles, tiles_per_cta);
-    const int chunks = ceil_div(sm_count, plan.row_strips);
-    plan.columns_per_cta = ceil_div(columns, chunks < columns ? chunks : columns);
-    plan.teams = plan.columns_per_cta < kMaxTeams ? plan.columns_per_cta : kMaxTeams;
-  } else {
-    const int strips = ceil_div(16 * sm_count, columns);
-    const int tiles_per_cta = ceil_div(tiles, strips < tiles ? strips : tiles);
-    plan.rows_per_cta = tiles_per_cta * kTileRows;
-    plan.row_strips = ceil_div(tiles, tiles_per_cta);
-    plan.columns_per_cta = 1;
-    plan.teams = 1;
-  }
-  plan.column_chunks = ceil_div(columns, plan.columns_per_cta);
-  return plan;
-}
-
-// The blocks first_block, first_block + block_step, ... below end_block, each for the rows
-// first_row .. end_row - 1.
-struct WarpTask {
-  int first_block, end_block, block_step;
-  int first_row, end_row;
-};
-
-DUQPP_HOST_DEVICE constexpr WarpTask warp_task(const RotateQuantizePlan& plan, int cta, int warp) {
-  const int chunk = cta % plan.column_chunks;
-  const int strip = cta / plan.column_chunks;
-  const int end_block = (chunk + 1) * plan.columns_per_cta * kTeamWarps;
-  WarpTask task{};
-  task.first_block = chunk * plan.columns_per_cta * kTeamWarps + warp;
-  task.end_block = end_block < plan.scale_blocks ? end_block : plan.scale_blocks;
-  task.block_step = plan.teams * kTeamWarps;
-  task.first_row = strip * plan.rows_per_cta;
-  task.end_row =
-      strip + 1 == plan.row_strips ? plan.scale_rows : task.first_row + plan.rows_per_cta;
-  return task;
-}
 
 // ---- What a lane does by itself
 // -------------------------------------------------------------------
@@ -223,39 +127,6 @@ DUQPP_WARP_PROGRAM void split_terms(const Words& words, Words (&terms)[Traits::k
     for (int i = 0; i < kLaneValues; ++i) values[i] -= high[i];
     terms[1] = Warp::template pack<Dtype::kBFloat16>(values);
   }
-}
-
-// The error that stepping from floor's exponent to the next one adds to a block, in two sums of
-// integers: `gain` in units of 2^-25, `saving` in units of 2^-19. Same value as error_change of
-// format/mx_block.h, for a block whose values are below 8 in floor's units. There, with s =
-// |scaled|, the two roundings differ only for
-//   s in (1/4, 3/4) or (5/4, 7/4), where the finer grid's 1/2 or 3/2 is lost: change is
-//     1/4 - |s - 1/2| or 1/4 - |s - 3/2|;
-//   s in [7, 8), which saturates at 6 but becomes 8: change is -4 (s - 7).
-// s > 1/4 is a multiple of 2^-25 and s >= 7 one of 2^-21, so that each difference below is exact.
-// The bits of a float in [1/4, 1/2] count units of 2^-25 from those of 1/4; in [7, 8), 2^-21
-// from 7.
-struct ErrorChange {
-  uint32_t gain;    // at most 2^23 a value, 2^28 a block
-  uint32_t saving;  // at most 2^21 a value, 2^26 a block
-};
-
-DUQPP_HOST_DEVICE ErrorChange error_change_sums(const float (&values)[kLaneValues], float factor) {
-  ErrorChange sums{0, 0};
-  for (int i = 0; i < kLaneValues; ++i) {
-    const float s = fabsf(values[i] * factor);
-    const float tent = 0.5f - fminf(fabsf(s - 0.5f), fabsf(s - 1.5f));
-    sums.gain += float_bits(fmaxf(tent, 0.25f));
-    sums.saving += float_bits(fmaxf(s, 7.0f));
-  }
-  sums.gain -= kLaneValues * float_bits(0.25f);  // wraps around together with the sums
-  sums.saving -= kLaneValues * float_bits(7.0f);
-  return sums;
-}
-
-// Whether the sum of a block's changes is negative: gain 2^-25 < saving 2^-19.
-DUQPP_HOST_DEVICE constexpr bool next_exponent_is_better(uint32_t gain, uint32_t saving) {
-  return (gain >> 6) < saving;
 }
 
 // ---- What a warp does for one tile
@@ -497,8 +368,8 @@ DUQPP_WARP_PROGRAM void rotate_quantize_warp(
   for (int block = task.first_block; block < task.end_block; block += task.block_step) {
     if (block != task.first_block) load_constants<Traits, Warp>(params, block, constants);
     rotate_quantize_block<Traits, Warp>(params, task, block, constants, reciprocal_rms);
-    if constexpr (!Traits::kNorm)
-      break;  // see WarpTask; a loop around the loop costs 30 moves a tile
+    // A loop around the tiles' loop costs 30 moves a tile, and only kRmsNorm plans need one.
+    if constexpr (!Traits::kNorm) break;
   }
 }
 

@@ -1,0 +1,81 @@
+"""What compiles and inspects C++ and CUDA in the tests: where it is, or why a test is skipped."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+
+
+def run(command: list[str | Path], timeout: float, **options: object) -> str:
+    """Standard output and error of a command; a failure fails the test with them."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
+    )
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, command))}\nexit {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def cxx() -> str:
+    """The C++ compiler: $CXX, or the first of the usual names."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    pytest.skip("no C++ compiler: set CXX")
+
+
+def nvcc() -> str:
+    for name in (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    pytest.skip("no CUDA compiler: set CUDACXX, or put nvcc on PATH")
+
+
+def cuda_include() -> list[Path]:
+    """The toolkit's header folders, as nvcc itself reports them."""
+    dry = run([nvcc(), "--dryrun", "-E", "-x", "cu", os.devnull], timeout=60)
+    top = next(line.split("TOP=")[1] for line in dry.splitlines() if "TOP=" in line)
+    include = Path(top) / "include"
+    if not (include / "cuda_fp4.h").exists():
+        pytest.skip(f"{include} has no cuda_fp4.h: the toolkit is older than 12.8")
+    return [include, include / "cccl"]
+
+
+def cutlass_include() -> Path:
+    """CUTLASS's headers: $CUTLASS_DIR/include, or those of the package nvidia-cutlass."""
+    candidates = []
+    if os.environ.get("CUTLASS_DIR"):
+        candidates.append(Path(os.environ["CUTLASS_DIR"]) / "include")
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is not None and spec.submodule_search_locations:
+        candidates += [Path(p) / "source/include" for p in spec.submodule_search_locations]
+    for include in candidates:
+        if (include / "cutlass/cutlass.h").exists():
+            return include
+    pytest.skip("no CUTLASS: set CUTLASS_DIR, or pip install nvidia-cutlass==4.2.0.0")
+
+
+def cuobjdump() -> tuple[str, dict[str, str]]:
+    """cuobjdump and the environment in which it finds nvdisasm: the toolkit's, or PyPI's."""
+    folders = os.environ["PATH"].split(os.pathsep) + ["/usr/local/cuda/bin"]
+    spec = importlib.util.find_spec("nvidia")
+    if spec is not None and spec.submodule_search_locations:
+        for package in spec.submodule_search_locations:
+            folders += [str(folder) for folder in sorted(Path(package).glob("*/bin"))]
+    path = os.pathsep.join(folders)
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return tool, os.environ | {"PATH": path}
