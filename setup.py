@@ -1,6 +1,10 @@
 """Build entry point: hands the extension to CMake. Everything else is declared in pyproject.toml.
 
-Environment: MAX_JOBS, compilers at a time (default: one a core); DUQPP_CMAKE_ARGS, more for CMake.
+Environment:
+    DUQPP_CUDA: CUDA kernels: on, off, or auto (the default): where nvcc is found.
+    DUQPP_CUDA_ARCHS: their architectures, as in "90a;100f" (default: 80;90a;100f;120f).
+    CUTLASS_DIR: CUTLASS's source folder (default: that of the package nvidia-cutlass).
+    MAX_JOBS: compilers at a time (default: one a core). DUQPP_CMAKE_ARGS: more for CMake.
 """
 
 import importlib.util
@@ -40,6 +44,21 @@ def find_tool(name: str) -> str:
     return tool
 
 
+def find_cutlass() -> Path | None:
+    """CUTLASS's sources: $CUTLASS_DIR, or those in the package nvidia-cutlass."""
+    if os.environ.get("CUTLASS_DIR"):
+        return Path(os.environ["CUTLASS_DIR"])
+    package = find_package("cutlass_library")
+    return package / "source" if package else None
+
+
+def wants_cutlass() -> bool:
+    """Whether CUDA kernels will be built, and CUTLASS has still to be installed for them."""
+    choice = os.environ.get("DUQPP_CUDA", "auto")
+    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    return choice != "off" and bool(compiler or choice == "on") and find_cutlass() is None
+
+
 class CMakeBuild(build_ext):
     """`build_ext` by CMake, in build/, so that a second build compiles only what has changed."""
 
@@ -62,6 +81,13 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
+            f"-DCUTLASS_DIR={find_cutlass() or ''}",
+            f"-DDUQPP_CUDA={os.environ.get('DUQPP_CUDA', 'auto')}",
+            *(
+                f"-D{name}={os.environ[name]}"
+                for name in ("DUQPP_CUDA_ARCHS",)
+                if name in os.environ
+            ),
             *shlex.split(os.environ.get("DUQPP_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS")
@@ -79,6 +105,9 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("duqpp._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # Asked for only where no torch is installed: headers of any version since 2.11 serve.
-    setup_requires=[] if find_package("torch") else ["torch>=2.11"],
+    # Asked for only where they are not installed: headers of any torch since 2.11 serve.
+    setup_requires=[
+        *([] if find_package("torch") else ["torch>=2.11"]),
+        *(["nvidia-cutlass==4.2.0.0"] if wants_cutlass() else []),
+    ],
 )

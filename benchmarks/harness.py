@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
     ).stdout.strip()
     return {
         "cpu": facts["cpu"],
-        "cpu_isa": facts.get("cpu_isa"),
+        "library": facts["library"],
         "threads": torch.get_num_threads(),
         "gpus": facts["gpus"],
         "versions": facts["versions"],

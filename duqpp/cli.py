@@ -228,9 +228,18 @@ def doctor(as_json: JsonOption = False) -> None:
     print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     print(f"platform: {facts['platform']}")
     print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
+    print(f"library: {_library(facts['library'])}")
     print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
     print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
     _print_table(doctor_table(facts))
+
+
+def _library(facts: dict[str, Any]) -> str:
+    """The compiled library in a line."""
+    if "error" in facts:
+        return facts["error"]
+    cuda = facts["cuda_architectures"] or "none"
+    return f"CPU kernels for {facts['cpu_isa']}, CUDA kernels for {cuda}"
 
 
 @app.command()

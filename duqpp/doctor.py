@@ -10,13 +10,15 @@ import torch
 import duqpp
 from duqpp.errors import BackendUnavailableError
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE, capability_table, select
+from duqpp.ops.native import library_info
 
 
 def doctor() -> dict[str, Any]:
     """JSON-ready facts.
 
-    Returns: versions, python, platform, cpu, threads, gpus, DUQPP_BACKEND, and per op and device:
-        the backend selected, or the error instead, and what each backend says ("yes", or why not).
+    Returns: versions, python, platform, cpu, library (see `library_info`), threads, gpus,
+        DUQPP_BACKEND, and per op and device: the backend selected, or the error instead, and what
+        each backend says ("yes", or why not).
     """
     import transformers
 
@@ -29,6 +31,7 @@ def doctor() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "library": library_info(),
         "threads": torch.get_num_threads(),
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),

@@ -69,7 +69,7 @@ def cutlass_include() -> Path:
 
 def cuobjdump() -> tuple[str, dict[str, str]]:
     """cuobjdump and the environment in which it finds nvdisasm: the toolkit's, or PyPI's."""
-    folders = os.environ["PATH"].split(os.pathsep) + ["/usr/local/cuda/bin"]
+    folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]
     spec = importlib.util.find_spec("nvidia")
     if spec is not None and spec.submodule_search_locations:
         for package in spec.submodule_search_locations:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "python/mxfp4_gemm.h"
 
 namespace py = pybind11;
 
@@ -35,4 +36,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return duqpp::cpu::isa_name(duqpp::cpu::selected_isa()); },
       "The instruction set that they use: the best, or what DUQPP_CPU_ISA names.");
+
+  duqpp::python::bind_kernel_table(m);
+#if defined(DUQPP_WITH_CUDA)
+  duqpp::python::bind_mxfp4_gemm(m);
+#endif
 }

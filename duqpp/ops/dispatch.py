@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duqpp.errors import BackendUnavailableError
 from duqpp.format import MXFP4Tensor, ScaleRule
-from duqpp.ops.native import CpuBackend
+from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
 from duqpp.ops.reference import OPS, ReferenceBackend
 
 ENVIRONMENT_VARIABLE = "DUQPP_BACKEND"
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
 
 # Best first: `select` takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (*CUDA_BACKENDS, CpuBackend(), ReferenceBackend())
 
 
 def select(op: str, device: torch.device, backend: str = "auto") -> Backend:

@@ -1,9 +1,12 @@
 """The ops over the compiled library `duqpp._C`, or why it is absent."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.ops.reference import OPS
 
 try:
@@ -15,24 +18,18 @@ except ImportError as error:
 _RULES = {ScaleRule.FLOOR: 0, ScaleRule.EVEN: 1, ScaleRule.CEIL: 2, ScaleRule.MSE: 3}
 
 
-class CpuBackend:
-    """C++ kernels for this CPU; see `duqpp.ops.dispatch.Backend` for the contract.
+def library_info() -> dict[str, Any]:
+    """The compiled library: compiler, cuda_architectures ("" without CUDA), cpu_isa and cpu_isas.
 
-    Scales stay row-major; `prepare_weight` reorders a weight into the tiles that the GEMM streams,
-    in the same number of bytes.
+    Returns: JSON-ready; {"error": why} where the library is absent.
     """
+    if _C is None:
+        return {"error": _ABSENT}
+    return {**_C.build_info(), "cpu_isa": _C.cpu_isa(), "cpu_isas": _C.cpu_isas()}
 
-    name = "cpu"
 
-    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
-        if op not in OPS:
-            return f"no op named {op}"
-        if device.type != "cpu":
-            return f"needs a tensor on the CPU, not on {device.type}"
-        return _ABSENT if _C is None else None
-
-    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
+class _NativeBackend:
+    """What the kernels of every device share: the ops, which torch sends to the device's own."""
 
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.rotate_quantize
@@ -59,13 +56,6 @@ class CpuBackend:
         rotation = _contiguous(rotation)
         return MXFP4Tensor(*op(gate.contiguous(), up.contiguous(), rotation, _RULES[rule]))
 
-    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        op = torch.ops.duqpp_native.prepare_weight
-        return MXFP4Tensor(*op(weight.codes.contiguous(), weight.scales.contiguous()))
-
-    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
-
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
@@ -77,6 +67,92 @@ class CpuBackend:
             _contiguous(bias),
             out_dtype,
         )
+
+
+class CpuBackend(_NativeBackend):
+    """C++ kernels for this CPU; see `duqpp.ops.dispatch.Backend` for the contract.
+
+    Scales stay row-major; `prepare_weight` reorders a weight into the tiles that the GEMM streams,
+    in the same number of bytes.
+    """
+
+    name = "cpu"
+
+    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
+        if op not in OPS:
+            return f"no op named {op}"
+        if device.type != "cpu":
+            return f"needs a tensor on the CPU, not on {device.type}"
+        return _ABSENT if _C is None else None
+
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return rows, columns // BLOCK_SIZE
+
+    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        op = torch.ops.duqpp_native.prepare_weight
+        return MXFP4Tensor(*op(weight.codes.contiguous(), weight.scales.contiguous()))
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
+
+
+class CudaBackend(_NativeBackend):
+    """CUDA kernels; scales are swizzled, for activations and for prepared weights alike.
+
+    Args:
+        name: of the backend.
+        capabilities: (major, minor) of the devices that run it.
+        gemm: the architecture whose GEMM they run, such as 100; None where there is none yet.
+        architectures: of the build, any of which holds code for these devices.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capabilities: tuple[tuple[int, int], ...],
+        gemm: int | None,
+        architectures: tuple[str, ...],
+    ) -> None:
+        self.name, self._capabilities, self._gemm = name, capabilities, gemm
+        self._architectures = architectures
+
+    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
+        if op not in OPS:
+            return f"no op named {op}"
+        if device.type != "cuda":
+            return f"needs a tensor on a CUDA device, not on {device.type}"
+        if _C is None:
+            return _ABSENT
+        built = _C.build_info()["cuda_architectures"].split(";")
+        if not set(built) & set(self._architectures):
+            return f"this build has no kernels for sm_{self._architectures[0]}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability not in self._capabilities:
+            wanted = " or ".join(f"{major}.{minor}" for major, minor in self._capabilities)
+            return (
+                f"needs compute capability {wanted}, the device has {capability[0]}.{capability[1]}"
+            )
+        if op == "mxfp4_gemm" and self._gemm is None:
+            return "has no GEMM of its own yet"
+        return None
+
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (swizzled_size(rows, columns // BLOCK_SIZE),)
+
+    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        return MXFP4Tensor(weight.codes.contiguous(), swizzle_scales(weight.scales))
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        rows, columns = weight.shape
+        scales = unswizzle_scales(weight.scales, rows, columns // BLOCK_SIZE)
+        return MXFP4Tensor(weight.codes, scales)
+
+
+CUDA_BACKENDS = (
+    CudaBackend("cuda-sm100", ((10, 0), (10, 3)), 100, ("100f", "100a")),
+    CudaBackend("cuda-sm120", ((12, 0), (12, 1)), 120, ("120f", "120a")),
+    CudaBackend("cuda-sm80", ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)), None, ("80", "90a")),
+)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-// The kernels as torch ops (namespace duqpp_native): check, allocate, fill a problem, call.
+// The CPU kernels as torch ops (namespace duqpp_native): check, allocate, fill a problem, call.
 //
 // Through torch's stable ABI only, so that one build loads under every torch from 2.11 on, with
 // CUDA or without.
@@ -12,38 +12,13 @@
 #include "cpu/isa.h"
 #include "cpu/mxfp4_gemm.h"
 #include "cpu/rotate_quantize.h"
-#include "torch/checks.h"
+#include "torch/problems.h"
 
 namespace duqpp {
 namespace {
 
 void torch_parallel_for(int64_t tasks, int64_t grain, const cpu::ParallelBody& body) {
   torch::stable::parallel_for(0, tasks, grain, body);
-}
-
-// What the forms of rotate_quantize have in common: fills all of the problem but its prologue's
-// own.
-RotateQuantizeProblem quantize_problem(const Tensor& x, const std::optional<Tensor>& rotation,
-                                       int64_t rule) {
-  RotateQuantizeProblem problem{};
-  problem.dtype = float_dtype("x", x);
-  check_rows("x", x);
-  problem.M = x.size(0);
-  problem.K = x.size(1);
-  problem.x = x.const_data_ptr();
-  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 (floor) to 3 (mse)");
-  problem.rule = static_cast<ScaleRule>(rule);
-  if (rotation.has_value()) {
-    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::BFloat16, "rotation must be bfloat16");
-    check_contiguous("rotation", *rotation);
-    problem.rotation = static_cast<const uint16_t*>(rotation->const_data_ptr());
-    problem.rotation_matrices = rotation->numel() / (kBlockSize * kBlockSize);
-    STD_TORCH_CHECK(
-        rotation->numel() % (kBlockSize * kBlockSize) == 0 &&
-            (problem.rotation_matrices == 1 || problem.rotation_matrices == problem.K / kBlockSize),
-        "rotation must be [32, 32] or [K/32, 32, 32]");
-  }
-  return problem;
 }
 
 std::tuple<Tensor, Tensor> quantize_on_cpu(const Tensor& x, RotateQuantizeProblem& problem) {
@@ -67,29 +42,14 @@ std::tuple<Tensor, Tensor> rmsnorm_rotate_quantize_cpu(const Tensor& x,
                                                        double epsilon,
                                                        std::optional<Tensor> rotation,
                                                        int64_t rule) {
-  RotateQuantizeProblem problem = quantize_problem(x, rotation, rule);
-  problem.prologue = Prologue::kRmsNorm;
-  problem.epsilon = static_cast<float>(epsilon);
-  if (norm_weight.has_value()) {
-    STD_TORCH_CHECK(
-        norm_weight->scalar_type() == x.scalar_type() && norm_weight->numel() == problem.K,
-        "norm_weight must be [K], in the dtype of x");
-    check_contiguous("norm_weight", *norm_weight);
-    problem.norm_weight = norm_weight->const_data_ptr();
-  }
+  RotateQuantizeProblem problem = rmsnorm_problem(x, norm_weight, epsilon, rotation, rule);
   return quantize_on_cpu(x, problem);
 }
 
 std::tuple<Tensor, Tensor> silu_mul_rotate_quantize_cpu(const Tensor& gate, const Tensor& up,
                                                         std::optional<Tensor> rotation,
                                                         int64_t rule) {
-  RotateQuantizeProblem problem = quantize_problem(gate, rotation, rule);
-  problem.prologue = Prologue::kSiluMul;
-  check_rows("up", up);
-  STD_TORCH_CHECK(
-      up.scalar_type() == gate.scalar_type() && up.size(0) == problem.M && up.size(1) == problem.K,
-      "up must have the shape and dtype of gate");
-  problem.up = up.const_data_ptr();
+  RotateQuantizeProblem problem = silu_mul_problem(gate, up, rotation, rule);
   return quantize_on_cpu(gate, problem);
 }
 
@@ -117,22 +77,11 @@ std::tuple<Tensor, Tensor> restore_weight_cpu(const Tensor& codes, const Tensor&
 
 Tensor mxfp4_gemm_cpu(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
                       const Tensor& b_scales, std::optional<Tensor> bias, ScalarType out_dtype) {
-  MXFP4GemmProblem problem{};
-  problem.K = check_mxfp4("a", a_codes, a_scales);
-  STD_TORCH_CHECK(check_mxfp4("b", b_codes, b_scales) == problem.K, "a and b must have equal K");
-  problem.M = a_codes.size(0);
-  problem.N = b_codes.size(0);
-  problem.alpha = 1.0f;
-  problem.a_codes = static_cast<const uint8_t*>(a_codes.const_data_ptr());
+  const int64_t K = check_mxfp4("a", a_codes, a_scales);
+  STD_TORCH_CHECK(check_mxfp4("b", b_codes, b_scales) == K, "a and b must have equal K");
+  MXFP4GemmProblem problem = gemm_problem(a_codes, b_codes, bias);
   problem.a_scales = static_cast<const uint8_t*>(a_scales.const_data_ptr());
-  problem.b_codes = static_cast<const uint8_t*>(b_codes.const_data_ptr());
   problem.b_scales = static_cast<const uint8_t*>(b_scales.const_data_ptr());
-  if (bias.has_value()) {
-    problem.bias_dtype = float_dtype("bias", *bias);
-    check_contiguous("bias", *bias);
-    STD_TORCH_CHECK(bias->numel() == problem.N, "bias must be [N]");
-    problem.bias = bias->const_data_ptr();
-  }
   Tensor out = torch::stable::new_empty(a_codes, {problem.M, problem.N}, out_dtype);
   problem.out_dtype = float_dtype("out", out);
   problem.out = out.mutable_data_ptr();
