@@ -105,8 +105,7 @@ class Gemm {
 
   // Rows [begin, end) of the product, whose scales must suit the kernels.
   void multiply_rows(const GemmKernels& kernels, int64_t begin, int64_t end) {
-    // Row panels take a few MiB whatever M. So many rows at a time hide the expansion of the
-    // weights.
+    // Row panels take a few MiB whatever M: enough rows to hide the expansion of the weights.
     constexpr int64_t kRowPanelsBytes = 8 << 20;
     const int64_t row_bytes = std::max<int64_t>(1, weight_.blocks() * kRowPanelBytes);
     const int64_t chunk = std::max<int64_t>(kMaxRows, kRowPanelsBytes / row_bytes);
@@ -116,6 +115,11 @@ class Gemm {
   }
 
  private:
+  // Tasks worth about 10 us, which is what waking a thread costs: 2^18 values read once.
+  static int64_t grain(int64_t values_per_task) {
+    return ceil_div(int64_t{1} << 18, std::max<int64_t>(1, values_per_task));
+  }
+
   void multiply_chunk(const GemmKernels& kernels, int64_t first_row, int64_t rows) {
     const int64_t blocks = weight_.blocks();
     const bool expand = rows > kernels.max_tile_rows;
@@ -123,10 +127,8 @@ class Gemm {
     thread_local Scratch row_scratch;
     uint8_t* const row_panels = row_scratch.reserve(rows * blocks * kRowPanelBytes);
 
-    // About 10 us of work a task at least: waking a thread costs as much.
-    const int64_t values = ceil_div(rows, split.panels) * blocks * kBlockSize;
-    const int64_t grain = ceil_div(int64_t{1} << 16, std::max<int64_t>(1, values));
-    parallel_for_(split.panels, grain, [&](int64_t begin, int64_t end) {
+    const int64_t panel_values = ceil_div(rows, split.panels) * blocks * kBlockSize;
+    parallel_for_(split.panels, grain(panel_values), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t row = split.begin(panel);
         kernels.expand_rows(problem_.a_codes + (first_row + row) * blocks * kBlockBytes,
@@ -135,16 +137,17 @@ class Gemm {
       }
     });
     const int64_t columns = kernels.panel_tiles * kTileRows;
-    parallel_for_(ceil_div(problem_.N, columns), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        if (expand) {
-          multiply_expanded(kernels, split, row_panels, first_row, panel * columns);
-        } else {
-          multiply_in_place(kernels, static_cast<int>(rows), row_panels, first_row,
-                            panel * columns);
-        }
-      }
-    });
+    parallel_for_(ceil_div(problem_.N, columns), grain(columns * blocks * kBlockSize),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t panel = begin; panel < end; ++panel) {
+                      if (expand) {
+                        multiply_expanded(kernels, split, row_panels, first_row, panel * columns);
+                      } else {
+                        multiply_in_place(kernels, static_cast<int>(rows), row_panels, first_row,
+                                          panel * columns);
+                      }
+                    }
+                  });
   }
 
   // The columns of `out` from first_column, as many as a weight panel has, for every row panel.

@@ -10,13 +10,21 @@
 namespace duqpp::cpu {
 
 // A weight [N, K] as checkpoints hold it (codes [N, K/2], scales [N, K/32], row-major) to the tiled
-// layout that mxfp4_gemm reads, and back. Same sizes, byte for byte a permutation of the nibbles.
+// layout that mxfp4_gemm reads (gemm_kernels.h), and back. Same sizes, a permutation of the bytes.
 void prepare_weight(int64_t N, int64_t K, const uint8_t* codes, const uint8_t* scales,
                     uint8_t* tiled_codes, uint8_t* tiled_scales, const ParallelFor& parallel_for);
 void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint8_t* tiled_scales,
                     uint8_t* codes, uint8_t* scales, const ParallelFor& parallel_for);
 
 // a row-major with row-major scales, b as prepare_weight left it.
+//
+// An output is, in float32 and rounding to nearest even,
+//   sum = 0; for each block of 32 along K, in order: sum = round(sum + d 2^(ea - 127) 2^(eb - 127))
+//   out = round_to_out_dtype(round(round(sum * alpha) + bias))        without a bias, no addition
+// where d is the exact dot product of the block's E2M1 values: one rounding a block, whatever the
+// scales. A scale byte of 255 makes its row or column NaN, the quiet NaN with a clear sign. The
+// bytes are the same on every instruction set, for every division into tasks and whatever other
+// rows there are. The processor must not flush subnormals to zero.
 void mxfp4_gemm(const MXFP4GemmProblem& problem, Isa isa, const ParallelFor& parallel_for);
 
 }  // namespace duqpp::cpu

@@ -1,4 +1,5 @@
-// The definition of mxfp4_gemm in C++17, and the kernels that cover what the vectorized ones leave.
+// mxfp4_gemm in C++17: for machines without vector kernels, and for rows whose scales those
+// exclude.
 #include <cmath>
 #include <cstring>
 
@@ -11,13 +12,9 @@
 namespace duqpp::cpu {
 namespace {
 
-// The arithmetic of every kernel: sum + d 2^(ea - 127) 2^(eb - 127), rounded once to float32, where
-// d is the exact dot product of a block's E2M1 values. An output is this over the blocks 0, 1, ...
-// in order, from 0; it is then multiplied by alpha, the bias is added, and the result is rounded to
-// the output's type, each of the three once.
-//
-// Here quadruple_dot = 4 d is an integer, a_scale = 2^(ea - 127) / 4 and b_scale = 2^(eb - 127),
-// all exact (a NaN scale is a NaN). Their product with the sum is one fused multiply-add.
+// sum + d 2^(ea - 127) 2^(eb - 127), rounded once to float32. quadruple_dot = 4 d is an integer,
+// a_scale = 2^(ea - 127) / 4 and b_scale = 2^(eb - 127), all exact (a NaN scale is a NaN), and
+// their product with the sum is one fused multiply-add.
 float add_block_product(float sum, int32_t quadruple_dot, float a_scale, float b_scale) {
   const float dot = static_cast<float>(quadruple_dot);
   if (!(a_scale >= 0x1p105f)) return std::fma(dot * a_scale, b_scale, sum);

@@ -37,11 +37,23 @@ Matrix random_matrix(int64_t rows, int64_t K, ScaleRange range, uint32_t seed) {
   return matrix;
 }
 
+// Threads that take ranges of uneven length, in no order.
+void run_unevenly(int64_t tasks, int64_t grain, const ParallelBody& body) {
+  std::vector<std::thread> threads;
+  int64_t begin = 0;
+  for (int64_t length = grain; begin < tasks; length = length * 2 + 1) {
+    const int64_t end = std::min(tasks, begin + length);
+    threads.emplace_back([&body, begin, end] { body(begin, end); });
+    begin = end;
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 Matrix tiled(const Matrix& b) {
   Matrix result = {b.rows, b.K, std::vector<uint8_t>(b.codes.size()),
                    std::vector<uint8_t>(b.scales.size())};
   cpu::prepare_weight(b.rows, b.K, b.codes.data(), b.scales.data(), result.codes.data(),
-                      result.scales.data(), cpu::run_serially);
+                      result.scales.data(), run_unevenly);
   return result;
 }
 
@@ -111,7 +123,7 @@ void test_round_trip_and_layout() {
       Matrix back = {N, K, std::vector<uint8_t>(b.codes.size()),
                      std::vector<uint8_t>(b.scales.size())};
       cpu::restore_weight(N, K, t.codes.data(), t.scales.data(), back.codes.data(),
-                          back.scales.data(), cpu::run_serially);
+                          back.scales.data(), run_unevenly);
       CHECK(back.codes == b.codes && back.scales == b.scales, "N %ld K %ld", long(N), long(K));
       // Columns 8w .. 8w + 7 of row 16t + l are four bytes at word w, lane l of tile t.
       const int64_t n = N - 1, tile = n / 16, lane = n % 16,
@@ -288,18 +300,6 @@ void test_alpha_bias_and_output_types() {
       }
     }
   }
-}
-
-// Threads that take ranges of uneven length, in no order.
-void run_unevenly(int64_t tasks, int64_t grain, const ParallelBody& body) {
-  std::vector<std::thread> threads;
-  int64_t begin = 0;
-  for (int64_t length = grain; begin < tasks; length = length * 2 + 1) {
-    const int64_t end = std::min(tasks, begin + length);
-    threads.emplace_back([&body, begin, end] { body(begin, end); });
-    begin = end;
-  }
-  for (std::thread& thread : threads) thread.join();
 }
 
 // Bytes depend neither on the instruction set, nor on the threads, nor on the rows beside a row:
