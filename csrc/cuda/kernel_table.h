@@ -69,12 +69,12 @@ constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, i
 }
 
 // Bytes of device memory that a launch needs: with stream-K a float32 tile for each tile of the
-// output and then a 4-byte barrier each, rounded up to CUTLASS's 16 bytes.
+// output and then a 4-byte barrier each, rounded up to 128 (an L2 line) as CUTLASS does.
 constexpr int64_t gemm_workspace_size(const GemmPlan& plan, int64_t M, int64_t N) {
   if (plan.splits <= 1) return 0;
   const GemmKernelInfo& info = gemm_kernel_info(plan.kernel);
   const int64_t tiles = gemm_tiles(plan.kernel, M, N);
-  return tiles * info.tile_m * info.tile_n * 4 + ceil_div(tiles * 4, 16) * 16;
+  return tiles * info.tile_m * info.tile_n * 4 + ceil_div(tiles * 4, 128) * 128;
 }
 
 }  // namespace duqpp::cuda

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cuda.library import CompiledKernel, compiled_kernels, cuda_extension
 
-# The most registers a thread may take: what it took when written and some room, or all there are.
+# The most registers a thread may take: what it took when written, and room where there is any.
 REGISTERS = {
     "sm100_swapped_128x64": 84,
     "sm100_swapped_128x64_streamk": 160,
@@ -83,7 +83,7 @@ def test_operands_and_output_move_by_tma(name):
 def test_each_reader_waits_for_the_kernel_before(name):
     # Under programmatic dependent launch a kernel without the wait reads half-written input.
     kernel, _ = compiled(name)
-    # Two in CUTLASS's kernels, among them the warp that loads operands, and one before the bias.
+    # Two are CUTLASS's, one in the warp that loads the operands; one is ours, before the bias.
     assert kernel.count("ACQBULK") == 3
 
 

@@ -48,7 +48,7 @@ MUTATIONS = [
     (
         "workspace without barriers",
         "csrc/cuda/kernel_table.h",
-        " + ceil_div(tiles * 4, 16) * 16;",
+        " + ceil_div(tiles * 4, 128) * 128;",
         ";",
         f"{HOST}::test_workspace_of_explicit_splits_is_the_formula",
     ),
