@@ -25,7 +25,9 @@ from duqpp.terminal import (
     inspection_table,
     percent,
     quiet_transformers,
+    selfcheck_table,
     size,
+    timings_table,
 )
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -217,11 +219,27 @@ def generate(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="M,N,K", help="Which GEMM kernel this shape gets; repeatable."),
+    ] = None,
+    arch: Annotated[
+        int, typer.Option(help="For --shape: ten times the GPU's compute capability.")
+    ] = 100,
+    sm_count: Annotated[int, typer.Option(help="For --shape: its SMs; 148 on a B200.")] = 148,
+    as_json: JsonOption = False,
+) -> None:
     """Which backend runs each op here, and why not the others."""
     from duqpp import doctor as examination
 
     facts = examination.doctor()
+    if shape:
+        facts["gemm_kernels"] = [
+            {"M": m, "N": n, "K": k, "arch": arch, "sm_count": sm_count}
+            | examination.gemm_kernel(m, n, k, arch=arch, sm_count=sm_count)
+            for m, n, k in map(_shape, shape)
+        ]
     if as_json:
         _print_json(facts)
         return
@@ -232,6 +250,45 @@ def doctor(as_json: JsonOption = False) -> None:
     print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
     print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
     _print_table(doctor_table(facts))
+    for choice in facts.get("gemm_kernels", []):
+        print(", ".join(f"{name} {value}" for name, value in choice.items()))
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """ "16,4096,4096" as three positive integers."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise InputError(f"--shape must be M,N,K, as in 16,4096,4096, got {text!r}")
+    m, n, k = map(int, parts)
+    return m, n, k
+
+
+@app.command()
+def selfcheck(
+    report: Annotated[Path | None, typer.Option(help="Write the JSON report here.")] = None,
+    timings: Annotated[bool, typer.Option(help="Time LLaMA-3's linears on a GPU.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every kernel of this machine against the reference, and time it on a GPU.
+
+    Exits with 1 when a kernel is wrong. On a Blackwell GPU its report is what we would like to see.
+    """
+    from duqpp.selfcheck import selfcheck as run
+
+    with Bars() as bars:
+        found = run(timings=timings, progress=bars)
+    if report is not None:
+        report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_table(selfcheck_table(found))
+        if found.timings:
+            _print_table(timings_table(found))
+        for line in found.skipped:
+            print(f"skipped: {line}")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _library(facts: dict[str, Any]) -> str:

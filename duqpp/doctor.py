@@ -10,7 +10,7 @@ import torch
 import duqpp
 from duqpp.errors import BackendUnavailableError
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE, capability_table, select
-from duqpp.ops.native import library_info
+from duqpp.ops.native import compiled_library, library_info
 
 
 def doctor() -> dict[str, Any]:
@@ -36,6 +36,33 @@ def doctor() -> dict[str, Any]:
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
         "ops": _ops(),
+    }
+
+
+def gemm_kernel(m: int, n: int, k: int, *, arch: int, sm_count: int) -> dict[str, Any]:
+    """The mxfp4_gemm kernel that a Blackwell GPU would run for [m, k] by [n, k].
+
+    Args:
+        arch: ten times the compute capability: 100, 103, 120 or 121. sm_count: of the device.
+    Returns: JSON-ready: kernel, its tile, splits of K, workspace_bytes, and whether this build
+        holds it; {"error": why} where there is none.
+    """
+    if n % 8 or k % 32:
+        return {"error": f"N must be a multiple of 8 and K of 32, got N = {n}, K = {k}"}
+    library = compiled_library()
+    if library is None:
+        return {"error": library_info()["error"]}
+    plan = library.select_gemm(m, n, k, arch=arch, sm_count=sm_count)
+    if plan is None:
+        return {"error": f"compute capability {arch / 10} has no block-scaled GEMM"}
+    tile = next(row["tile"] for row in library.gemm_kernels() if row["name"] == plan.kernel)
+    has = getattr(library, "has_mxfp4_gemm_kernel", None)
+    return {
+        "kernel": plan.kernel,
+        "tile": list(tile),
+        "splits": plan.splits,
+        "workspace_bytes": library.gemm_workspace_size(plan, m, n),
+        "in_this_build": has is not None and has(plan),
     }
 
 

@@ -15,12 +15,14 @@ from rich.text import Text
 
 from duqpp.compare import Row
 from duqpp.inspection import Inspection, layer_and_kind
+from duqpp.selfcheck import Report as SelfcheckReport
 
 _STAGES = {
     "fingerprint": "reading the model",
     "quantize": "quantizing decoder blocks",
     "inspect": "inspecting decoder blocks",
     "verify": "checking the checkpoint's shards",
+    "selfcheck": "running the kernels",
     "evaluate": "evaluating windows",
 }
 _RATE_STEPS = 8  # the remaining time follows the rate of the last few steps
@@ -200,4 +202,26 @@ def doctor_table(facts: dict[str, Any]) -> Table:
         ]
         chosen = entry["selected"] or f"none: {entry['error']}"
         table.add_row(entry["op"], entry["device"], chosen, "\n".join(others) or "-")
+    return table
+
+
+def selfcheck_table(report: SelfcheckReport) -> Table:
+    """A line per kernel: how many cases, and the first that failed."""
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("backend", "op", "cases", "result"):
+        table.add_column(head)
+    for check in report.checks:
+        result = "\n".join(check.failures) or "equal to the reference"
+        table.add_row(check.backend, check.op, str(check.cases), result)
+    return table
+
+
+def timings_table(report: SelfcheckReport) -> Table:
+    """A line per linear and number of rows: microseconds, and against torch's bfloat16."""
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("linear", "M", "quantize", "gemm", "both, us", "vs bf16"):
+        table.add_column(head, justify="left" if head == "linear" else "right")
+    for t in report.timings:
+        times = (f"{value:.1f}" for value in (t.quantize_us, t.gemm_us, t.linear_us))
+        table.add_row(t.linear, str(t.M), *times, f"{t.bf16_us / t.linear_us:.2f}")
     return table

@@ -22,7 +22,7 @@ from duqpp.models import checkpoint
 from duqpp.ops.dispatch import BACKENDS
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
-COMMANDS = ("quantize", "eval", "generate", "doctor", "inspect", "compare")
+COMMANDS = ("quantize", "eval", "generate", "doctor", "selfcheck", "inspect", "compare")
 
 
 @pytest.fixture
@@ -227,6 +227,26 @@ def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
     assert all(entry["selected"] is None for entry in facts["ops"])
     assert "no such backend" in facts["ops"][0]["error"]
     assert "none: backend 'quantum'" in " ".join(run("doctor")[0].split())
+
+
+def test_doctor_names_the_kernel_of_a_shape(run):
+    shapes = ("--shape", "1,4096,4096", "--shape", "4096,28672,4096")
+    few, many = json.loads(run("doctor", *shapes, "--json")[0])["gemm_kernels"]
+    assert (few["M"], few["N"], few["K"], few["arch"], few["sm_count"]) == (1, 4096, 4096, 100, 148)
+    assert few["kernel"].startswith("sm100_swapped")
+    assert many["kernel"] == "sm100_256x256" and many["tile"][:2] == [256, 256]
+    text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "120", "--sm-count", "170")
+    assert "kernel sm120_128x128" in text
+    text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "90")
+    assert "compute capability 9.0 has no block-scaled GEMM" in text
+    text, _ = run("doctor", "--shape", "64,4100,4096")
+    assert "N must be a multiple of 8" in text
+
+
+@pytest.mark.parametrize("shape", ["16", "16,0,32", "a,b,c", "1,2,3,4"])
+def test_doctor_refuses_a_shape_that_is_none(shape, fail):
+    message = fail("doctor", "--shape", shape)
+    assert f"--shape must be M,N,K, as in 16,4096,4096, got '{shape}'" in message
 
 
 def test_inspect_table_and_json(quantized, run):

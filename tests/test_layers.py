@@ -24,6 +24,7 @@ LAYERS = (
     ("quantize", "evaluate"),
     ("integrations",),
     ("compare", "inspection", "generate", "doctor"),
+    ("selfcheck",),
     ("options", "plot", "terminal"),
     ("cli",),
     ("__main__",),

@@ -35,15 +35,16 @@ class InputStatistics:
         Raises: InputError when x has a NaN or an infinity.
         """
         x = x.flatten(0, -2).float()
-        amax, row = x.abs().max(0)  # NaN wins over any number
+        amax = x.abs().amax(0)  # NaN wins over any number
         if not torch.isfinite(amax).all():
             raise InputError(f"the input of {self.name} has NaN or infinite values in calibration")
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
         local = self._sample[(self._sample >= self.tokens) & (self._sample < self.tokens + len(x))]
         self._sampled.append(x[local - self.tokens].clone())
-        kept = len(self._peaks)
-        holder = torch.where(amax > self.amax, row + kept, self._peak_row)
+        kept, holder = len(self._peaks), self._peak_row
+        raised = (amax > self.amax).nonzero().flatten()  # few, after the first batches
+        holder[raised] = x[:, raised].abs().argmax(0) + kept
         holders, self._peak_row = holder.unique(return_inverse=True)
         old, new = holders[holders < kept], holders[holders >= kept] - kept
         self._peaks = torch.cat((self._peaks[old], x[new]))

@@ -1,5 +1,6 @@
 """The ops over the compiled library `duqpp._C`, or why it is absent."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ except ImportError as error:
     _ABSENT = f"the compiled library is not there ({error}); reinstall duqpp"
 
 _RULES = {ScaleRule.FLOOR: 0, ScaleRule.EVEN: 1, ScaleRule.CEIL: 2, ScaleRule.MSE: 3}
+
+
+def compiled_library() -> ModuleType | None:
+    """`duqpp._C`, or None where it is absent."""
+    return _C
 
 
 def library_info() -> dict[str, Any]:
