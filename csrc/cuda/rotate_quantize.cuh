@@ -8,7 +8,7 @@
 //
 // Traffic, per row: 2 K bytes read (4 K with kSiluMul), K/2 + K/32 written; a matrix is read once
 // per warp. kRmsNorm reads its rows twice: a CTA first sums their squares over all of K, then
-// quantizes its columns of them, from L2 if the rows are more than its own L1 holds.
+// quantizes its columns of them, which by then are in L2.
 //
 // Meaning. kNone rotates x itself. The other prologues are computed in float32 and rounded once to
 // the dtype of x, the tensor that the model would have passed. A bfloat16 value is one term of the
@@ -55,7 +55,7 @@ struct RotateQuantizeTraits {
   static constexpr int kTerms = kDtype == Dtype::kFloat16 ? 2 : 1;
   static constexpr bool kNorm = kPrologue == Prologue::kRmsNorm;
   static constexpr int kMaxThreads = kWarpLanes * kTeamWarps * (kNorm ? kMaxTeams : 1);
-  // CTAs that fit an SM at once: what bounds registers, to 72, 80 and 128 of the SM's 65536.
+  // CTAs that fit an SM at once, which bounds registers: 128, 80 and 72 of the SM's 65536.
   static constexpr int kMinCtas = kNorm ? 2 : kPrologue == Prologue::kSiluMul ? 6 : 7;
 };
 
@@ -66,8 +66,7 @@ struct RotateQuantizeParams {
   ScaleStrides scale_strides;
 };
 
-// ---- What a lane does by itself
-// -------------------------------------------------------------------
+// ---- What a lane does by itself ----
 
 // The inputs of one lane for one tile: x and, with kSiluMul, up.
 template <class Traits>
@@ -129,11 +128,10 @@ DUQPP_WARP_PROGRAM void split_terms(const Words& words, Words (&terms)[Traits::k
   }
 }
 
-// ---- What a warp does for one tile
-// ----------------------------------------------------------------
+// ---- What a warp does for one tile ----
 
 // Round and store: the tile's values become codes and scales. Without kWhole, rows from M on have
-// codes nowhere and scale 0.
+// no codes, and scale 0 where the layout pads.
 template <class Traits, bool kWhole, class Warp>
 DUQPP_WARP_PROGRAM void quantize_tile(const RotateQuantizeParams& params, int row,
                                       typename Warp::template Lanes<LaneValues>& tile,
@@ -247,8 +245,7 @@ DUQPP_WARP_PROGRAM void rotate_tile(
   }
 }
 
-// ---- The warp's loops
-// -----------------------------------------------------------------------------
+// ---- The warp's loops ----
 
 // Matrix and norm weight of a block. Neither depends on the kernel that writes x, so that a warp
 // reads its first block's before it waits for that kernel.
@@ -373,8 +370,7 @@ DUQPP_WARP_PROGRAM void rotate_quantize_warp(
   }
 }
 
-// ---- Reciprocal rms, kRmsNorm
-// ---------------------------------------------------------------------
+// ---- Reciprocal rms, kRmsNorm ----
 
 // Part p of a row's sum of squares: the values of the 256-wide pieces p, p + 4, p + 8, ... Each
 // lane sums its eight columns of them in order, then the lanes are summed as a tree: the order

@@ -12,7 +12,8 @@ namespace duqpp::cuda {
 //
 // The kernel waits for the one before it on the stream, and lets the next one start early
 // (programmatic dependent launch): a next kernel that was launched with that attribute must itself
-// wait before it reads codes or scales.
+// wait before it reads codes or scales. It reads rotation and norm_weight before that wait: they
+// are a model's constants, and must not be what the kernel just before this one writes.
 //
 // Throws std::runtime_error when CUDA refuses.
 void rotate_quantize(const RotateQuantizeProblem& problem, void* stream);

@@ -28,11 +28,11 @@ DTYPES = ("bfloat16", "float16")
 PROLOGUES = ("none", "rms_norm", "silu_mul")
 RULES = ("floor", "even", "ceil", "mse")
 
-# Instructions of the loop over whole 16 x 32 tiles: issue slots, which memory must outlast. At 26
-# bytes a clock and SM (B200) a tile of 1296 bytes lasts 50 clocks, 200 slots of its four
-# schedulers; at 14.5 (H100) 89 and 357. SiLU's tile has 2320 bytes: 356 slots on a B200, 640 on an
-# H100. Measured with nvcc 13.0 and rounded up a little; mse adds its two sums, float16 its second
-# term.
+# Instructions of the loop over whole 16 x 32 tiles: a warp's issue slots, which memory must
+# outlast. A model, not a measurement: at 26 bytes a clock and SM (B200) the 1296 bytes of a tile
+# last 50 clocks, 200 slots of the four schedulers; at 14.5 (H100) 89 clocks, 357 slots. SiLU's
+# 2320 bytes last 356 slots and 640. The budgets are what nvcc 13.0 makes, rounded up a little; mse
+# adds its two sums, float16 its second term.
 LOOP = {
     #         none  rms_norm  silu_mul   mse  float16
     "100f": ((125, 190, 325), 165, 75),
@@ -82,7 +82,7 @@ def compiled(request, tmp_path_factory) -> tuple[str, list[Variant]]:
     log = toolchain.run([nvcc, *FLAGS, *include, *options, source, "-o", cubin], timeout=250)
     variants = []
     for kernel in sass.read_kernels(log, cubin):
-        # Mangled: RotateQuantizeTraits<(Dtype)0, (Prologue)1, (ScaleRule)2, true>
+        # The arguments of RotateQuantizeTraits, mangled: enumerators as digits, then a bool.
         found = re.search(r"DtypeE(\d)ELNS_8PrologueE(\d)ELNS_9ScaleRuleE(\d)ELb(\d)E", kernel.name)
         dtype, prologue, rule, rotate = map(int, found.groups())
         variant = Variant(DTYPES[dtype], PROLOGUES[prologue], RULES[rule], rotate == 1, kernel)
