@@ -12,8 +12,9 @@ enum class Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 enum class ScaleLayout : int32_t { kRowMajor = 0, kSwizzled = 1 };  // see format/scale_layout.h
 
-// What happens to the input before it is rotated, computed in float32:
-//   kNone: x;  kRmsNorm: x * weight / sqrt(mean(x^2) + epsilon);  kSiluMul: silu(x) * up.
+// What happens to the input before it is rotated, computed in float32 and rounded once to the dtype
+// of x, so that it is what tensor cores multiply:
+//   kNone: x;  kRmsNorm: x / sqrt(mean(x^2) + epsilon) * weight;  kSiluMul: silu(x) * up.
 enum class Prologue : int32_t { kNone = 0, kRmsNorm = 1, kSiluMul = 2 };
 
 // (codes, scales) = quantize(prologue(x) R), block by block of 32 along K.

@@ -55,6 +55,14 @@ DUQPP_HOST_DEVICE float load_float(const void* data, int64_t i) {
   }
 }
 
+// A float32 value as that dtype holds it.
+template <Dtype dtype>
+DUQPP_HOST_DEVICE float round_to(float value) {
+  if constexpr (dtype == Dtype::kBFloat16) return decode_bfloat16(encode_bfloat16(value));
+  if constexpr (dtype == Dtype::kFloat16) return decode_float16(encode_float16(value));
+  return value;
+}
+
 // Each instruction set's copy is a type of its own, so that the linker keeps them apart.
 template <typename Lanes>
 struct StripLoop {
@@ -76,6 +84,9 @@ struct StripLoop {
       for (int i = 0; i < kBlockSize; ++i) {
         values[i] = silu(values[i]) * load_float<dtype>(p.up, offset + i);
       }
+    }
+    if constexpr (prologue != Prologue::kNone) {
+      for (int i = 0; i < kBlockSize; ++i) values[i] = round_to<dtype>(values[i]);
     }
   }
 

@@ -68,9 +68,10 @@ def rmsnorm_rotate_quantize(
     rule: ScaleRule,
     backend: str = "auto",
 ) -> MXFP4Tensor:
-    """`rotate_quantize` of the RMSNorm of x, in float32 from one end to the other.
+    """`rotate_quantize` of the RMSNorm of x.
 
-    ``x * rsqrt(mean(x**2) + epsilon) * norm_weight``, which is not rounded before it is rotated.
+    ``x * rsqrt(mean(x**2) + epsilon) * norm_weight``, computed in float32 and rounded once to the
+    dtype of x before it is rotated.
 
     Args:
         x, rotation, rule, backend: as of `rotate_quantize`; the mean is over the last dimension.
@@ -102,7 +103,7 @@ def silu_mul_rotate_quantize(
     rule: ScaleRule,
     backend: str = "auto",
 ) -> MXFP4Tensor:
-    """`rotate_quantize` of ``silu(gate) * up``, in float32 from one end to the other.
+    """`rotate_quantize` of ``silu(gate) * up``, computed in float32 and rounded once to its dtype.
 
     Args:
         gate, up: [..., K], of one shape and dtype; as x of `rotate_quantize`.

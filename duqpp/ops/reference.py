@@ -32,16 +32,17 @@ class ReferenceBackend:
         rotation: Tensor | None,
         rule: ScaleRule,
     ) -> MXFP4Tensor:
-        x = x.float()
+        dtype, x = x.dtype, x.float()
         normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
         if norm_weight is not None:
             normed = normed * norm_weight.float()
-        return self.rotate_quantize(normed, rotation, rule)
+        return self.rotate_quantize(normed.to(dtype), rotation, rule)
 
     def silu_mul_rotate_quantize(
         self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
     ) -> MXFP4Tensor:
-        return self.rotate_quantize(silu(gate.float()) * up.float(), rotation, rule)
+        activated = silu(gate.float()) * up.float()
+        return self.rotate_quantize(activated.to(gate.dtype), rotation, rule)
 
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return weight

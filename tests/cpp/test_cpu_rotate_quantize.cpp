@@ -76,6 +76,9 @@ Result expected(const RotateQuantizeProblem& p, const Values& x, const Values& u
           if (p.norm_weight != nullptr) in[i] *= norm.floats[k];
         }
         if (p.prologue == Prologue::kSiluMul) in[i] = cpu::silu(in[i]) * up.floats[row * p.K + k];
+        if (p.prologue == Prologue::kNone) continue;
+        if (p.dtype == Dtype::kBFloat16) in[i] = decode_bfloat16(encode_bfloat16(in[i]));
+        if (p.dtype == Dtype::kFloat16) in[i] = decode_float16(encode_float16(in[i]));
       }
       for (int n = 0; n < kBlockSize; ++n) {
         out[n] = in[n];

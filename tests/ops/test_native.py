@@ -12,6 +12,7 @@ import duqpp._C as _C
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.ops import dispatch, mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
 from duqpp.ops import quantize as fast_quantize
+from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
 from duqpp.rotation.basis import random_orthogonal
 from tests import inputs, oracle
 
@@ -77,8 +78,51 @@ def test_the_cpu_backend_is_the_default_on_a_cpu(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     assert dispatch.select("rotate_quantize", CPU).name == "cpu"
     assert dispatch.select("mxfp4_gemm", CPU).name == "cpu"
-    reason = dispatch.BACKENDS[0].unavailable_reason("mxfp4_gemm", torch.device("meta"))
+    reason = CpuBackend().unavailable_reason("mxfp4_gemm", torch.device("meta"))
     assert reason == "needs a tensor on the CPU, not on meta"
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda backend: backend.name)
+def test_cuda_backends_say_what_they_need(backend, monkeypatch):
+    reason = backend.unavailable_reason("mxfp4_gemm", CPU)
+    assert reason == "needs a tensor on a CUDA device, not on cpu"
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_architectures": ""})
+    assert "this build has no kernels" in backend.unavailable_reason("rotate_quantize", device)
+    everything = {"cuda_architectures": "80,90a,100f,120f"}
+    monkeypatch.setattr(_C, "build_info", lambda: everything)
+    reason = backend.unavailable_reason("rotate_quantize", device)
+    assert reason.startswith("needs compute capability") and reason.endswith("7.5")
+
+
+def test_each_gpu_has_one_cuda_backend(monkeypatch):
+    expected = {(8, 0): "cuda-sm80", (9, 0): "cuda-sm80", (10, 0): "cuda-sm100"}
+    expected |= {(10, 3): "cuda-sm100", (12, 0): "cuda-sm120", (12, 1): "cuda-sm120"}
+    everything = {"cuda_architectures": "80,90a,100f,120f"}
+    monkeypatch.setattr(_C, "build_info", lambda: everything)
+    for capability, name in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        for op in ("rotate_quantize", "mxfp4_gemm"):
+            able = [
+                backend.name
+                for backend in CUDA_BACKENDS
+                if backend.unavailable_reason(op, torch.device("cuda")) is None
+            ]
+            without_gemm = name == "cuda-sm80" and op == "mxfp4_gemm"
+            assert able == ([] if without_gemm else [name]), (capability, op)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda backend: backend.name)
+def test_cuda_weights_are_swizzled_and_can_be_restored(backend):
+    codes = torch.randint(0, 256, (136, 48), generator=inputs.generator(1)).byte()
+    scales = torch.randint(0, 255, (136, 3), generator=inputs.generator(2)).byte()
+    prepared = backend.prepare_weight(MXFP4Tensor(codes, scales))
+    assert prepared.scales.shape == backend.scales_shape(136, 96) == (2 * 512,)
+    oracle.assert_same(prepared.scales, torch.from_numpy(oracle.swizzle(scales)), "scales")
+    restored = backend.restore_weight(prepared)
+    oracle.assert_same(restored.scales, scales, "restored scales")
+    oracle.assert_same(restored.codes, codes, "codes")
 
 
 # The same problems in a process for each instruction set; the results are compared as bytes.
