@@ -7,6 +7,7 @@ here for its speed. `pip install ggml-python` compiles it for this machine.
 import ctypes
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 try:
@@ -30,8 +31,11 @@ class Product:
             ggml.GGML_TYPE_MXFP4, source, self._codes, 0, self._n, self._k, None
         )
 
-    def bind(self, x: Tensor) -> Callable[[], None]:
-        """A call that multiplies x, float32 [M, K]; every call reads the same weight."""
+    def bind(self, x: Tensor) -> Callable[[], Tensor]:
+        """A call that multiplies x, float32 [M, K], and returns ggml's own memory as [M, N].
+
+        Every call reads the same weight, so that a small one may be found in a cache.
+        """
         m = x.shape[0]
         size = len(self._codes) + 4 * m * (self._k + self._n) + (1 << 24)
         size += 4 * m * self._k * self._threads  # ggml's own work space
@@ -41,9 +45,14 @@ class Product:
         ctypes.memmove(ggml.ggml_get_data(weight), self._codes, len(self._codes))
         ctypes.memmove(ggml.ggml_get_data(inputs), x.data_ptr(), x.nbytes)
         graph = ggml.ggml_new_graph(context)
-        ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(context, weight, inputs))
+        product = ggml.ggml_mul_mat(context, weight, inputs)
+        ggml.ggml_build_forward_expand(graph, product)
+        address = ggml.ggml_get_data(product)
+        values = (ctypes.c_float * (m * self._n)).from_address(address)
+        result = torch.frombuffer(values, dtype=torch.float32).view(m, self._n)
 
-        def multiply() -> None:
+        def multiply() -> Tensor:
             ggml.ggml_graph_compute_with_ctx(context, graph, self._threads)
+            return result
 
         return multiply
