@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,7 +151,7 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers():
+    with _quiet_transformers(), _parsed_once():
         model, keys = _load(
             transformers.AutoModelForCausalLM,
             file.parent,
@@ -239,6 +240,21 @@ def _plain_config(config: Any) -> dict[str, Any]:
     for key in ("_name_or_path", "name_or_path", "transformers_version"):
         values.pop(key, None)
     return values
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once: it does for the configuration, the weights and the
+    tokenizer, and makes a table of names for every tensor. Measured for a 135M model: 8 s, not 19.
+    """
+    import gguf
+
+    parser, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(parser), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = parser, names
 
 
 @contextlib.contextmanager

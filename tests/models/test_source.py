@@ -251,3 +251,15 @@ def test_damaged_gguf(gguf_file, tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 5
+
+
+def test_gguf_parsing_leaves_the_parser_as_it_was(gguf_file, tmp_path):
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    open_source(str(gguf_file))
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF")
+    with pytest.raises(InputError):
+        open_source(str(bad))
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
