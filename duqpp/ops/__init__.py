@@ -42,6 +42,9 @@ def rotate_quantize(
     _check_input("rotate_quantize", x)
     _check_rotation("rotate_quantize", rotation, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
+    if library.runs_directly(x):
+        chosen = select("rotate_quantize", x.device, backend)
+        return chosen.rotate_quantize(rows, rotation, ScaleRule(rule))
     return MXFP4Tensor(*library.rotate_quantize(rows, rotation, str(rule), backend))
 
 
@@ -153,6 +156,8 @@ def mxfp4_gemm(
         raise ValueError(
             f"mxfp4_gemm: out_dtype must be bfloat16, float16 or float32, got {out_dtype}"
         )
+    if library.runs_directly(a.codes, bias):
+        return select("mxfp4_gemm", a.codes.device, backend).mxfp4_gemm(a, b, bias, out_dtype)
     return library.mxfp4_gemm(a.codes, a.scales, b.codes, b.scales, bias, out_dtype, backend)
 
 
@@ -179,6 +184,11 @@ def mxfp4_linear(
         raise ValueError(f"mxfp4_linear: x has K = {x.shape[-1]}, weight has K = {weight.shape[1]}")
     _check_bias("mxfp4_linear", bias, weight.shape[0])
     rows = x.reshape(-1, x.shape[-1])
+    if library.runs_directly(x, bias):
+        chosen = select("mxfp4_gemm", x.device, backend)
+        quantized = chosen.rotate_quantize(rows, rotation, ScaleRule(rule))
+        y = chosen.mxfp4_gemm(quantized, weight, bias, x.dtype)
+        return y.view(*x.shape[:-1], weight.shape[0])
     y = library.mxfp4_linear(rows, rotation, str(rule), weight.codes, weight.scales, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 

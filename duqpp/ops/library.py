@@ -11,6 +11,31 @@ from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
 from duqpp.ops.dispatch import Backend, select, select_shapes
 from duqpp.ops.reference import rotate_blocks
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors may go straight to its backend, past torch's dispatcher.
+
+    So it may where nothing watches: plain tensors with values, no gradient asked for, and nothing
+    that traces, fakes or transforms. The dispatcher and its Python wrappers take some 30
+    microseconds a call, which is what a small product takes.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
+        return False
+    gradients = torch.is_grad_enabled()
+    return all(
+        tensor is None
+        or (
+            type(tensor) in _PLAIN
+            and not tensor.is_meta
+            and not (gradients and tensor.requires_grad)
+        )
+        for tensor in tensors
+    )
+
 
 @torch.library.custom_op("duqpp::rotate_quantize", mutates_args=())
 def rotate_quantize(

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from duqpp.format import MXFP4Tensor, ScaleRule
 from duqpp.ops import library, mxfp4_gemm, mxfp4_linear, prepare_weight, rotate_quantize
 from duqpp.rotation.basis import hadamard, random_orthogonal
-from tests import inputs
+from tests import inputs, oracle
 from tests.ops.backends import BACKENDS
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -115,3 +116,55 @@ def test_meta_tensors_compute_nothing(backend):
 def test_fake_tensors_are_checked_like_real_ones(backend):
     with FakeTensorMode(), pytest.raises(ValueError, match="K a multiple of 32"):
         rotate_quantize(torch.zeros(2, 33), None, rule=ScaleRule.EVEN, backend=backend)
+
+
+# Plain calls skip the dispatcher; what watches, fakes, traces or differentiates does not miss them.
+
+
+class Names(TorchDispatchMode):
+    """The names of the ops that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_ops(backend):
+    w, x = prepare_weight(WEIGHT, backend=backend), inputs.gaussian(3, K, seed=1)
+    options = {"rule": ScaleRule.EVEN, "backend": backend}
+    with Names() as names:
+        quantized = rotate_quantize(x, None, **options)
+        mxfp4_gemm(quantized, w, out_dtype=torch.float32, backend=backend)
+        mxfp4_linear(x, None, w, **options)
+    for op in ("rotate_quantize", "mxfp4_gemm", "mxfp4_linear"):
+        assert f"duqpp::{op}" in names.seen
+
+
+def test_a_plain_call_gives_the_bytes_of_the_dispatched_one(backend):
+    w, x = prepare_weight(WEIGHT, backend=backend), inputs.outliers(3, K, seed=1)
+    bias = torch.linspace(-1, 1, N)
+    plain = mxfp4_linear(x, SHARED, w, bias, rule=ScaleRule.EVEN, backend=backend)
+    dispatched = torch.ops.duqpp.mxfp4_linear(x, SHARED, "even", w.codes, w.scales, bias, backend)
+    oracle.assert_same(plain, dispatched, "mxfp4_linear")
+
+
+def test_what_must_not_run_directly(backend):
+    x = torch.zeros(2, K)
+    assert library.runs_directly(x, None, torch.nn.Parameter(x, requires_grad=False))
+    wants_gradient = x.clone().requires_grad_()
+    assert not library.runs_directly(wants_gradient)
+    assert not library.runs_directly(x, wants_gradient)
+    with torch.no_grad():
+        assert library.runs_directly(wants_gradient)
+    assert not library.runs_directly(x.to("meta"))
+    with FakeTensorMode() as mode:
+        assert not library.runs_directly(mode.from_tensor(x))
+    with Names():
+        assert not library.runs_directly(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(library.runs_directly(row)) or row)(x)
+    assert seen == [False]
