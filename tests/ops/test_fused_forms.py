@@ -181,13 +181,14 @@ def test_argument_errors(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_prologue_is_rounded_once_to_the_dtype_of_its_input(dtype, backend):
     """So that a fused form and the same steps one by one, in a model's dtype, agree."""
-    gate, up = (inputs.gaussian(33, K, seed).to(dtype) for seed in (11, 12))
+    gate, up = (inputs.gaussian(1000, K, seed).to(dtype) for seed in (11, 12))
     rotation = ROTATIONS["shared"]
     options = {"rule": ScaleRule.EVEN, "backend": backend}
     fused = silu_mul_rotate_quantize(gate, up, rotation, **options)
     exact = torch.nn.functional.silu(gate.double()) * up.double()
     steps = rotate_quantize(exact.float().to(dtype), rotation, **options)
-    unrounded = rotate_quantize(exact.float(), rotation, rule=ScaleRule.EVEN, backend="reference")
-    # An ulp of silu crosses a midpoint of the dtype now and then; rounding at all moves far more.
-    assert (fused.codes != steps.codes).float().mean() < 2e-3
-    assert (unrounded.codes != steps.codes).float().mean() > 2e-3
+    unrounded = rotate_quantize(exact.float(), rotation, **options)
+    # An ulp of silu crosses a midpoint of the dtype now and then; not to round at all moves more.
+    off, without_rounding = ((q.codes != steps.codes).sum() for q in (fused, unrounded))
+    assert without_rounding > 20
+    assert off < without_rounding / 4, (int(off), int(without_rounding))
