@@ -1,337 +1,129 @@
-"""Break rotate_quantize in plausible ways, one at a time, and show that a test notices each.
+"""Break the kernels in plausible ways, one at a time, and show that a test notices each.
 
-    python tests/mutations/run.py [--list] [WORD]     # WORD selects by name
+    python -m tests.mutations.run [--list] [--quick] [WORD ...]
 
-Each mutation is one replacement in a copy of the tree; its test must fail there, and must pass in
-an unchanged copy. Needs what the tests need. A mutation takes half a minute or so on two cores.
+A mutation is one replacement in a copy of the tree, build/mutations; its test must fail there, and
+must pass in the copy as it is. WORDs select by name; --quick leaves out what compiles CUDA kernels
+to their end. Needs what the tests need. Most mutations take half a minute or so on two cores; the
+first whose test reads the compiled library builds it in the copy, which takes some ten minutes.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests.mutations import mxfp4_gemm, rotate_quantize
+from tests.mutations.mutation import Mutation
+
 ROOT = Path(__file__).parents[2]
+TREE = ROOT / "build" / "mutations"  # the copy, at one path, so that its builds are incremental
+SAVED = ROOT / "build" / "mutations.saved"
+FOLDERS = ("csrc", "duqpp", "tests")
+FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
-PROGRAMS = "tests/cpp/test_rotate_quantize_programs.py"
-NUMERICS = f"{PROGRAMS}::test_numerics_over_whole_domains"
-PROGRAM = f"{PROGRAMS}::test_warp_program_equals_the_format"
-CUTLASS = f"{PROGRAMS}::test_layouts_and_conversions_are_those_of_cutlass"
-RESOURCES = "tests/cuda/test_resources.py"
-HOT_LOOP = f"{RESOURCES}::test_hot_loop[100f]"
-WAITS = f"{RESOURCES}::test_waits_before_it_reads_x[100f]"
-LOADS = f"{RESOURCES}::test_loads_are_of_128_bits[100f]"
-
-E2M1 = "csrc/format/e2m1.h"
-WORD = "csrc/format/e2m1_word.h"
-E8M0 = "csrc/format/e8m0.h"
-CHANGE = "csrc/format/error_change.h"
-LAYOUT = "csrc/format/scale_layout.h"
-FRAGMENT = "csrc/format/fragment.h"
-PLAN = "csrc/cuda/rotate_quantize_plan.h"
-KERNEL = "csrc/cuda/rotate_quantize.cuh"
-WARP = "csrc/cuda/gpu_warp.cuh"
-LAUNCH = "csrc/cuda/rotate_quantize.cu"
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """`old`, which occurs once in `path`, becomes `new`; then `test` must fail."""
-
-    name: str
-    path: str
-    old: str
-    new: str
-    test: str
-
-
-MUTATIONS = (
-    # Numerics.
-    Mutation(
-        "e2m1: tie at 1/4 goes up",
-        E2M1,
-        "magnitude > 0x3E800000u",
-        "magnitude >= 0x3E800000u",
-        NUMERICS,
-    ),
-    Mutation(
-        "e2m1: tie at 3/4 goes down",
-        E2M1,
-        "magnitude >= 0x3F400000u",
-        "magnitude > 0x3F400000u",
-        NUMERICS,
-    ),
-    Mutation(
-        "e2m1: ties go away from zero",
-        E2M1,
-        "0x1FFFFFu + ((magnitude >> 22) & 1u)",
-        "0x200000u",
-        NUMERICS,
-    ),
-    Mutation("e2m1: no saturation", E2M1, "(code < 7u ? code : 7u)", "(code & 7u)", NUMERICS),
-    Mutation(
-        "e2m1: nibbles swapped",
-        E2M1,
-        "even_column | (odd_column << 4)",
-        "odd_column | (even_column << 4)",
-        NUMERICS,
-    ),
-    Mutation(
-        "e2m1 word: ties of the coarse grid", WORD, "kBase + 2.0f)", "kBase + 2.5f)", NUMERICS
-    ),
-    Mutation(
-        "e2m1 word: nibbles swapped",
-        WORD,
-        "for (int i = 7; i >= 0; --i) {",
-        "for (int j = 7; j >= 0; --j) {\n    const int i = j ^ 1;",
-        NUMERICS,
-    ),
-    Mutation("e2m1 word: no saturation", WORD, "if (kSaturate)", "if (false)", NUMERICS),
-    Mutation("e8m0: ceil steps up at 1.5 itself", E8M0, "0x3FFFFFu", "0x400000u", NUMERICS),
-    Mutation("e8m0: even steps up at 1.5", E8M0, "? 0x200000u", "? 0x400000u", NUMERICS),
-    Mutation(
-        "e8m0: infinity is a number",
-        E8M0,
-        "amax_bits >= kInfinityBits",
-        "amax_bits > kInfinityBits",
-        NUMERICS,
-    ),
-    Mutation(
-        "mse: equal errors step", CHANGE, "(gain >> 6) < saving", "(gain >> 6) <= saving", NUMERICS
-    ),
-    Mutation(
-        "mse: errors near 3/2 forgotten",
-        CHANGE,
-        "fminf(fabsf(s - 0.5f), fabsf(s - 1.5f))",
-        "fabsf(s - 0.5f)",
-        NUMERICS,
-    ),
-    # Layouts.
-    Mutation(
-        "scales: another order of terms",
-        LAYOUT,
-        "(row & 31) * 16 +\n         ((row >> 5) & 3) * 4",
-        "(row & 31) * 4 +\n         ((row >> 5) & 3) * 128",
-        CUTLASS,
-    ),
-    Mutation(
-        "scales: strides of tiles",
-        PLAN,
-        "return {16, 128, 256, 4,",
-        "return {16, 256, 128, 4,",
-        CUTLASS,
-    ),
-    Mutation(
-        "scales: strides in the kernel",
-        PLAN,
-        "return {16, 128, 256, 4,",
-        "return {16, 256, 128, 4,",
-        PROGRAM,
-    ),
-    Mutation(
-        "fragment: k not permuted",
-        FRAGMENT,
-        "return 8 * ((k & 7) >> 1) + 4 * step + 2 * (k >> 3) + (k & 1);",
-        "return 16 * step + k;",
-        PROGRAM,
-    ),
-    Mutation(
-        "fragment: n not permuted",
-        FRAGMENT,
-        "return 8 * (n >> 1) + 2 * tile + (n & 1);",
-        "return 8 * tile + n;",
-        PROGRAM,
-    ),
-    Mutation(
-        "fragment: matrix halves swapped",
-        FRAGMENT,
-        "const int j = 4 * step + 2 * half;",
-        "const int j = 4 * step + 2 * (1 - half);",
-        PROGRAM,
-    ),
-    Mutation(
-        "fragment: matrix columns of the neighbour",
-        FRAGMENT,
-        "(lane_row(lane) & 1) * 16",
-        "(1 - (lane_row(lane) & 1)) * 16",
-        PROGRAM,
-    ),
-    Mutation(
-        "fragment: A rows swapped",
-        KERNEL,
-        "{{x[0].word[2 * step], x[1].word[2 * step],",
-        "{{x[1].word[2 * step], x[0].word[2 * step],",
-        PROGRAM,
-    ),
-    # The program's loops.
-    Mutation("padding rows are not written", KERNEL, "scale[0] = 0;", "", PROGRAM),
-    Mutation(
-        "padding rows of the ragged tile",
-        KERNEL,
-        "lanes_row < params.plan.scale_rows",
-        "live",
-        PROGRAM,
-    ),
-    Mutation(
-        "padding blocks are not written",
-        PLAN,
-        "swizzled ? columns * kScaleTileBlocks : blocks",
-        "blocks",
-        PROGRAM,
-    ),
-    Mutation(
-        "ragged rows have a scale", KERNEL, "live ? exponent[lane] : 0", "exponent[lane]", PROGRAM
-    ),
-    Mutation(
-        "ragged rows are stored", KERNEL, "kWhole || lanes_row < params.problem.M", "true", PROGRAM
-    ),
-    Mutation(
-        "ragged rows are loaded",
-        KERNEL,
-        "lanes_row + 8 < live_rows",
-        "true",
-        PROGRAM,
-    ),
-    Mutation(
-        "the tile ahead is not fetched",
-        KERNEL,
-        "row + kTileRows < whole_end;",
-        "row + 2 * kTileRows < whole_end;",
-        PROGRAM,
-    ),
-    Mutation(
-        "strips overlap",
-        PLAN,
-        "task.first_row + plan.rows_per_cta",
-        "task.first_row + 2 * plan.rows_per_cta",
-        PROGRAM,
-    ),
-    Mutation(
-        "every block has the first matrix",
-        KERNEL,
-        "problem.rotation_matrices > 1 ? block : 0",
-        "0",
-        PROGRAM,
-    ),
-    Mutation(
-        "float16: second term lost",
-        KERNEL,
-        "values[i] -= high[i]",
-        "values[i] = 0 * high[i]",
-        PROGRAM,
-    ),
-    Mutation(
-        "mse: NaN blocks step",
-        KERNEL,
-        "exponent[lane] != kNanScale && next_exponent",
-        "next_exponent",
-        PROGRAM,
-    ),
-    Mutation(
-        "rms norm: weights of the first block",
-        KERNEL,
-        "(problem.norm_weight) + int64_t{block} * kBlockSize +",
-        "(problem.norm_weight) +",
-        PROGRAM,
-    ),
-    Mutation("rms norm: epsilon lost", KERNEL, "mean + problem.epsilon", "mean", PROGRAM),
-    Mutation(
-        "rms norm: a piece is lost",
-        KERNEL,
-        "column += kRowParts * kPiece",
-        "column += 2 * kRowParts * kPiece",
-        PROGRAM,
-    ),
-    Mutation(
-        "rms norm: the sum's order depends on the launch",
-        KERNEL,
-        "rows.parts[unit / kRowParts][part] =",
-        "rows.parts[unit / kRowParts][(part + params.plan.teams) % kRowParts] =",
-        PROGRAM,
-    ),
-    # What only the machine code shows.
-    Mutation(
-        "GDC define dropped", RESOURCES, '    "-DCUTLASS_ENABLE_GDC_FOR_SM100=1",\n', "", WAITS
-    ),
-    Mutation(
-        "no wait for the kernel before",
-        LAUNCH,
-        "cutlass::arch::wait_on_dependent_grids();",
-        "",
-        WAITS,
-    ),
-    Mutation(
-        "no early launch of the next kernel",
-        LAUNCH,
-        "cutlass::arch::launch_dependent_grids();",
-        "",
-        WAITS,
-    ),
-    Mutation(
-        "x is read before the wait",
-        KERNEL,
-        "constants[lane].matrix = matrix_fragment(rows, lane);",
-        "Words x{};\n"
-        "      Warp::load(x, problem.x, true);\n"
-        "      rows[0].word[0] ^= x.word[0];\n"
-        "      constants[lane].matrix = matrix_fragment(rows, lane);",
-        WAITS,
-    ),
-    Mutation(
-        "software conversion on Blackwell",
-        WARP,
-        "#if defined(CUDA_PTX_FP4FP6_CVT_ENABLED)",
-        "#if 0",
-        HOT_LOOP,
-    ),
-    Mutation(
-        "a loop around the tiles' loop",
-        KERNEL,
-        "if constexpr (!Traits::kNorm) break;",
-        "",
-        HOT_LOOP,
-    ),
-    Mutation(
-        "64-bit loads",
-        WARP,
-        "cutlass::arch::global_load<Words, sizeof(Words)>(words, address, valid);",
-        "using Half = cutlass::Array<uint32_t, 2>;\n"
-        "    auto* halves = reinterpret_cast<Half*>(&words);\n"
-        "    const auto* from = static_cast<const char*>(address);\n"
-        "    cutlass::arch::global_load<Half, 8>(halves[0], from, valid);\n"
-        "    cutlass::arch::global_load<Half, 8>(halves[1], from + 8, valid);",
-        LOADS,
-    ),
-)
-
-
-def copy_tree(folder: Path) -> None:
-    for part in ("csrc", "duqpp", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-
-
-def run_test(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, check=False
+MUTATIONS: dict[str, Mutation] = {
+    f"{op}: {mutation.name}": mutation
+    for op, mutations in (
+        ("rotate_quantize", rotate_quantize.MUTATIONS),
+        ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
     )
+    for mutation in mutations
+}
+
+
+def copy_sources() -> None:
+    """Bring the copy up to date, with the times of the sources: its build goes by them."""
+    restore()
+    for name in FOLDERS:
+        shutil.rmtree(TREE / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, TREE / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy2(ROOT / name, TREE)
+
+
+def save() -> None:
+    unfinished = SAVED.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(TREE, unfinished)
+    unfinished.rename(SAVED)
+
+
+def restore() -> None:
+    """Undo what happened since `save`, in an earlier run too, if that was interrupted."""
+    if SAVED.exists():
+        shutil.rmtree(TREE)
+        SAVED.rename(TREE)
+
+
+@contextmanager
+def planted(mutation: Mutation) -> Iterator[None]:
+    save()
+    try:
+        path = TREE / mutation.path
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutation.old) != 1:
+            raise ValueError(f"{mutation.old!r} does not occur once in {mutation.path}")
+        path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        yield
+    finally:
+        restore()
+
+
+def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return subprocess.run(
+        command,
+        cwd=TREE,
+        env=os.environ | {"DUQPP_CUDA": "on", "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def build_library() -> None:
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], timeout=3600)
+    if done.returncode:
+        raise RuntimeError(f"the library does not build\n{done.stdout[-2000:]}")
+
+
+def compile_source(source: str) -> subprocess.CompletedProcess[str]:
+    build = next((TREE / "build").glob("cmake-*"))
+    target = f"CMakeFiles/duqpp_cuda.dir/{source}.o"
+    return run(["cmake", "--build", str(build), "--target", target], timeout=900)
+
+
+def run_test(test: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    return run(command, timeout=600)
+
+
+def passes_unchanged(mutation: Mutation) -> bool:
+    if mutation.source is not None:
+        done = compile_source(mutation.source)
+    else:
+        done = run_test(mutation.test)
+    passed = done.returncode == 0 and " skipped" not in done.stdout
+    if not passed:
+        print(done.stdout[-2000:])
+    return passed
 
 
 def verdict(mutation: Mutation) -> str:
     """ "caught", or what went wrong."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_tree(folder)
-        path = folder / mutation.path
-        source = path.read_text(encoding="utf-8")
-        if source.count(mutation.old) != 1:
-            return f"STALE: its text occurs {source.count(mutation.old)} times in {mutation.path}"
-        path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-        done = run_test(folder, mutation.test)
+    with planted(mutation):
+        if mutation.source is not None:
+            return "caught" if compile_source(mutation.source).returncode else "SURVIVED"
+        if mutation.library:
+            build_library()
+        done = run_test(mutation.test)
     # pytest exits 0 when all passed or skipped, 1 when a test failed, else for its own reasons.
     if done.returncode == 0:
         return "SURVIVED"
@@ -340,28 +132,33 @@ def verdict(mutation: Mutation) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("word", nargs="?", default="", help="only mutations with this in the name")
+    parser.add_argument("word", nargs="*", help="only mutations with one of these in the name")
+    parser.add_argument("--quick", action="store_true", help="none that compiles kernels")
     parser.add_argument("--list", action="store_true", help="print names and tests, run nothing")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if options.word in mutation.name]
+    chosen = {
+        name: mutation
+        for name, mutation in MUTATIONS.items()
+        if not (options.quick and mutation.compiles_kernels)
+        and (not options.word or any(word in name for word in options.word))
+    }
     if options.list:
-        for mutation in chosen:
-            print(f"{mutation.name}: {mutation.test}")
+        for name, mutation in chosen.items():
+            print(f"{name}: {mutation.test}")
         return 0
-    with tempfile.TemporaryDirectory() as name:
-        copy_tree(Path(name))
-        for test in dict.fromkeys(mutation.test for mutation in chosen):
-            done = run_test(Path(name), test)
-            passed = done.returncode == 0 and "skipped" not in done.stdout
-            print(f"{'passes' if passed else 'DOES NOT PASS'} unchanged: {test}", flush=True)
-            if not passed:
-                print(done.stdout[-2000:])
-                return 1
+    copy_sources()
+    if any(mutation.library or mutation.source for mutation in chosen.values()):
+        build_library()
+    for test, mutation in {mutation.test: mutation for mutation in chosen.values()}.items():
+        passed = passes_unchanged(mutation)
+        print(f"{'passes' if passed else 'DOES NOT PASS'} unchanged: {test}", flush=True)
+        if not passed:
+            return 1
     failures = 0
-    for mutation in chosen:
+    for name, mutation in chosen.items():
         answer = verdict(mutation)
         failures += answer != "caught"
-        print(f"{answer}: {mutation.name}", flush=True)
+        print(f"{answer}: {name}", flush=True)
     print(f"{len(chosen) - failures} of {len(chosen)} caught")
     return 1 if failures or not chosen else 0
 

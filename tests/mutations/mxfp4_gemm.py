@@ -1,185 +1,205 @@
-"""Faults to plant in the Blackwell mxfp4_gemm, each with the test that must turn red.
+"""Faults to plant in mxfp4_gemm on Blackwell, each with the test that must turn red."""
 
-(name, file, old text, new text, test); "build" stands for a compilation that must fail. The old
-text occurs once. Those of the first list compile no CUDA kernel to its end.
-"""
+from tests.mutations.mutation import Mutation
 
-TABLE = "tests/cuda/test_kernel_table.py"
-HOST = "tests/cuda/test_mxfp4_gemm_host.py"
-SASS = "tests/cuda/test_mxfp4_gemm_sass.py"
-GUARDS = "tests/cuda/test_mxfp4_gemm_build.py"
+TABLE_TESTS = "tests/cuda/test_kernel_table.py"
+HOST_TESTS = "tests/cuda/test_mxfp4_gemm_host.py"
+SASS_TESTS = "tests/cuda/test_mxfp4_gemm_sass.py"
+BUILD_TESTS = "tests/cuda/test_mxfp4_gemm_build.py"
 
-MUTATIONS = [
-    (
+TABLE = "csrc/cuda/kernel_table.h"
+LAUNCH = "csrc/cuda/mxfp4_gemm.cpp"
+KERNEL = "csrc/cuda/mxfp4_gemm_cutlass.cuh"
+EPILOGUE = "csrc/cuda/mxfp4_gemm_epilogue.cuh"
+SM100 = "csrc/cuda/mxfp4_gemm_sm100.cuh"
+
+MUTATIONS = (
+    Mutation(
         "splits not limited to 4",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "std::min(by_sms, by_k), 1, 4)",
         "std::min(by_sms, by_k), 1, 64)",
-        f"{TABLE}::test_splits_use_idle_sms_and_leave_each_a_share_of_k",
+        f"{TABLE_TESTS}::test_splits_use_idle_sms_and_leave_each_a_share_of_k",
+        library=True,
     ),
-    (
+    Mutation(
         "splits of less than two tiles along K",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "gemm_kernel_info(kernel).tile_k) / 2;",
         "gemm_kernel_info(kernel).tile_k);",
-        f"{TABLE}::test_splits_use_idle_sms_and_leave_each_a_share_of_k",
+        f"{TABLE_TESTS}::test_splits_use_idle_sms_and_leave_each_a_share_of_k",
+        library=True,
     ),
-    (
+    Mutation(
         "one split sent to stream-K",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "if (splits > 1) return",
         "if (splits > 0) return",
-        f"{HOST}::test_the_kernel_of_every_legal_shape_can_implement_it_in_the_workspace_of_the_table",
+        f"{HOST_TESTS}::test_the_kernel_of_every_legal_shape_can_implement_it_in_the_workspace_of_the_table",
+        library=True,
     ),
-    (
+    Mutation(
         "cost of a wave of 256x192 tiles",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "{GemmKernel::kSm100Tile256x192, 7}",
         "{GemmKernel::kSm100Tile256x192, 9}",
-        f"{TABLE}::test_llama_3_linears_on_a_b200",
+        f"{TABLE_TESTS}::test_llama_3_linears_on_a_b200",
+        library=True,
     ),
-    (
+    Mutation(
         "pairs of SMs counted as one each",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "std::max(1, sm_count / gemm_kernel_info(kernel).sms)",
         "std::max(1, sm_count)",
-        f"{TABLE}::test_llama_3_linears_on_a_b200",
+        f"{TABLE_TESTS}::test_llama_3_linears_on_a_b200",
+        library=True,
     ),
-    (
+    Mutation(
         "workspace without barriers",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         " + ceil_div(tiles * 4, 128) * 128;",
         ";",
-        f"{HOST}::test_workspace_of_explicit_splits_is_the_formula",
+        f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
+        library=True,
     ),
-    (
+    Mutation(
         "sm_121 forgotten",
-        "csrc/cuda/kernel_table.h",
+        TABLE,
         "if (arch == 120 || arch == 121)",
         "if (arch == 120)",
-        f"{TABLE}::test_one_kernel_serves_sm_120",
+        f"{TABLE_TESTS}::test_one_kernel_serves_sm_120",
+        library=True,
     ),
-    (
+    Mutation(
         "a kernel in another's place",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         "&kSm100Swapped,     &kSm100SwappedStreamK,",
         "&kSm100SwappedStreamK, &kSm100Swapped,",
-        f"{HOST}::test_workspace_of_explicit_splits_is_the_formula",
+        f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
+        library=True,
     ),
-    (
+    Mutation(
         "N % 8 not checked",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         "N <= 0 || N > kMost || N % 8",
         "N <= 0 || N > kMost",
-        f"{HOST}::test_each_refusal_names_its_argument",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
     ),
-    (
+    Mutation(
         "K % 32 not checked",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         "K <= 0 || K > kMost || K % kBlockSize",
         "K <= 0 || K > kMost",
-        f"{HOST}::test_each_refusal_names_its_argument",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
     ),
-    (
+    Mutation(
         "scales of a checked without their padding",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         "const int64_t expected = swizzled_size(rows, K / kBlockSize);",
         "const int64_t expected = rows * (K / kBlockSize);",
-        f"{HOST}::test_each_refusal_names_its_argument",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
     ),
-    (
+    Mutation(
         "scales of b checked for the rows of a",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         'check_scales("b.scales", N, K, b_scales_size)',
         'check_scales("b.scales", M, K, b_scales_size)',
-        f"{HOST}::test_every_legal_shape_passes_the_checks",
+        f"{HOST_TESTS}::test_every_legal_shape_passes_the_checks",
+        library=True,
     ),
-    (
+    Mutation(
         "alignment of b.scales not checked",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         '           check_alignment("b.scales", problem.b_scales, 16),\n',
         "",
-        f"{HOST}::test_each_refusal_names_its_argument",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
     ),
-    (
+    Mutation(
         "float32 output accepted",
-        "csrc/cuda/mxfp4_gemm.cpp",
+        LAUNCH,
         "problem.out_dtype == Dtype::kFloat32",
         "false",
-        f"{HOST}::test_each_refusal_names_its_argument",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
     ),
-    (
+    Mutation(
         "no guard against a build without the wait of programmatic dependent launch",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "#if !defined(CUTLASS_ENABLE_GDC_FOR_SM100)",
         "#if 0",
-        f"{GUARDS}::test_the_definition_that_makes_the_wait_is_required",
+        f"{BUILD_TESTS}::test_the_definition_that_makes_the_wait_is_required",
     ),
-    (
+    Mutation(
         "no guard against architectures without the wait",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "#if defined(__CUDA_ARCH__) && !defined(CUTLASS_GDC_ENABLED)",
         "#if 0",
-        f"{GUARDS}::test_architectures_without_the_wait_are_refused",
+        f"{BUILD_TESTS}::test_architectures_without_the_wait_are_refused",
     ),
-    (
+    Mutation(
         "the definition of the wait dropped from the build",
-        "csrc/cuda/mxfp4_gemm_epilogue.cuh",
+        EPILOGUE,
         "#pragma once\n",
         "#pragma once\n#undef CUTLASS_ENABLE_GDC_FOR_SM100\n",
-        "build",
+        "compile csrc/cuda/mxfp4_gemm_sm100_256x128.cu",
     ),
-    (
+    Mutation(
         "bias of a swapped kernel along columns",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "kSwapped ? BiasAlong::kRows : BiasAlong::kColumns;",
         "BiasAlong::kColumns;",
-        "build",
+        "compile csrc/cuda/mxfp4_gemm_sm100_swapped.cu",
     ),
-]
-
-# Each compiles one or more CUDA kernels again, over a minute apiece.
-SLOW_MUTATIONS = [
-    (
+    # Each compiles one or more kernels to the end, some 100 s apiece.
+    Mutation(
         "operands of a swapped kernel not swapped",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "const Matrix& A = kSwapped ? weight : x;\n    const Matrix& B = kSwapped ? x : weight;",
         "const Matrix& A = x;\n    const Matrix& B = weight;",
-        f"{HOST}::test_a_kernel_can_implement_every_legal_shape",
+        f"{HOST_TESTS}::test_a_kernel_can_implement_every_legal_shape",
+        library=True,
     ),
-    (
+    Mutation(
         "sm_count left for CUTLASS to query",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "    arguments.hw_info.sm_count = plan.sm_count;\n",
         "",
-        f"{HOST}::test_workspace_of_explicit_splits_is_the_formula",
+        f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
+        library=True,
     ),
-    (
+    Mutation(
         "splits not passed to stream-K",
-        "csrc/cuda/mxfp4_gemm_cutlass.cuh",
+        KERNEL,
         "arguments.scheduler.splits = plan.splits;",
         "",
-        f"{HOST}::test_workspace_of_explicit_splits_is_the_formula",
+        f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
+        library=True,
     ),
-    (
+    Mutation(
         "bias read before the kernel ahead has ended",
-        "csrc/cuda/mxfp4_gemm_epilogue.cuh",
+        EPILOGUE,
         "      if (bias != nullptr) cutlass::arch::wait_on_dependent_grids();\n",
         "",
-        f"{SASS}::test_each_reader_waits_for_the_kernel_before",
+        f"{SASS_TESTS}::test_each_reader_waits_for_the_kernel_before",
+        library=True,
     ),
-    (
+    Mutation(
         "out rounded to bfloat16 whatever its dtype",
-        "csrc/cuda/mxfp4_gemm_epilogue.cuh",
+        EPILOGUE,
         "arguments.to_float16 ? words<cutlass::half_t>(values)",
         "arguments.to_float16 ? words<cutlass::bfloat16_t>(values)",
-        f"{SASS}::test_out_is_rounded_to_bfloat16_or_float16_at_run_time",
+        f"{SASS_TESTS}::test_out_is_rounded_to_bfloat16_or_float16_at_run_time",
+        library=True,
     ),
-    (
+    Mutation(
         "a pair of SMs replaced by single SMs",
-        "csrc/cuda/mxfp4_gemm_sm100.cuh",
+        SM100,
         "static constexpr bool kPair = kInfo.sms == 2;",
         "static constexpr bool kPair = false;",
-        "build",
+        "compile csrc/cuda/mxfp4_gemm_sm100_256x128.cu",
     ),
-]
+)

@@ -1,0 +1,45 @@
+"""The lists of mutations fit the sources as they are; run.py plants them, which takes hours."""
+
+import ast
+
+import pytest
+
+from tests.mutations.run import MUTATIONS, ROOT
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_changes_one_place(name):
+    mutation = MUTATIONS[name]
+    text = (ROOT / mutation.path).read_text(encoding="utf-8")
+    assert text.count(mutation.old) == 1, f"{mutation.old!r} in {mutation.path}"
+    assert mutation.new != mutation.old
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_must_fail_is_there(name):
+    mutation = MUTATIONS[name]
+    if mutation.source is not None:
+        assert (ROOT / mutation.source).suffix == ".cu"
+        assert (ROOT / mutation.source).exists()
+        return
+    path, _, test = mutation.test.partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert test.partition("[")[0] in functions
+
+
+def test_faults_that_must_be_among_them():
+    """Those named when the kernels were designed: each once broke something, here or elsewhere."""
+    for word in (
+        "another order of terms",
+        "ceil steps up at 1.5 itself",
+        "tie at 1/4 goes up",
+        "GDC define dropped",
+        "definition of the wait dropped",
+        "padding rows are not written",
+        "padding blocks are not written",
+        "nibbles swapped",
+        "k not permuted",
+        "n not permuted",
+    ):
+        assert any(word in name for name in MUTATIONS), word
