@@ -89,6 +89,13 @@ Tensor mxfp4_gemm_cpu(const Tensor& a_codes, const Tensor& a_scales, const Tenso
   return out;
 }
 
+Tensor mxfp4_linear_cpu(const Tensor& x, std::optional<Tensor> rotation, int64_t rule,
+                        const Tensor& weight_codes, const Tensor& weight_scales,
+                        std::optional<Tensor> bias) {
+  const auto [codes, scales] = rotate_quantize_cpu(x, rotation, rule);
+  return mxfp4_gemm_cpu(codes, scales, weight_codes, weight_scales, bias, x.scalar_type());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(duqpp_native, m) {
@@ -104,6 +111,9 @@ STABLE_TORCH_LIBRARY(duqpp_native, m) {
   m.def(
       "mxfp4_gemm(Tensor a_codes, Tensor a_scales, Tensor b_codes, Tensor b_scales, Tensor? bias, "
       "ScalarType out_dtype) -> Tensor");
+  m.def(
+      "mxfp4_linear(Tensor x, Tensor? rotation, int rule, Tensor weight_codes, "
+      "Tensor weight_scales, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duqpp_native, CPU, m) {
@@ -113,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(duqpp_native, CPU, m) {
   m.impl("prepare_weight", TORCH_BOX(&prepare_weight_cpu));
   m.impl("restore_weight", TORCH_BOX(&restore_weight_cpu));
   m.impl("mxfp4_gemm", TORCH_BOX(&mxfp4_gemm_cpu));
+  m.impl("mxfp4_linear", TORCH_BOX(&mxfp4_linear_cpu));
 }
 
 }  // namespace duqpp

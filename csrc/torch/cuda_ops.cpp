@@ -38,41 +38,61 @@ void* current_stream(int device) {
   return stream;
 }
 
-void check_aligned(const char* name, const void* pointer) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, name,
+constexpr const char* kQuantize = "rotate_quantize";
+constexpr const char* kGemm = "mxfp4_gemm";
+
+void check_aligned(const char* op, const char* name, const void* pointer) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, op, ": ", name,
                   " must start at a multiple of 16 bytes; pass a copy");
 }
 
-void check_same_device(const char* name, const Tensor& tensor, const Tensor& other) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
-                  " must be on the device of the first argument");
+void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                       const Tensor& other) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), op,
+                  ": ", name, " must be on the CUDA device of the first argument");
 }
 
-std::tuple<Tensor, Tensor> launch_rotate_quantize(const Tensor& x, RotateQuantizeProblem problem,
-                                                  const std::optional<Tensor>& rotation) {
-  STD_TORCH_CHECK(problem.dtype != Dtype::kFloat32, "x must be bfloat16 or float16 on CUDA");
-  STD_TORCH_CHECK(problem.M <= (int64_t{1} << 31) / problem.K, "x must have at most 2^31 values");
-  if (rotation.has_value()) check_same_device("rotation", *rotation, x);
-  check_aligned("x", problem.x);
-  check_aligned("up", problem.up);
-  check_aligned("norm_weight", problem.norm_weight);
-  check_aligned("rotation", problem.rotation);
-  const DeviceGuard guard(x.get_device_index());
+void check_status(const std::string& message) { STD_TORCH_CHECK(message.empty(), message); }
+
+// A rotate_quantize that is ready to launch: checked, and its results allocated.
+struct Quantization {
+  RotateQuantizeProblem problem;
+  Tensor codes, scales;
+
+  void launch(void* stream) const { cuda::rotate_quantize(problem, stream); }
+};
+
+Quantization prepare_quantization(const Tensor& x, RotateQuantizeProblem problem,
+                                  const std::optional<Tensor>& rotation) {
+  STD_TORCH_CHECK(problem.dtype != Dtype::kFloat32, kQuantize,
+                  ": x must be bfloat16 or float16 on CUDA, got float32");
+  STD_TORCH_CHECK(x.numel() <= int64_t{1} << 31, kQuantize,
+                  ": x must have at most 2^31 values, got ", x.numel());
+  check_aligned(kQuantize, "x", problem.x);
+  check_aligned(kQuantize, "up", problem.up);
+  check_aligned(kQuantize, "norm_weight", problem.norm_weight);
+  check_aligned(kQuantize, "rotation", problem.rotation);
+  if (rotation.has_value()) check_same_device(kQuantize, "rotation", *rotation, x);
   Tensor codes = torch::stable::new_empty(x, {problem.M, problem.K / 2}, ScalarType::Byte);
   Tensor scales = torch::stable::new_empty(x, {swizzled_size(problem.M, problem.K / kBlockSize)},
                                            ScalarType::Byte);
   problem.scale_layout = ScaleLayout::kSwizzled;
   problem.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   problem.scales = static_cast<uint8_t*>(scales.mutable_data_ptr());
-  if (problem.M > 0) {
-    cuda::rotate_quantize(problem, current_stream(x.get_device_index()));
-  }
-  return {codes, scales};
+  return {problem, codes, scales};
+}
+
+std::tuple<Tensor, Tensor> quantize_on_cuda(const Tensor& x, const RotateQuantizeProblem& problem,
+                                            const std::optional<Tensor>& rotation) {
+  const Quantization quantization = prepare_quantization(x, problem, rotation);
+  const DeviceGuard guard(x.get_device_index());
+  quantization.launch(current_stream(x.get_device_index()));
+  return {quantization.codes, quantization.scales};
 }
 
 std::tuple<Tensor, Tensor> rotate_quantize_cuda(const Tensor& x, std::optional<Tensor> rotation,
                                                 int64_t rule) {
-  return launch_rotate_quantize(x, quantize_problem(x, rotation, rule), rotation);
+  return quantize_on_cuda(x, quantize_problem(x, rotation, rule), rotation);
 }
 
 std::tuple<Tensor, Tensor> rmsnorm_rotate_quantize_cuda(const Tensor& x,
@@ -80,35 +100,32 @@ std::tuple<Tensor, Tensor> rmsnorm_rotate_quantize_cuda(const Tensor& x,
                                                         double epsilon,
                                                         std::optional<Tensor> rotation,
                                                         int64_t rule) {
-  if (norm_weight.has_value()) check_same_device("norm_weight", *norm_weight, x);
-  return launch_rotate_quantize(x, rmsnorm_problem(x, norm_weight, epsilon, rotation, rule),
-                                rotation);
+  if (norm_weight.has_value()) check_same_device(kQuantize, "norm_weight", *norm_weight, x);
+  return quantize_on_cuda(x, rmsnorm_problem(x, norm_weight, epsilon, rotation, rule), rotation);
 }
 
 std::tuple<Tensor, Tensor> silu_mul_rotate_quantize_cuda(const Tensor& gate, const Tensor& up,
                                                          std::optional<Tensor> rotation,
                                                          int64_t rule) {
-  check_same_device("up", up, gate);
-  return launch_rotate_quantize(gate, silu_mul_problem(gate, up, rotation, rule), rotation);
+  check_same_device(kQuantize, "up", up, gate);
+  return quantize_on_cuda(gate, silu_mul_problem(gate, up, rotation, rule), rotation);
 }
 
-void check_status(const std::string& message) { STD_TORCH_CHECK(message.empty(), message); }
+// An mxfp4_gemm that is ready to launch: checked, planned, its result and workspace allocated, and
+// the workspace cleared on the stream.
+struct Product {
+  MXFP4GemmProblem problem;
+  cuda::GemmPlan plan;
+  Tensor out, workspace;
 
-Tensor mxfp4_gemm_cuda(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
-                       const Tensor& b_scales, std::optional<Tensor> bias, ScalarType out_dtype) {
-  STD_TORCH_CHECK(a_codes.dim() == 2 && b_codes.dim() == 2, "codes must be [rows, K/2]");
-  check_bytes("a.codes", a_codes, a_codes.size(0), a_codes.size(1));
-  check_bytes("b.codes", b_codes, b_codes.size(0), a_codes.size(1));
-  for (const Tensor* scales : {&a_scales, &b_scales}) {
-    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Byte, "scales must be uint8");
-    check_contiguous("scales", *scales);
-    check_same_device("scales", *scales, a_codes);
+  void launch(void* stream) const {
+    check_status(cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream));
   }
-  check_same_device("b.codes", b_codes, a_codes);
-  if (bias.has_value()) check_same_device("bias", *bias, a_codes);
+};
 
-  const int device = a_codes.get_device_index();
-  const DeviceGuard guard(device);
+Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
+                        const Tensor& b_scales, const std::optional<Tensor>& bias,
+                        ScalarType out_dtype, void* stream) {
   MXFP4GemmProblem problem = gemm_problem(a_codes, b_codes, bias);
   problem.a_scales = static_cast<const uint8_t*>(a_scales.const_data_ptr());
   problem.b_scales = static_cast<const uint8_t*>(b_scales.const_data_ptr());
@@ -117,19 +134,66 @@ Tensor mxfp4_gemm_cuda(const Tensor& a_codes, const Tensor& a_scales, const Tens
   problem.out = out.mutable_data_ptr();
   check_status(cuda::check_mxfp4_gemm(problem, a_scales.numel(), b_scales.numel()));
 
-  const cuda::DeviceInfo info = cuda::device_info(device);
+  const cuda::DeviceInfo info = cuda::device_info(a_codes.get_device_index());
   const std::optional<cuda::GemmPlan> plan =
       cuda::select_gemm(problem.M, problem.N, problem.K, info.arch, info.sm_count);
-  STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel),
-                  "mxfp4_gemm: no kernel in this build for compute capability ", info.arch / 10,
-                  ".", info.arch % 10);
+  STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel), kGemm,
+                  ": no kernel in this build for compute capability ", info.arch / 10, ".",
+                  info.arch % 10);
   const int64_t bytes = cuda::gemm_workspace_size(*plan, problem.M, problem.N);
   const Tensor workspace = torch::stable::new_empty(a_codes, {bytes}, ScalarType::Byte);
-  void* stream = current_stream(device);
-  void* data = workspace.mutable_data_ptr();
-  check_status(cuda::clear_mxfp4_gemm_workspace(problem, *plan, data, stream));
-  check_status(cuda::run_mxfp4_gemm(problem, *plan, data, stream));
-  return out;
+  check_status(
+      cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream));
+  return {problem, *plan, out, workspace};
+}
+
+// What memory safety needs of an operand beyond check_mxfp4_gemm; its codes have `columns` bytes a
+// row.
+void check_operand(const std::string& name, const Tensor& codes, const Tensor& scales,
+                   int64_t columns) {
+  STD_TORCH_CHECK(codes.dim() == 2, name, ".codes must be [rows, K/2]");
+  check_bytes((name + ".codes").c_str(), codes, codes.size(0), columns);
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Byte, name, ".scales must be uint8");
+  check_contiguous((name + ".scales").c_str(), scales);
+}
+
+Tensor mxfp4_gemm_cuda(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
+                       const Tensor& b_scales, std::optional<Tensor> bias, ScalarType out_dtype) {
+  check_operand("a", a_codes, a_scales, a_codes.size(-1));
+  check_operand("b", b_codes, b_scales, a_codes.size(-1));
+  check_same_device(kGemm, "a.codes", a_codes, a_codes);
+  check_same_device(kGemm, "a.scales", a_scales, a_codes);
+  check_same_device(kGemm, "b.codes", b_codes, a_codes);
+  check_same_device(kGemm, "b.scales", b_scales, a_codes);
+  if (bias.has_value()) check_same_device(kGemm, "bias", *bias, a_codes);
+  const DeviceGuard guard(a_codes.get_device_index());
+  void* stream = current_stream(a_codes.get_device_index());
+  const Product product =
+      prepare_product(a_codes, a_scales, b_codes, b_scales, bias, out_dtype, stream);
+  product.launch(stream);
+  return product.out;
+}
+
+// rotate_quantize, then mxfp4_gemm. The product is prepared first: the memset that clears a
+// workspace of stream-K comes before both kernels, which are then adjacent in the stream, so that
+// the GEMM's start overlaps the end of rotate_quantize (programmatic dependent launch). In
+// mxfp4_gemm_cuda, which is handed what a kernel has quantized already, that memset stands between.
+Tensor mxfp4_linear_cuda(const Tensor& x, std::optional<Tensor> rotation, int64_t rule,
+                         const Tensor& weight_codes, const Tensor& weight_scales,
+                         std::optional<Tensor> bias) {
+  const RotateQuantizeProblem problem = quantize_problem(x, rotation, rule);
+  check_operand("weight", weight_codes, weight_scales, problem.K / 2);
+  check_same_device(kGemm, "weight.codes", weight_codes, x);
+  check_same_device(kGemm, "weight.scales", weight_scales, x);
+  if (bias.has_value()) check_same_device(kGemm, "bias", *bias, x);
+  const DeviceGuard guard(x.get_device_index());
+  void* stream = current_stream(x.get_device_index());
+  const Quantization a = prepare_quantization(x, problem, rotation);
+  const Product product = prepare_product(a.codes, a.scales, weight_codes, weight_scales, bias,
+                                          x.scalar_type(), stream);
+  a.launch(stream);
+  product.launch(stream);
+  return product.out;
 }
 
 }  // namespace
@@ -139,6 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(duqpp_native, CUDA, m) {
   m.impl("rmsnorm_rotate_quantize", TORCH_BOX(&rmsnorm_rotate_quantize_cuda));
   m.impl("silu_mul_rotate_quantize", TORCH_BOX(&silu_mul_rotate_quantize_cuda));
   m.impl("mxfp4_gemm", TORCH_BOX(&mxfp4_gemm_cuda));
+  m.impl("mxfp4_linear", TORCH_BOX(&mxfp4_linear_cuda));
 }
 
 }  // namespace duqpp

@@ -186,8 +186,7 @@ def mxfp4_linear(
     rows = x.reshape(-1, x.shape[-1])
     if library.runs_directly(x, bias):
         chosen = select("mxfp4_gemm", x.device, backend)
-        quantized = chosen.rotate_quantize(rows, rotation, ScaleRule(rule))
-        y = chosen.mxfp4_gemm(quantized, weight, bias, x.dtype)
+        y = chosen.mxfp4_linear(rows, rotation, ScaleRule(rule), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
     y = library.mxfp4_linear(rows, rotation, str(rule), weight.codes, weight.scales, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -55,6 +55,16 @@ class Backend(Protocol):
     ) -> Tensor:
         """See `duqpp.ops.mxfp4_gemm`."""
 
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`rotate_quantize`, then `mxfp4_gemm`, to the dtype of x."""
+
 
 # Best first: `select` takes the first that can run.
 BACKENDS: tuple[Backend, ...] = (*CUDA_BACKENDS, CpuBackend(), ReferenceBackend())

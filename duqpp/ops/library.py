@@ -145,8 +145,8 @@ def mxfp4_linear(
 ) -> Tensor:
     """rotate_quantize, then mxfp4_gemm, as one differentiable op: x [M, K] to [M, N]."""
     chosen = select("mxfp4_gemm", x.device, backend)
-    quantized = chosen.rotate_quantize(x, rotation, ScaleRule(rule))
-    return chosen.mxfp4_gemm(quantized, MXFP4Tensor(weight_codes, weight_scales), bias, x.dtype)
+    weight = MXFP4Tensor(weight_codes, weight_scales)
+    return chosen.mxfp4_linear(x, rotation, ScaleRule(rule), weight, bias)
 
 
 @mxfp4_linear.register_fake

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
-from duqpp.ops.reference import OPS
+from duqpp.ops.reference import OPS, ReferenceBackend
 
 try:
     import duqpp._C as _C
@@ -74,6 +74,23 @@ class _NativeBackend:
             out_dtype,
         )
 
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.duqpp_native.mxfp4_linear(
+            x.contiguous(),
+            _contiguous(rotation),
+            _RULES[rule],
+            weight.codes.contiguous(),
+            weight.scales.contiguous(),
+            _contiguous(bias),
+        )
+
 
 class CpuBackend(_NativeBackend):
     """C++ kernels for this CPU; see `duqpp.ops.dispatch.Backend` for the contract.
@@ -102,8 +119,27 @@ class CpuBackend(_NativeBackend):
         return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
 
 
+class _SwizzledReference(ReferenceBackend):
+    """The reference in the layouts of the CUDA kernels."""
+
+    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
+        quantized = super().rotate_quantize(x, rotation, rule)
+        return MXFP4Tensor(quantized.codes, swizzle_scales(quantized.scales))
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        return super().mxfp4_gemm(_unswizzled(a), _unswizzled(b), bias, out_dtype)
+
+
+_FLOAT32 = _SwizzledReference()
+
+
 class CudaBackend(_NativeBackend):
     """CUDA kernels; scales are swizzled, for activations and for prepared weights alike.
+
+    The kernels read and write 16-bit floats. Float32 activations and results are the reference's,
+    on the same device and in the same layouts: slow, but what the op promises.
 
     Args:
         name: of the backend.
@@ -142,6 +178,28 @@ class CudaBackend(_NativeBackend):
             return "has no GEMM of its own yet"
         return None
 
+    def rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
+        form = _FLOAT32 if x.dtype == torch.float32 else super()
+        return form.rotate_quantize(x, *others)
+
+    def rmsnorm_rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
+        form = _FLOAT32 if x.dtype == torch.float32 else super()
+        return form.rmsnorm_rotate_quantize(x, *others)
+
+    def silu_mul_rotate_quantize(self, gate: Tensor, *others: Any) -> MXFP4Tensor:
+        form = _FLOAT32 if gate.dtype == torch.float32 else super()
+        return form.silu_mul_rotate_quantize(gate, *others)
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        form = _FLOAT32 if out_dtype == torch.float32 else super()
+        return form.mxfp4_gemm(a, b, bias, out_dtype)
+
+    def mxfp4_linear(self, x: Tensor, *others: Any) -> Tensor:
+        form = _FLOAT32 if x.dtype == torch.float32 else super()
+        return form.mxfp4_linear(x, *others)
+
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return (swizzled_size(rows, columns // BLOCK_SIZE),)
 
@@ -149,9 +207,7 @@ class CudaBackend(_NativeBackend):
         return MXFP4Tensor(weight.codes.contiguous(), swizzle_scales(weight.scales))
 
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        rows, columns = weight.shape
-        scales = unswizzle_scales(weight.scales, rows, columns // BLOCK_SIZE)
-        return MXFP4Tensor(weight.codes, scales)
+        return _unswizzled(weight)
 
 
 CUDA_BACKENDS = (
@@ -159,6 +215,12 @@ CUDA_BACKENDS = (
     CudaBackend("cuda-sm120", ((12, 0), (12, 1)), 120, ("120f", "120a")),
     CudaBackend("cuda-sm80", ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)), None, ("80", "90a")),
 )
+
+
+def _unswizzled(tensor: MXFP4Tensor) -> MXFP4Tensor:
+    rows, columns = tensor.shape
+    scales = unswizzle_scales(tensor.scales, rows, columns // BLOCK_SIZE)
+    return MXFP4Tensor(tensor.codes, scales)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -57,6 +57,16 @@ class ReferenceBackend:
         product = dequantize(a) @ dequantize(b).T
         return (product if bias is None else product + bias.float()).to(out_dtype)
 
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        return self.mxfp4_gemm(self.rotate_quantize(x, rotation, rule), weight, bias, x.dtype)
+
 
 def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:
     """Multiply each 32-wide block of x by a matrix from the right.

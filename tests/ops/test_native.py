@@ -13,6 +13,7 @@ from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.ops import dispatch, mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
 from duqpp.ops import quantize as fast_quantize
 from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
+from duqpp.ops.reference import ReferenceBackend
 from duqpp.rotation.basis import random_orthogonal
 from tests import inputs, oracle
 
@@ -123,6 +124,31 @@ def test_cuda_weights_are_swizzled_and_can_be_restored(backend):
     restored = backend.restore_weight(prepared)
     oracle.assert_same(restored.scales, scales, "restored scales")
     oracle.assert_same(restored.codes, codes, "codes")
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda backend: backend.name)
+def test_float32_on_cuda_is_the_reference_in_its_layout(backend):
+    """The kernels take 16 bits only; this part of the backend runs on any device."""
+    x, rotation = inputs.outliers(33, 96, seed=1), random_orthogonal(32, inputs.generator(1))
+    rotation, weight = rotation.bfloat16(), MXFP4Tensor(*inputs.mxfp4_operand(40, 96, seed=2))
+    reference, even = ReferenceBackend(), ScaleRule.EVEN
+    for form, arguments in (
+        ("rotate_quantize", (x, rotation, even)),
+        ("rmsnorm_rotate_quantize", (x, x[0], 1e-5, rotation, even)),
+        ("silu_mul_rotate_quantize", (x, x.flip(0), rotation, even)),
+    ):
+        quantized = getattr(backend, form)(*arguments)
+        expected = getattr(reference, form)(*arguments)
+        assert quantized.scales.shape == backend.scales_shape(33, 96)
+        restored = backend.restore_weight(quantized)
+        oracle.assert_same(restored.codes, expected.codes, f"codes, {form}")
+        oracle.assert_same(restored.scales, expected.scales, f"scales, {form}")
+    prepared, bias = backend.prepare_weight(weight), torch.ones(40)
+    y = backend.mxfp4_gemm(backend.rotate_quantize(x, rotation, even), prepared, bias, x.dtype)
+    expected = reference.mxfp4_linear(x, rotation, even, weight, bias)
+    oracle.assert_same(y, expected, "mxfp4_gemm")
+    y = backend.mxfp4_linear(x, rotation, even, prepared, bias)
+    oracle.assert_same(y, expected, "mxfp4_linear")
 
 
 # The same problems in a process for each instruction set; the results are compared as bytes.
@@ -251,6 +277,8 @@ def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
         (ops.mxfp4_gemm, (*w, w[0][:, :16], w[1], None, torch.float32), "contiguous"),
         (ops.mxfp4_gemm, (*w, *w, torch.zeros(3), torch.float32), "bias must be"),
         (ops.mxfp4_gemm, (*w, *w, None, torch.int32), "out must be"),
+        (ops.mxfp4_linear, (x, None, 0, w[0][:, :16].contiguous(), w[1], None), "must be"),
+        (ops.mxfp4_linear, (x, None, 0, *w, torch.zeros(3)), "bias must be"),
     ]
     for op, arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
