@@ -10,8 +10,6 @@
 namespace duqpp::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512};
-
 #if defined(__x86_64__)
 
 struct CpuidWords {
@@ -75,9 +73,25 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
+const char* isa_features(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return "nothing";
+    case Isa::kAvx2:
+      return "AVX2, FMA and F16C";
+    case Isa::kAvxVnni:
+      return "AVX2, FMA, F16C and AVX-VNNI";
+    case Isa::kAvx512:
+      return "AVX-512 F, BW, DQ, VL and VNNI";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> all_isas() { return {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512}; }
+
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (const Isa isa : kAllIsas) {
+  for (const Isa isa : all_isas()) {
     if (supports(isa)) isas.push_back(isa);
   }
   return isas;

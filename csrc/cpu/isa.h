@@ -17,6 +17,10 @@ enum class Isa : int32_t {
 
 const char* isa_name(Isa isa);  // "portable", "avx2", "avx-vnni", "avx512"
 
+const char* isa_features(Isa isa);  // what it needs of a CPU: "AVX2, FMA and F16C"
+
+std::vector<Isa> all_isas();  // worst first
+
 // Those that this machine runs (the operating system saves their registers too), worst first.
 std::vector<Isa> supported_isas();
 

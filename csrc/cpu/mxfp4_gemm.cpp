@@ -16,17 +16,27 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls visit(offset in rows, offset in tiles, width) for the elements of one tile: `count`
-// elements of each row, row-major on one side, transposed on the other.
-template <typename Visit>
-void for_each_element(int64_t tile, int64_t N, int64_t count, const Visit& visit) {
-  const int64_t first = tile * kTileRows;
-  const int64_t width = std::min<int64_t>(kTileRows, N - first);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      visit((first + lane) * count + i, first * count + i * width + lane);
+// Calls move_word(offset in rows, offset in tiles) for every word of codes of a weight [N, K], and
+// move_scale for every scale: row-major on one side, in tiles that are transposed on the other.
+template <typename MoveWord, typename MoveScale>
+void relayout(int64_t N, int64_t K, const ParallelFor& parallel_for, const MoveWord& move_word,
+              const MoveScale& move_scale) {
+  const int64_t blocks = K / kBlockSize;
+  parallel_for(ceil_div(N, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileRows;
+      const int64_t width = std::min<int64_t>(kTileRows, N - first);
+      const auto for_each_element = [&](int64_t count, const auto& move) {  // count: in a row
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t lane = 0; lane < width; ++lane) {
+            move((first + lane) * count + i, first * count + i * width + lane);
+          }
+        }
+      };
+      for_each_element(blocks * kBlockWords, move_word);
+      for_each_element(blocks, move_scale);
     }
-  }
+  });
 }
 
 const GemmKernels& kernels_of(Isa isa) {
@@ -211,33 +221,25 @@ class Gemm {
 
 void prepare_weight(int64_t N, int64_t K, const uint8_t* codes, const uint8_t* scales,
                     uint8_t* tiled_codes, uint8_t* tiled_scales, const ParallelFor& parallel_for) {
-  const int64_t blocks = K / kBlockSize;
-  parallel_for(ceil_div(N, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      for_each_element(tile, N, blocks * kBlockWords, [&](int64_t in_rows, int64_t in_tiles) {
+  relayout(
+      N, K, parallel_for,
+      [&](int64_t in_rows, int64_t in_tiles) {
         std::memcpy(tiled_codes + in_tiles * 4, codes + in_rows * 4, 4);
-      });
-      for_each_element(tile, N, blocks, [&](int64_t in_rows, int64_t in_tiles) {
-        tiled_scales[in_tiles] = scales[in_rows];
-      });
-    }
-  });
+      },
+      [&](int64_t in_rows, int64_t in_tiles) { tiled_scales[in_tiles] = scales[in_rows]; });
 }
 
 void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint8_t* tiled_scales,
                     uint8_t* codes, uint8_t* scales, const ParallelFor& parallel_for) {
-  const int64_t blocks = K / kBlockSize;
-  parallel_for(ceil_div(N, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      for_each_element(tile, N, blocks * kBlockWords, [&](int64_t in_rows, int64_t in_tiles) {
+  relayout(
+      N, K, parallel_for,
+      [&](int64_t in_rows, int64_t in_tiles) {
         std::memcpy(codes + in_rows * 4, tiled_codes + in_tiles * 4, 4);
-      });
-      for_each_element(tile, N, blocks, [&](int64_t in_rows, int64_t in_tiles) {
-        scales[in_rows] = tiled_scales[in_tiles];
-      });
-    }
-  });
+      },
+      [&](int64_t in_rows, int64_t in_tiles) { scales[in_rows] = tiled_scales[in_tiles]; });
 }
+
+bool multiplies_in_place(Isa isa, int64_t M) { return M <= kernels_of(isa).max_tile_rows; }
 
 void mxfp4_gemm(const MXFP4GemmProblem& problem, Isa isa, const ParallelFor& parallel_for) {
   if (problem.M == 0 || problem.N == 0) return;

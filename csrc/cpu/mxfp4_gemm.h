@@ -27,4 +27,8 @@ void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint
 // rows there are. The processor must not flush subnormals to zero.
 void mxfp4_gemm(const MXFP4GemmProblem& problem, Isa isa, const ParallelFor& parallel_for);
 
+// Whether a product of M rows reads its weights as they lie in memory; more rows make it worth
+// while to expand them first, a panel of columns at a time.
+bool multiplies_in_place(Isa isa, int64_t M);
+
 }  // namespace duqpp::cpu

@@ -24,7 +24,7 @@ struct PortableLanes {
 const StripKernels& strip_kernels(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return kAvx512Strip;
-  if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) return kAvx2Strip;
+  if (isa == Isa::kAvx2) return kAvx2Strip;
 #endif
   (void)isa;
   return kPortableStrip;
@@ -38,9 +38,11 @@ constexpr int64_t kBlocksPerTask = 256;
 
 const StripKernels kPortableStrip = StripLoop<PortableLanes>::kernels();
 
+Isa rotate_quantize_isa(Isa isa) { return isa == Isa::kAvxVnni ? Isa::kAvx2 : isa; }
+
 void rotate_quantize(const RotateQuantizeProblem& problem, Isa isa,
                      const ParallelFor& parallel_for) {
-  const StripKernels& kernels = strip_kernels(isa);
+  const StripKernels& kernels = strip_kernels(rotate_quantize_isa(isa));
   const StripFunction run_strip = kernels.select(problem);
   const int64_t blocks = problem.K / kBlockSize;
   const int64_t strips = (problem.M + kStripRows - 1) / kStripRows;

@@ -12,4 +12,7 @@ namespace duqpp::cpu {
 void rotate_quantize(const RotateQuantizeProblem& problem, Isa isa,
                      const ParallelFor& parallel_for);
 
+// The instruction set whose code runs where `isa` is chosen: AVX-VNNI brings nothing to AVX2 here.
+Isa rotate_quantize_isa(Isa isa);
+
 }  // namespace duqpp::cpu
