@@ -21,8 +21,9 @@ from duqpp.terminal import (
     Bars,
     comparison_header,
     comparison_line,
-    doctor_table,
+    doctor_lines,
     inspection_table,
+    others_lines,
     percent,
     quiet_transformers,
     selfcheck_table,
@@ -222,24 +223,20 @@ def generate(
 def doctor(
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="M,N,K", help="Which GEMM kernel this shape gets; repeatable."),
+        typer.Option(metavar="M,N,K", help="Kernels for x [M, K], weight [N, K]; repeatable."),
     ] = None,
     arch: Annotated[
-        int, typer.Option(help="For --shape: ten times the GPU's compute capability.")
-    ] = 100,
-    sm_count: Annotated[int, typer.Option(help="For --shape: its SMs; 148 on a B200.")] = 148,
+        int | None, typer.Option(help="A GPU to ask about: 10 x its compute capability, as 100.")
+    ] = None,
+    sm_count: Annotated[int, typer.Option(help="With --arch: its SMs; 148 on a B200.")] = 148,
     as_json: JsonOption = False,
 ) -> None:
-    """Which backend runs each op here, and why not the others."""
-    from duqpp import doctor as examination
+    """Which backend and kernel runs each op here, and why not the others."""
+    from duqpp.doctor import SHAPE, doctor
+    from duqpp.ops.kernels import Machine
 
-    facts = examination.doctor()
-    if shape:
-        facts["gemm_kernels"] = [
-            {"M": m, "N": n, "K": k, "arch": arch, "sm_count": sm_count}
-            | examination.gemm_kernel(m, n, k, arch=arch, sm_count=sm_count)
-            for m, n, k in map(_shape, shape)
-        ]
+    shapes = [_shape(text) for text in shape] if shape else [SHAPE]
+    facts = doctor(shapes, Machine(divmod(arch, 10), sm_count) if arch else None)
     if as_json:
         _print_json(facts)
         return
@@ -249,9 +246,7 @@ def doctor(
     print(f"library: {_library(facts['library'])}")
     print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
     print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
-    _print_table(doctor_table(facts))
-    for choice in facts.get("gemm_kernels", []):
-        print(", ".join(f"{name} {value}" for name, value in choice.items()))
+    print(*doctor_lines(facts), *others_lines(facts), sep="\n")
 
 
 def _shape(text: str) -> tuple[int, int, int]:

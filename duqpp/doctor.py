@@ -1,7 +1,9 @@
-"""doctor: what this machine has, and which backend runs each op here."""
+"""doctor: what this machine has, and which backend and kernel runs each op."""
 
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,25 @@ import torch
 
 import duqpp
 from duqpp.errors import BackendUnavailableError
-from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE, capability_table, select
-from duqpp.ops.native import compiled_library, library_info
+from duqpp.ops import kernels
+from duqpp.ops.dispatch import BACKENDS, ENVIRONMENT_VARIABLE
+from duqpp.ops.kernels import Machine
+from duqpp.ops.native import library_info
+
+SHAPE = (16, 4096, 4096)  # of LLaMA-3 8B's o, a few tokens
 
 
-def doctor() -> dict[str, Any]:
+def doctor(
+    shapes: Sequence[tuple[int, int, int]] = (SHAPE,), gpu: Machine | None = None
+) -> dict[str, Any]:
     """JSON-ready facts.
 
+    Args:
+        shapes: (M, N, K) of products, for each of which a kernel is named.
+        gpu: a GPU to speak of instead of this machine's devices.
     Returns: versions, python, platform, cpu, library (see `library_info`), threads, gpus,
-        DUQPP_BACKEND, and per op and device: the backend selected, or the error instead, and what
-        each backend says ("yes", or why not).
+        DUQPP_BACKEND, and per op and device: the backend selected, or the error instead; of the
+        others, why not; and for each shape the kernel, or None, and why.
     """
     import transformers
 
@@ -35,52 +46,32 @@ def doctor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
-        "ops": _ops(),
+        "ops": [
+            _op(op, machine, shapes)
+            for machine in ([gpu] if gpu else kernels.machines_here())
+            for op in kernels.OPS
+        ],
     }
 
 
-def gemm_kernel(m: int, n: int, k: int, *, arch: int, sm_count: int) -> dict[str, Any]:
-    """The mxfp4_gemm kernel that a Blackwell GPU would run for [m, k] by [n, k].
-
-    Args:
-        arch: ten times the compute capability: 100, 103, 120 or 121. sm_count: of the device.
-    Returns: JSON-ready: kernel, its tile, splits of K, workspace_bytes, and whether this build
-        holds it; {"error": why} where there is none.
-    """
-    if n % 8 or k % 32:
-        return {"error": f"N must be a multiple of 8 and K of 32, got N = {n}, K = {k}"}
-    library = compiled_library()
-    if library is None:
-        return {"error": library_info()["error"]}
-    plan = library.select_gemm(m, n, k, arch=arch, sm_count=sm_count)
-    if plan is None:
-        return {"error": f"compute capability {arch / 10} has no block-scaled GEMM"}
-    tile = next(row["tile"] for row in library.gemm_kernels() if row["name"] == plan.kernel)
-    has = getattr(library, "has_mxfp4_gemm_kernel", None)
+def _op(op: str, machine: Machine, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    backend = error = None
+    try:
+        backend = kernels.select(op, machine, os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    except BackendUnavailableError as unavailable:
+        error = str(unavailable)
+    chosen = [] if backend is None else shapes
     return {
-        "kernel": plan.kernel,
-        "tile": list(tile),
-        "splits": plan.splits,
-        "workspace_bytes": library.gemm_workspace_size(plan, m, n),
-        "in_this_build": has is not None and has(plan),
+        "op": op,
+        "device": machine.name,
+        "selected": backend and backend.name,
+        "error": error,
+        "others": {b.name: kernels.why_not(b, op, machine) for b in BACKENDS if b != backend},
+        "kernels": [
+            {"M": m, "N": n, "K": k, **asdict(kernels.kernel(op, m, n, k, machine, backend))}
+            for m, n, k in chosen
+        ],
     }
-
-
-def _ops() -> list[dict[str, Any]]:
-    table = capability_table()
-    ops = []
-    for cell in [name for name in table[0] if name != "backend"]:  # "rotate_quantize on cpu"
-        op, _, device = cell.partition(" on ")
-        selected = error = None
-        try:
-            selected = select(op, torch.device(device)).name
-        except BackendUnavailableError as unavailable:
-            error = str(unavailable)
-        backends = {row["backend"]: row[cell] for row in table}
-        ops.append(
-            {"op": op, "device": device, "selected": selected, "error": error, "backends": backends}
-        )
-    return ops
 
 
 def _cpu_name() -> str:

@@ -189,20 +189,29 @@ def inspection_table(inspection: Inspection) -> Table:
     return table
 
 
-def doctor_table(facts: dict[str, Any]) -> Table:
-    """A line per op and device: which backend runs it, and what the others say."""
-    table = Table(box=SIMPLE_HEAD)
-    for head in ("op", "device", "runs on", "the others"):
-        table.add_column(head)
+def doctor_lines(facts: dict[str, Any]) -> list[str]:
+    """Per op and device, which backend runs it; for each shape, which kernel, and why that one."""
+    lines = []
     for entry in facts["ops"]:
-        others = [
-            f"{name}: {'can run, comes later' if answer == 'yes' else answer}"
-            for name, answer in entry["backends"].items()
-            if name != entry["selected"]
-        ]
         chosen = entry["selected"] or f"none: {entry['error']}"
-        table.add_row(entry["op"], entry["device"], chosen, "\n".join(others) or "-")
-    return table
+        lines.append(f"{entry['op']} on {entry['device']}: {chosen}")
+        for kernel in entry["kernels"]:
+            shape = "{M},{N},{K}".format(**kernel)
+            lines.append(f"  {shape}: {kernel['name'] or 'none'} ({kernel['why']})")
+    return lines
+
+
+def others_lines(facts: dict[str, Any]) -> list[str]:
+    """Why each of the other backends is not taken; once, where all ops have one answer."""
+    answers: dict[tuple[str, str, str], list[str]] = {}
+    for entry in facts["ops"]:
+        for name, reason in entry["others"].items():
+            answers.setdefault((name, entry["device"], reason), []).append(entry["op"])
+    ops = {entry["op"] for entry in facts["ops"]}
+    return [
+        f"not {name} for {'any op' if set(of) == ops else ', '.join(of)} on {device}: {reason}"
+        for (name, device, reason), of in answers.items()
+    ]
 
 
 def selfcheck_table(report: SelfcheckReport) -> Table:

@@ -19,6 +19,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluate import CONVENTION, perplexity
 from duqpp.models import checkpoint
+from duqpp.ops import kernels
 from duqpp.ops.dispatch import BACKENDS
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
@@ -212,10 +213,10 @@ def test_doctor(run, monkeypatch):
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["DUQPP_BACKEND"] is None
     cells = {(entry["op"], entry["device"]): entry for entry in facts["ops"]}
-    for op in ("rotate_quantize", "mxfp4_gemm"):
+    for op in kernels.OPS:
         entry = cells[op, "cpu"]
-        assert set(entry["backends"]) == {backend.name for backend in BACKENDS}
-        assert entry["backends"][entry["selected"]] == "yes"
+        assert {entry["selected"], *entry["others"]} == {backend.name for backend in BACKENDS}
+        assert entry["selected"] not in entry["others"]
     text, _ = run("doctor")
     assert f"duqpp {duqpp.__version__}" in text and "DUQPP_BACKEND: not set" in text
 
@@ -226,20 +227,24 @@ def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
     assert facts["DUQPP_BACKEND"] == "quantum"
     assert all(entry["selected"] is None for entry in facts["ops"])
     assert "no such backend" in facts["ops"][0]["error"]
-    assert "none: backend 'quantum'" in " ".join(run("doctor")[0].split())
+    assert "rotate_quantize on cpu: none: backend 'quantum'" in run("doctor")[0]
 
 
-def test_doctor_names_the_kernel_of_a_shape(run):
+def test_doctor_names_the_kernels_of_a_shape(run):
     shapes = ("--shape", "1,4096,4096", "--shape", "4096,28672,4096")
-    few, many = json.loads(run("doctor", *shapes, "--json")[0])["gemm_kernels"]
-    assert (few["M"], few["N"], few["K"], few["arch"], few["sm_count"]) == (1, 4096, 4096, 100, 148)
-    assert few["kernel"].startswith("sm100_swapped")
-    assert many["kernel"] == "sm100_256x256" and many["tile"][:2] == [256, 256]
+    ops = json.loads(run("doctor", *shapes, "--arch", "100", "--json")[0])["ops"]
+    assert [entry["op"] for entry in ops] == list(kernels.OPS)
+    assert {entry["device"] for entry in ops} == {"sm_100 (148 SMs)"}
+    few, many = ops[-1]["kernels"]
+    assert (few["M"], few["N"], few["K"]) == (1, 4096, 4096)
+    assert few["name"].startswith("sm100_swapped") and "K in 4 parts" in few["name"]
+    assert many["name"].startswith("sm100_256x256, GEMM tile 256x256")
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "120", "--sm-count", "170")
-    assert "kernel sm120_128x128" in text
+    assert "sm120_128x128" in text
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "90")
-    assert "compute capability 9.0 has no block-scaled GEMM" in text
-    text, _ = run("doctor", "--shape", "64,4100,4096")
+    assert "not cuda-sm80 for mxfp4_gemm on sm_90 (148 SMs): has no GEMM of its own yet" in text
+    assert "reference" in text
+    text, _ = run("doctor", "--shape", "64,4100,4096", "--arch", "100")
     assert "N must be a multiple of 8" in text
 
 

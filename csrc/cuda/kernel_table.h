@@ -68,6 +68,20 @@ constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, i
   return GemmPlan{best, 1, sm_count};
 }
 
+// Why select_gemm takes a kernel, in words.
+constexpr const char* gemm_kernel_reason(GemmKernel kernel) {
+  switch (kernel) {
+    case GemmKernel::kSm100Swapped:
+      return "at most 64 rows of x: they are the columns of the tile";
+    case GemmKernel::kSm100SwappedStreamK:
+      return "few tiles for so many SMs: K is split over those that would idle";
+    case GemmKernel::kSm120Tile128x128:
+      return "the one tile shape for this architecture";
+    default:
+      return "least waves of tiles x cost of a wave, in a model of a B200";
+  }
+}
+
 // Bytes of device memory that a launch needs: with stream-K a float32 tile for each tile of the
 // output and then a 4-byte barrier each, rounded up to 128 (an L2 line) as CUTLASS does.
 constexpr int64_t gemm_workspace_size(const GemmPlan& plan, int64_t M, int64_t N) {

@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <utility>
 
+#include "cuda/rotate_quantize_plan.h"
 #include "python/mxfp4_gemm.h"
 
 namespace duqpp::python {
@@ -38,19 +40,39 @@ void bind_kernel_table(py::module_& module) {
       "gemm_kernels",
       [] {
         py::list kernels;
-        for (const cuda::GemmKernelInfo& info : cuda::kGemmKernelInfo) {
+        for (int i = 0; i < cuda::kGemmKernels; ++i) {
+          const auto kernel = static_cast<cuda::GemmKernel>(i);
+          const cuda::GemmKernelInfo& info = cuda::gemm_kernel_info(kernel);
           kernels.append(py::dict("name"_a = info.name, "arch"_a = info.arch,
                                   "tile"_a = py::make_tuple(info.tile_m, info.tile_n, info.tile_k),
-                                  "sms"_a = info.sms, "swapped"_a = info.swapped));
+                                  "sms"_a = info.sms, "swapped"_a = info.swapped,
+                                  "reason"_a = cuda::gemm_kernel_reason(kernel)));
         }
         return kernels;
       },
-      "The kernels of mxfp4_gemm: name, arch, tile (M, N, K), sms per tile, swapped.");
+      "The kernels of mxfp4_gemm: name, arch, tile (M, N, K), sms per tile, swapped, and the "
+      "reason "
+      "for which one is chosen.");
   module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "sm_count"_a,
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,
              "Bytes of device memory that a launch of the plan needs.");
+  module.def(
+      "rotate_quantize_grid",
+      [](int64_t M, int64_t K, int prologue, int sm_count) {
+        RotateQuantizeProblem problem{};
+        problem.M = M;
+        problem.K = K;
+        problem.prologue = static_cast<Prologue>(prologue);
+        problem.scale_layout = ScaleLayout::kSwizzled;
+        const cuda::RotateQuantizePlan plan = cuda::plan_rotate_quantize(problem, sm_count);
+        return std::pair(plan.column_chunks * plan.row_strips,
+                         plan.teams * cuda::kTeamWarps * kWarpLanes);
+      },
+      "M"_a, "K"_a, py::kw_only(), "prologue"_a, "sm_count"_a,
+      "CTAs, and threads in each, of a launch of rotate_quantize on a GPU. Prologues: 0 none, "
+      "1 RMSNorm, 2 SiLU.");
 }
 
 }  // namespace duqpp::python

@@ -3,12 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/mxfp4_gemm.h"
+#include "cpu/rotate_quantize.h"
 #include "python/mxfp4_gemm.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
@@ -36,6 +40,26 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return duqpp::cpu::isa_name(duqpp::cpu::selected_isa()); },
       "The instruction set that they use: the best, or what DUQPP_CPU_ISA names.");
+  m.def(
+      "cpu_isa_features",
+      [] {
+        std::vector<std::pair<std::string, std::string>> features;
+        for (const duqpp::cpu::Isa isa : duqpp::cpu::all_isas()) {
+          features.emplace_back(duqpp::cpu::isa_name(isa), duqpp::cpu::isa_features(isa));
+        }
+        return features;
+      },
+      "Every instruction set that there are CPU kernels for, worst first, and what it needs.");
+  m.def(
+      "cpu_rotate_quantize_isa",
+      [] {
+        return duqpp::cpu::isa_name(duqpp::cpu::rotate_quantize_isa(duqpp::cpu::selected_isa()));
+      },
+      "The instruction set of the code of rotate_quantize that runs.");
+  m.def(
+      "cpu_gemm_in_place",
+      [](int64_t M) { return duqpp::cpu::multiplies_in_place(duqpp::cpu::selected_isa(), M); },
+      "M"_a, "Whether mxfp4_gemm of M rows reads its weights as they lie in memory.");
 
   duqpp::python::bind_kernel_table(m);
 #if defined(DUQPP_WITH_CUDA)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -88,17 +89,30 @@ def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
 def _select(op: str, device_type: str, device_index: int | None, backend: str) -> Backend:
     # Index 0 is a device of its own; None is whichever is current.
     device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
-    runnable = {b.name: b for b in BACKENDS if b.unavailable_reason(op, device) is None}
+    return choose(op, device_type, lambda b, o: b.unavailable_reason(o, device), backend)
+
+
+def choose(
+    op: str, where: str, unavailable: Callable[[Backend, str], str | None], backend: str
+) -> Backend:
+    """The rule by which `select` chooses.
+
+    Args:
+        where: the device in a word, for messages.
+        unavailable: of a backend and an op, why it cannot run there; None when it can.
+        op, backend: as of `select`, the environment aside.
+    """
+    runnable = {b.name: b for b in BACKENDS if unavailable(b, op) is None}
     if backend == "auto" and runnable:
         # One backend for both ops: what one writes is in the layout that its own GEMM reads.
         for candidate in runnable.values():
-            if all(candidate.unavailable_reason(other, device) is None for other in OPS):
+            if all(unavailable(candidate, other) is None for other in OPS):
                 return candidate
     if backend in runnable:
         return runnable[backend]
-    reasons = {b.name: b.unavailable_reason(op, device) for b in BACKENDS}
+    reasons = {b.name: unavailable(b, op) for b in BACKENDS}
     raise BackendUnavailableError(
-        f"backend '{backend}' cannot run {op} on {device_type} here: "
+        f"backend '{backend}' cannot run {op} on {where} here: "
         f"{reasons.get(backend, 'no such backend')}; available: {', '.join(runnable) or 'none'} "
         f"({ENVIRONMENT_VARIABLE}=...)"
     )

@@ -143,20 +143,12 @@ class CudaBackend(_NativeBackend):
 
     Args:
         name: of the backend.
-        capabilities: (major, minor) of the devices that run it.
-        gemm: the architecture whose GEMM they run, such as 100; None where there is none yet.
-        architectures: of the build, any of which holds code for these devices.
+        code: by compute capability, the architectures of a build whose code runs there.
+        gemm: whether there is a GEMM for these devices.
     """
 
-    def __init__(
-        self,
-        name: str,
-        capabilities: tuple[tuple[int, int], ...],
-        gemm: int | None,
-        architectures: tuple[str, ...],
-    ) -> None:
-        self.name, self._capabilities, self._gemm = name, capabilities, gemm
-        self._architectures = architectures
+    def __init__(self, name: str, code: dict[tuple[int, int], tuple[str, ...]], *, gemm: bool):
+        self.name, self._code, self._gemm = name, code, gemm
 
     def unavailable_reason(self, op: str, device: torch.device) -> str | None:
         if op not in OPS:
@@ -165,18 +157,27 @@ class CudaBackend(_NativeBackend):
             return f"needs a tensor on a CUDA device, not on {device.type}"
         if _C is None:
             return _ABSENT
-        built = _C.build_info()["cuda_architectures"].split(",")
-        if not set(built) & set(self._architectures):
-            return f"this build has no kernels for sm_{self._architectures[0]}"
-        capability = torch.cuda.get_device_capability(device)
-        if capability not in self._capabilities:
-            wanted = " or ".join(f"{major}.{minor}" for major, minor in self._capabilities)
-            return (
-                f"needs compute capability {wanted}, the device has {capability[0]}.{capability[1]}"
-            )
-        if op == "mxfp4_gemm" and self._gemm is None:
+        return self.unavailable_on(op, torch.cuda.get_device_capability(device))
+
+    def unavailable_on(self, op: str, capability: tuple[int, int]) -> str | None:
+        """`unavailable_reason` for any GPU of a compute capability, where there is a library."""
+        if not any(map(self.code_for, self._code)):
+            first = next(iter(self._code.values()))[0]
+            return f"this build has no kernels for sm_{first}"
+        major, minor = capability
+        if capability not in self._code:
+            wanted = " or ".join(".".join(map(str, able)) for able in self._code)
+            return f"needs compute capability {wanted}, the device has {major}.{minor}"
+        if self.code_for(capability) is None:
+            return f"this build has no kernels for compute capability {major}.{minor}"
+        if op == "mxfp4_gemm" and not self._gemm:
             return "has no GEMM of its own yet"
         return None
+
+    def code_for(self, capability: tuple[int, int]) -> str | None:
+        """The architecture of this build whose code runs on such a GPU, as in "100f"."""
+        built = _C.build_info()["cuda_architectures"].split(",")
+        return next((name for name in self._code.get(capability, ()) if name in built), None)
 
     def rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
         form = _FLOAT32 if x.dtype == torch.float32 else super()
@@ -210,10 +211,16 @@ class CudaBackend(_NativeBackend):
         return _unswizzled(weight)
 
 
+# Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on
+# its own capability only.
 CUDA_BACKENDS = (
-    CudaBackend("cuda-sm100", ((10, 0), (10, 3)), 100, ("100f", "100a")),
-    CudaBackend("cuda-sm120", ((12, 0), (12, 1)), 120, ("120f", "120a")),
-    CudaBackend("cuda-sm80", ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)), None, ("80", "90a")),
+    CudaBackend("cuda-sm100", {(10, 0): ("100f", "100a"), (10, 3): ("100f",)}, gemm=True),
+    CudaBackend("cuda-sm120", {(12, 0): ("120f", "120a"), (12, 1): ("120f",)}, gemm=True),
+    CudaBackend(
+        "cuda-sm80",
+        {**{(8, minor): ("80",) for minor in (0, 6, 7, 9)}, (9, 0): ("90a",)},
+        gemm=False,
+    ),
 )
 
 

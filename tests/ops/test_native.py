@@ -97,6 +97,20 @@ def test_cuda_backends_say_what_they_need(backend, monkeypatch):
     assert reason.startswith("needs compute capability") and reason.endswith("7.5")
 
 
+def test_code_for_one_capability_is_not_run_on_another(monkeypatch):
+    sm100, sm120, sm80 = CUDA_BACKENDS
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_architectures": "80,100a,120a"})
+    for backend, able, unable in (
+        (sm100, (10, 0), (10, 3)),
+        (sm120, (12, 0), (12, 1)),
+        (sm80, (8, 9), (9, 0)),
+    ):
+        assert backend.unavailable_on("rotate_quantize", able) is None
+        reason = backend.unavailable_on("rotate_quantize", unable)
+        major, minor = unable
+        assert reason == f"this build has no kernels for compute capability {major}.{minor}"
+
+
 def test_each_gpu_has_one_cuda_backend(monkeypatch):
     expected = {(8, 0): "cuda-sm80", (9, 0): "cuda-sm80", (10, 0): "cuda-sm100"}
     expected |= {(10, 3): "cuda-sm100", (12, 0): "cuda-sm120", (12, 1): "cuda-sm120"}

@@ -1,0 +1,138 @@
+"""Which backend and which kernel would run an op of a given shape, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from duqpp.format import BLOCK_SIZE
+from duqpp.ops import dispatch
+from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
+
+# Each with the op whose backend it runs on, and its prologue's number in the compiled library.
+_OPS = {
+    "rotate_quantize": ("rotate_quantize", 0),
+    "rmsnorm_rotate_quantize": ("rotate_quantize", 1),
+    "silu_mul_rotate_quantize": ("rotate_quantize", 2),
+    "mxfp4_gemm": ("mxfp4_gemm", None),
+}
+OPS = tuple(_OPS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an op would run: the CPU, or a GPU, which need not be here.
+
+    capability: of a GPU, (major, minor); None is the CPU. sm_count: its SMs.
+    """
+
+    capability: tuple[int, int] | None = None
+    sm_count: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.capability is None:
+            return "cpu"
+        return f"sm_{self.capability[0]}{self.capability[1]} ({self.sm_count} SMs)"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel for one shape, and why that one; name is None where the shape is refused."""
+
+    name: str | None
+    why: str
+
+
+def machines_here() -> list[Machine]:
+    """The CPU, and the current GPU where there is one."""
+    if not torch.cuda.is_available():
+        return [Machine()]
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = Machine((properties.major, properties.minor), properties.multi_processor_count)
+    return [Machine(), gpu]
+
+
+def unavailable(backend: dispatch.Backend, op: str, machine: Machine) -> str | None:
+    """Why a backend cannot run an op there; None when it can."""
+    op = _OPS[op][0]
+    if machine.capability is None:
+        return backend.unavailable_reason(op, torch.device("cpu"))
+    if isinstance(backend, CudaBackend) and compiled_library() is not None:
+        return backend.unavailable_on(op, machine.capability)
+    return backend.unavailable_reason(op, torch.device("cuda"))
+
+
+def select(op: str, machine: Machine, backend: str = "auto") -> dispatch.Backend:
+    """The backend that would run an op there, as `duqpp.ops.dispatch.select` chooses.
+
+    Raises: BackendUnavailableError.
+    """
+    return dispatch.choose(
+        _OPS[op][0], machine.name, lambda b, o: unavailable(b, o, machine), backend
+    )
+
+
+def why_not(backend: dispatch.Backend, op: str, machine: Machine) -> str:
+    """Why a backend is not the one that is chosen there."""
+    reason = unavailable(backend, op, machine)
+    if reason is not None:
+        return reason
+    for other in dispatch.OPS:
+        reason = unavailable(backend, other, machine)
+        if reason is not None:
+            return f"could, but for {other}, which must read what it writes, it {reason}"
+    return "can run, comes later"
+
+
+def kernel(op: str, m: int, n: int, k: int, machine: Machine, backend: dispatch.Backend) -> Kernel:
+    """The kernel that `backend` runs for x [m, k] and a weight [n, k], x of 16-bit floats."""
+    if k % BLOCK_SIZE:
+        return Kernel(None, f"K must be a multiple of {BLOCK_SIZE}, got {k}")
+    if isinstance(backend, CpuBackend):
+        return _cpu_kernel(op, m)
+    if isinstance(backend, CudaBackend):
+        if op == "mxfp4_gemm":
+            return _cuda_gemm(m, n, k, machine)
+        return _cuda_rotate_quantize(op, m, k, machine, backend.code_for(machine.capability))
+    return Kernel("torch operations", "the definition, slow: no kernel of duqpp's is used")
+
+
+def _cpu_kernel(op: str, m: int) -> Kernel:
+    library = compiled_library()
+    isas, chosen = dict(library.cpu_isa_features()), library.cpu_isa()
+    better = list(isas)[list(isas).index(chosen) + 1 :]
+    why = [
+        f"not {isa}: DUQPP_CPU_ISA={chosen}"
+        if isa in library.cpu_isas()
+        else f"not {isa}: this CPU or its system lacks some of {isas[isa]}"
+        for isa in better
+    ] or ["the best that there is"]
+    if op != "mxfp4_gemm":
+        code = library.cpu_rotate_quantize_isa()
+        if code != chosen:
+            why.append(f"{chosen} brings nothing to it")
+        return Kernel(f"{code} code", "; ".join(why))
+    if library.cpu_gemm_in_place(m):
+        return Kernel(f"{chosen} code, weights as they lie", "; ".join([*why, "M is small"]))
+    return Kernel(f"{chosen} code, weights expanded", "; ".join([*why, "for so many rows"]))
+
+
+def _cuda_rotate_quantize(op: str, m: int, k: int, machine: Machine, code: str) -> Kernel:
+    grid = compiled_library().rotate_quantize_grid
+    ctas, threads = grid(m, k, prologue=_OPS[op][1], sm_count=machine.sm_count)
+    conversion = "hardware E2M1" if code[:-1] in ("100", "120") else "E2M1 by integer arithmetic"
+    return Kernel(f"sm_{code} code, {ctas} CTAs of {threads} threads", conversion)
+
+
+def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
+    if n % 8:
+        return Kernel(None, f"N must be a multiple of 8, got {n}; pad the weight with zero rows")
+    library = compiled_library()
+    major, minor = machine.capability
+    plan = library.select_gemm(m, n, k, arch=10 * major + minor, sm_count=machine.sm_count)
+    row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
+    name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, row['tile']))}"
+    if plan.splits > 1:
+        workspace = library.gemm_workspace_size(plan, m, n)
+        name += f", K in {plan.splits} parts, {workspace} bytes of workspace"
+    return Kernel(name, row["reason"])

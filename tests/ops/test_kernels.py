@@ -1,0 +1,122 @@
+"""Which kernel would run an op, and why: on this CPU, and on GPUs that are not here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from duqpp.ops import dispatch, kernels
+from duqpp.ops.kernels import Machine
+from tests.cuda.library import cuda_extension
+
+SHAPE = (16, 4096, 4096)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_is_asked_for(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+
+
+def chosen(op: str, machine: Machine, shape=SHAPE) -> tuple[str, kernels.Kernel]:
+    backend = kernels.select(op, machine)
+    return backend.name, kernels.kernel(op, *shape, machine, backend)
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_backend_on_a_cpu_is_the_one_that_runs(op):
+    cpu = kernels.machines_here()[0]
+    backend = kernels.select(op, cpu)
+    base = "mxfp4_gemm" if op == "mxfp4_gemm" else "rotate_quantize"
+    assert backend is dispatch.select(base, torch.device("cpu"))
+    for other in dispatch.BACKENDS:
+        assert kernels.why_not(other, op, cpu)
+
+
+@pytest.fixture
+def cpu_library(monkeypatch):
+    """Make the compiled library speak of another CPU: ``cpu_library(chosen, runs)``."""
+    features = [("portable", "nothing"), ("avx2", "AVX2"), ("avx-vnni", "VNNI"), ("avx512", "ZMM")]
+
+    def install(isa: str, runs: list[str]) -> None:
+        library = SimpleNamespace(
+            cpu_isa_features=lambda: features,
+            cpu_isas=lambda: runs,
+            cpu_isa=lambda: isa,
+            cpu_rotate_quantize_isa=lambda: "avx2" if isa == "avx-vnni" else isa,
+            cpu_gemm_in_place=lambda m: m <= 4,
+        )
+        monkeypatch.setattr(kernels, "compiled_library", lambda: library)
+
+    return install
+
+
+def test_the_instruction_set_and_what_keeps_the_better_ones_away(cpu_library):
+    cpu_library("avx512", ["portable", "avx2", "avx512"])
+    _, kernel = chosen("rotate_quantize", Machine())
+    assert (kernel.name, kernel.why) == ("avx512 code", "the best that there is")
+    cpu_library("avx-vnni", ["portable", "avx2", "avx-vnni"])
+    _, kernel = chosen("silu_mul_rotate_quantize", Machine())
+    assert kernel.name == "avx2 code"
+    lacks = "not avx512: this CPU or its system lacks some of ZMM"
+    assert kernel.why == f"{lacks}; avx-vnni brings nothing to it"
+    cpu_library("portable", ["portable", "avx2", "avx512"])
+    _, kernel = chosen("mxfp4_gemm", Machine())
+    why = "not avx2: DUQPP_CPU_ISA=portable; not avx-vnni: this CPU or its system lacks some of"
+    assert kernel.name == "portable code, weights expanded"
+    assert kernel.why.startswith(f"{why} VNNI; not avx512: DUQPP_CPU_ISA=portable")
+    _, kernel = chosen("mxfp4_gemm", Machine(), (4, 8, 32))
+    assert kernel.name == "portable code, weights as they lie"
+
+
+GPUS = {
+    (8, 0): ("reference", None),
+    (9, 0): ("reference", None),
+    (10, 0): ("cuda-sm100", "100f"),
+    (10, 3): ("cuda-sm100", "100f"),
+    (12, 0): ("cuda-sm120", "120f"),
+    (12, 1): ("cuda-sm120", "120f"),
+    (7, 5): ("reference", None),
+}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_gpus_that_are_not_here(capability, op):
+    if cuda_extension().build_info()["cuda_architectures"] != "80,90a,100f,120f":
+        pytest.skip("not a build for all architectures")
+    backend, code = GPUS[capability]
+    name, kernel = chosen(op, Machine(capability, 148))
+    assert name == backend
+    if code is None:
+        assert kernel.name == "torch operations"
+    elif op == "mxfp4_gemm":
+        assert kernel.name.startswith(f"sm{code[:-1]}_")
+    else:
+        assert kernel.name.startswith(f"sm_{code} code") and kernel.why == "hardware E2M1"
+
+
+def test_hopper_is_told_what_its_kernel_lacks():
+    cuda_extension()
+    hopper = Machine((9, 0), 132)
+    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
+    assert kernels.why_not(backend, "mxfp4_gemm", hopper) == "has no GEMM of its own yet"
+    assert "but for mxfp4_gemm" in kernels.why_not(backend, "rotate_quantize", hopper)
+    kernel = kernels.kernel("rotate_quantize", *SHAPE, hopper, backend)
+    assert kernel.name.startswith("sm_90a code") and "integer arithmetic" in kernel.why
+
+
+@pytest.mark.parametrize("k", [32, 4096, 14336])
+def test_one_row_is_spread_over_the_gpu(k):
+    """A CTA for each column of scale tiles, whatever the prologue."""
+    for prologue in range(3):
+        grid = cuda_extension().rotate_quantize_grid(1, k, prologue=prologue, sm_count=148)
+        assert grid == (-(-k // 128), 128)
+
+
+def test_shapes_that_are_refused():
+    assert chosen("mxfp4_gemm", Machine(), (1, 8, 48))[1] == kernels.Kernel(
+        None, "K must be a multiple of 32, got 48"
+    )
+    cuda_extension()
+    _, kernel = chosen("mxfp4_gemm", Machine((10, 0), 148), (1, 4100, 32))
+    assert kernel.name is None and "N must be a multiple of 8, got 4100" in kernel.why
