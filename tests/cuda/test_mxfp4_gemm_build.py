@@ -1,35 +1,20 @@
 """What must not compile: CUDA kernels of mxfp4_gemm without their wait for the kernel before."""
 
-import importlib.util
 import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
-
-
-def cutlass_dir() -> Path:
-    """CUTLASS's sources, from CUTLASS_DIR or the package nvidia-cutlass; skips without them."""
-    if "CUTLASS_DIR" in os.environ:
-        return Path(os.environ["CUTLASS_DIR"])
-    spec = importlib.util.find_spec("cutlass_library")
-    if spec is None:
-        pytest.skip("CUTLASS is not installed; pip install nvidia-cutlass==4.2.0.0")
-    return Path(spec.origin).parent / "source"
+from tests import toolchain
 
 
 def preprocess(arch: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Preprocess an instantiation's device code with nvcc: guards act before anything compiles."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    cutlass = cutlass_dir()
-    command = [nvcc, "-E", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", *options]
-    command += [f"-I{CSRC}", f"-I{cutlass}/include", f"-I{cutlass}/tools/util/include"]
-    command += [str(CSRC / "cuda" / "mxfp4_gemm_sm100_256x128.cu")]
+    cutlass = toolchain.cutlass_include()
+    folders = (toolchain.CSRC, cutlass, cutlass.parent / "tools/util/include")
+    command = [toolchain.nvcc(), "-E", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command += [*options, *(f"-I{folder}" for folder in folders)]
+    command += [str(toolchain.CSRC / "cuda/mxfp4_gemm_sm100_256x128.cu"), "-o", os.devnull]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 

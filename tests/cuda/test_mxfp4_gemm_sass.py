@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from tests.cuda.library import CompiledKernel, compiled_kernels, cuda_extension
+from tests.cuda.library import compiled_kernels, cuda_extension
+from tests.cuda.sass import Kernel
 
 # The most registers a thread may take: what it took when written, and room where there is any.
 REGISTERS = {
@@ -26,7 +27,7 @@ every_sm100_kernel = pytest.mark.parametrize("name", SM100)
 
 
 @functools.cache
-def compiled(name: str) -> tuple[CompiledKernel, dict]:
+def compiled(name: str) -> tuple[Kernel, dict]:
     """The one kernel in the library for a row of the kernel table, and the row."""
     module = cuda_extension()
     if not module.has_mxfp4_gemm_kernel(module.GemmPlan(name, sm_count=1)):
@@ -34,7 +35,7 @@ def compiled(name: str) -> tuple[CompiledKernel, dict]:
     rows = module.gemm_kernels()
     index = next(i for i, row in enumerate(rows) if row["name"] == name)
     tag = re.compile(rf"CutlassGemm<duqpp::cuda::\w+<\(duqpp::cuda::GemmKernel\){index}\W")
-    found = [kernel for kernel in compiled_kernels() if tag.search(kernel.name)]
+    found = [kernel for full_name, kernel in compiled_kernels().items() if tag.search(full_name)]
     assert len(found) == 1, f"{name}: {len(found)} kernels in the library"
     return found[0], rows[index]
 
@@ -49,7 +50,7 @@ def test_built_once_for_the_family_of_architectures(name):
 def test_no_register_is_spilled(name):
     kernel, _ = compiled(name)
     assert kernel.count("STL") == kernel.count("LDL") == 0
-    assert kernel.stack == kernel.local == 0
+    assert kernel.stack_bytes == kernel.local_bytes == 0
     assert kernel.registers <= REGISTERS[name]
 
 
@@ -61,14 +62,14 @@ def test_sm100_multiplies_on_the_fp4_tensor_core(name):
     assert kernel.count("UTCOMMA", "2CTA") == (kernel.count("UTCOMMA") if pair else 0)
     assert kernel.count("UTCCP") >= 4  # scales to tensor memory
     assert kernel.count("LDTM") >= 1  # accumulators from it
-    others = [op for op in kernel.opcodes if re.match(r"UTC[A-Z]*MMA|HMMA|QMMA|OMMA|IMMA", op)]
+    others = [op for op in kernel.opcodes() if re.match(r"UTC[A-Z]*MMA|HMMA|QMMA|OMMA|IMMA", op)]
     assert {op.split(".")[0] for op in others} == {"UTCOMMA"}
 
 
 def test_sm120_multiplies_on_the_fp4_tensor_core():
     kernel, _ = compiled("sm120_128x128")
     assert kernel.count("OMMA", "SF", "16864", "E2M1", "E8") >= 64
-    others = [op for op in kernel.opcodes if re.match(r"UTC[A-Z]*MMA|HMMA|QMMA|IMMA", op)]
+    others = [op for op in kernel.opcodes() if re.match(r"UTC[A-Z]*MMA|HMMA|QMMA|IMMA", op)]
     assert not others
 
 
