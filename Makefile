@@ -15,6 +15,9 @@ TORCH_INDEX ?=
 DUQPP_CUDA ?= auto
 export DUQPP_CUDA
 
+# Where `make gpu` writes JSON that names its device.
+GPU_RESULTS ?= build/gpu
+
 # make's built-in default is g++, which macOS and clang-only machines lack.
 ifeq ($(origin CXX),default)
 CXX := c++
@@ -29,7 +32,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format setup clean distclean FORCE
+.PHONY: help demo test gpu lint format setup clean distclean FORCE
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +46,15 @@ demo: setup ## quantize a 135M model, compare methods, generate text, plot; up t
 
 test: setup $(STAMPS)/crosscheck ## run the tests; PYTEST_ARGS="-k e2m1" selects
 	DUQPP_CROSSCHECK="$$(cd $(VENV) && pwd)/crosscheck" $(PY) -m pytest $(PYTEST_ARGS)
+
+# Each part skips, and says why, where there is no GPU that torch can use.
+gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, selfcheck, benchmark; JSON in build/gpu
+	@mkdir -p $(GPU_RESULTS)
+	$(PY) -m pytest tests/ops/test_cuda.py tests/ops/test_rotate_quantize.py tests/ops/test_fused_forms.py \
+	  $(PYTEST_ARGS)
+	$(PY) -m duqpp selfcheck --report $(GPU_RESULTS)/selfcheck.json
+	$(PY) benchmarks/bench_rotate_quantize.py --device cuda --rows 1 16 256 4096 16384 \
+	  --columns 4096 14336 --out $(GPU_RESULTS)/cuda_rotate_quantize.json
 
 lint: setup ## ruff check and ruff format --check
 	$(PY) -m ruff check .

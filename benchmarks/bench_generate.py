@@ -3,8 +3,7 @@
 python benchmarks/bench_generate.py FLOAT_MODEL QUANTIZED_MODEL
 """
 
-import torch
-from harness import Table, alternate, parser, report
+from harness import Table, alternate, parser, report, start
 
 from duqpp.integrations.transformers import load_model
 
@@ -17,8 +16,7 @@ def main() -> None:
     options.add_argument("float_model", help="model folder, .gguf file or hub name")
     options.add_argument("quantized_model", help="what `duqpp quantize` wrote of it")
     options.add_argument("--tokens", type=int, default=32)
-    options = options.parse_args()
-    torch.set_num_threads(options.threads)
+    options, _ = start(options)
     models = {}
     for name, source in (("float", options.float_model), ("duqpp", options.quantized_model)):
         models[name], tokenizer = load_model(source)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import ggml_product
 import torch
-from harness import Table, alternate, copies_for, in_turn, parser, report
+from harness import Table, alternate, copies_for, in_turn, parser, report, start
 from roofline import int8_rate, read_bandwidth
 from shapes import LLAMA_3_8B, ROWS, mxfp4_bytes
 from torch import Tensor
@@ -76,9 +76,7 @@ def main() -> None:
     options.add_argument("--linears", nargs="+", default=[name for name, _, _ in LLAMA_3_8B])
     options.add_argument("--fp32", action="store_true", help="time float32 linears, too")
     options.add_argument("--no-ggml", action="store_true", help="even where it is installed")
-    options = options.parse_args()
-    torch.set_num_threads(options.threads)
-    generator = torch.Generator().manual_seed(options.seed)
+    options, generator = start(options)
     bandwidth, rate = read_bandwidth(), int8_rate(options.threads)
     table = Table(COLUMNS, options)
     for name, k, n in LLAMA_3_8B:

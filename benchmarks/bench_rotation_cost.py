@@ -7,7 +7,7 @@ Source of the claim, half the online cost: arXiv 2604.17789.
 """
 
 import torch
-from harness import Table, alternate, parser, report
+from harness import Table, add_shapes, alternate, parser, report, start
 from torch import Tensor
 
 from duqpp.format import ScaleRule
@@ -28,11 +28,8 @@ COLUMNS = {
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--rows", type=int, nargs="+", default=(1, 16, 512, 2048))
-    options.add_argument("--columns", type=int, nargs="+", default=(4096, 14336))
-    options = options.parse_args()
-    torch.set_num_threads(options.threads)
-    generator = torch.Generator().manual_seed(options.seed)
+    add_shapes(options)
+    options, generator = start(options)
     first, second = random_orthogonal(32, generator, count=2).bfloat16().contiguous()
     rule, table = ScaleRule.EVEN, Table(COLUMNS, options)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from harness import timer
 
 SOURCE = Path(__file__).parent / "int8_peak.cpp"
 
@@ -17,25 +18,22 @@ SOURCE = Path(__file__).parent / "int8_peak.cpp"
 def read_bandwidth(seconds: float = 1.0) -> float:
     """Bytes a second that a reduction over more memory than any cache reads, with all threads."""
     data = torch.ones(1 << 28, dtype=torch.int32)  # 1 GiB
-    data.amax()
     return data.nbytes / _least_seconds(data.amax, seconds)
 
 
-def copy_bandwidth(seconds: float = 1.0) -> float:
-    """Bytes a second, read and written, of a copy of more memory than any cache, all threads."""
-    source = torch.ones(1 << 27, dtype=torch.int32)  # 512 MiB
+def copy_bandwidth(seconds: float = 1.0, device: str = "cpu") -> float:
+    """Bytes a second, read and written, of a copy of more memory than any cache holds."""
+    source = torch.ones(1 << 27, dtype=torch.int32, device=device)  # 512 MiB
     target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), seconds)
+    return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), seconds, device)
 
 
-def _least_seconds(call: Callable[[], object], seconds: float) -> float:
+def _least_seconds(call: Callable[[], object], seconds: float, device: str = "cpu") -> float:
     """Of five calls, and of more while `seconds` last."""
+    measure = timer(call, device)
     least, turns, end = float("inf"), 0, time.perf_counter() + seconds
     while turns < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        least, turns = min(least, time.perf_counter() - start), turns + 1
+        least, turns = min(least, measure()), turns + 1
     return least
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
@@ -45,6 +46,12 @@ def test_benchmark_prints_a_table():
         ("variant", "M", "K", "plain_us", "duquant_us", "duqpp_us", "half")
     )
     assert len(lines) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_benchmark_of_a_gpu_is_skipped_without_one():
+    out = run("bench_rotate_quantize", "--device", "cuda")
+    assert out == "skipped: torch sees no CUDA device\n"
 
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*.json")), ids=lambda f: f.stem)

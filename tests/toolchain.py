@@ -67,6 +67,15 @@ def cutlass_include() -> Path:
     pytest.skip("no CUTLASS: set CUTLASS_DIR, or pip install nvidia-cutlass==4.2.0.0")
 
 
+def compute_sanitizer() -> str:
+    """compute-sanitizer: the toolkit's."""
+    path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+    tool = shutil.which("compute-sanitizer", path=path)
+    if tool is None:
+        pytest.skip("no compute-sanitizer: put the CUDA toolkit's on PATH")
+    return tool
+
+
 def cuobjdump() -> tuple[str, dict[str, str]]:
     """cuobjdump and the environment in which it finds nvdisasm: the toolkit's, or PyPI's."""
     folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]

@@ -1,12 +1,17 @@
 """The backends that can run here, as parameters of a test, and what makes their results comparable.
 
-A test takes `backend` from `BACKENDS`; one that cannot run here skips with its reason.
+A test takes `backend` from `BACKENDS`; one that cannot run here skips with its reason. A test of
+rotate_quantize and its fused forms takes it from `QUANTIZERS` and calls the ops of this module, so
+that the kernels of a GPU are among them where there is one.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from duqpp import ops
 from duqpp.format import MXFP4Tensor
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
 from duqpp.ops import dispatch
@@ -21,10 +26,39 @@ def _parameter(backend: dispatch.Backend):
     return pytest.param(backend.name, marks=[] if reason is None else [skip])
 
 
-# Those for tensors on the CPU; `duqpp selfcheck` holds CUDA's against the reference, on a GPU.
+# Those for tensors on the CPU.
 BACKENDS = [
     _parameter(backend) for backend in dispatch.BACKENDS if not backend.name.startswith("cuda")
 ]
+# And that of the GPU; the pytest header says why there is none.
+_GPU = torch.device("cuda")
+QUANTIZERS = [
+    *BACKENDS,
+    *(
+        backend.name
+        for backend in dispatch.BACKENDS
+        if backend.name.startswith("cuda")
+        and torch.cuda.is_available()
+        and backend.unavailable_reason("rotate_quantize", _GPU) is None
+    ),
+]
+
+
+def _on_its_device(op: Callable[..., MXFP4Tensor]) -> Callable[..., MXFP4Tensor]:
+    """An op on tensors of the CPU, wherever its backend runs."""
+
+    def call(*tensors: Tensor | None, backend: str, **options: object) -> MXFP4Tensor:
+        device = _GPU if backend.startswith("cuda") else CPU
+        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        quantized = op(*moved, backend=backend, **options)
+        return MXFP4Tensor(quantized.codes.cpu(), quantized.scales.cpu())
+
+    return call
+
+
+rotate_quantize = _on_its_device(ops.rotate_quantize)
+rmsnorm_rotate_quantize = _on_its_device(ops.rmsnorm_rotate_quantize)
+silu_mul_rotate_quantize = _on_its_device(ops.silu_mul_rotate_quantize)
 
 
 def row_major_scales(quantized: MXFP4Tensor) -> Tensor:

@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
-from duqpp.ops import rmsnorm_rotate_quantize, rotate_quantize, silu_mul_rotate_quantize
 from duqpp.ops.reference import rotate_blocks
 from duqpp.rotation.basis import random_orthogonal
 from tests import inputs, oracle
-from tests.ops.backends import BACKENDS, row_major_scales
+from tests.ops.backends import (
+    QUANTIZERS,
+    rmsnorm_rotate_quantize,
+    rotate_quantize,
+    row_major_scales,
+    silu_mul_rotate_quantize,
+)
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", QUANTIZERS)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 K = 160

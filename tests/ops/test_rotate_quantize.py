@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from duqpp.format import ScaleRule, quantize
-from duqpp.ops import rotate_quantize
 from duqpp.ops.reference import rotate_blocks
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from tests import inputs, oracle
-from tests.ops.backends import BACKENDS, row_major_scales
+from tests.ops.backends import QUANTIZERS, rotate_quantize, row_major_scales
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", QUANTIZERS)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULES = list(ScaleRule)

@@ -1,0 +1,56 @@
+"""Every kernel of rotate_quantize over awkward shapes, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck python -m tests.ops.cuda_workload
+
+Also mxfp4_linear, where the GPU has a GEMM. Results are not looked at here.
+"""
+
+from itertools import product
+
+import torch
+
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops import (
+    mxfp4_linear,
+    prepare_weight,
+    rmsnorm_rotate_quantize,
+    rotate_quantize,
+    silu_mul_rotate_quantize,
+)
+from duqpp.ops.dispatch import available
+from duqpp.rotation.basis import random_orthogonal
+from tests import inputs
+
+GPU = torch.device("cuda")
+ROWS, K, N = (1, 15, 33, 129), (32, 160, 4096), 136
+
+
+def quantize() -> None:
+    backend = available("rotate_quantize", GPU)[0]
+    for rows, k, dtype, rule in product(ROWS, K, (torch.bfloat16, torch.float16), ScaleRule):
+        x, up = (inputs.outliers(rows, k, seed).to(GPU, dtype) for seed in (1, 2))
+        matrices = random_orthogonal(32, inputs.generator(3), count=k // 32).bfloat16().to(GPU)
+        options = {"rule": rule, "backend": backend}
+        for rotation in (None, matrices[0].contiguous(), matrices):
+            rotate_quantize(x, rotation, **options)
+            silu_mul_rotate_quantize(x, up, rotation, **options)
+            rmsnorm_rotate_quantize(x, up[0], rotation, epsilon=1e-5, **options)
+
+
+def multiply() -> None:
+    backend = available("mxfp4_gemm", GPU)[0]
+    if backend == "reference":
+        return
+    for rows, k in product(ROWS, K):
+        codes, scales = (part.to(GPU) for part in inputs.mxfp4_operand(N, k, seed=4))
+        weight = prepare_weight(MXFP4Tensor(codes, scales), backend=backend)
+        x = inputs.outliers(rows, k, seed=5).to(GPU, torch.bfloat16)
+        bias = torch.ones(N, device=GPU)
+        mxfp4_linear(x, None, weight, bias, rule=ScaleRule.EVEN, backend=backend)
+
+
+if __name__ == "__main__":
+    quantize()
+    multiply()
+    torch.cuda.synchronize()
+    print("done")
