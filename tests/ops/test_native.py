@@ -1,6 +1,7 @@
 """The compiled library: what is in it, and the CPU backend on each instruction set."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,11 @@ def test_the_library_needs_nothing_of_cuda():
 
 def test_the_library_names_no_folder_of_the_machine_that_built_it():
     data = LIBRARY.read_bytes()
-    for folder in {str(ROOT), sys.prefix, str(Path(torch.__file__).parent)}:
+    for folder in {str(ROOT), sys.prefix, str(Path(torch.__file__).parent), "site-packages"}:
         assert folder.encode() not in data, folder
+    paths = {path.decode() for path in re.findall(rb"(?:/[\w.+-]+){3,}", data)}
+    asked_at_run_time = ("/proc/", "/sys/")
+    assert not [p for p in paths if Path(p).exists() and not p.startswith(asked_at_run_time)]
 
 
 def test_torch_symbols_are_those_of_the_stable_abi():
