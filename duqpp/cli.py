@@ -340,7 +340,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="METHOD[:OPTION...],... with the options gptq, per-block, shared, alpha=A, "
+            help="METHOD[:OPTION...],... with the options gptq, rtn, per-block, shared, alpha=A, "
             "weights=RULE, activations=RULE, hessian=float|quantized, next=quantized|float."
         ),
     ] = "rtn,hadamard,duquant++,duquant++:gptq",

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
-from duqpp.config import QuantizeConfig
+from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluate import CONVENTION, perplexity
 from duqpp.integrations.transformers import from_pretrained
@@ -26,7 +26,7 @@ from duqpp.quantize import quantize_model
 FLOAT = "float"
 # What a quantized linear has on disk besides its bias, by the last component of the name.
 _STORED = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permutation")
-_FLAGS = {"gptq": ("gptq", True), "shared": ("rotation", "shared")}
+_FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
 _VALUES |= {"hessian": "hessian", "next": "next_inputs"}
@@ -117,7 +117,7 @@ class Comparison:
 def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
     """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
 
-    Options: gptq, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
+    Options: gptq, rtn, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
     next=STREAM.
 
     Args: base: gives what a method leaves open.
@@ -224,7 +224,8 @@ def linear_storage(folder: Path) -> tuple[int, int]:
 
 def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
     method, *options = spec.split(":")
-    changes: dict[str, Any] = {"method": method}
+    # What depends on the method is not taken from another method's configuration.
+    changes: dict[str, Any] = {"method": method, **dict.fromkeys(METHOD_DEFAULTS)}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals and key in _FLAGS:
@@ -234,7 +235,7 @@ def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
         else:
             known = ", ".join([*_FLAGS, *(f"{name}=..." for name in _VALUES)])
             raise InputError(f"--methods {spec}: no option {option!r}; there are {known}")
-        if field in changes:
+        if changes.get(field) is not None:
             raise InputError(f"--methods {spec}: {option!r} sets {field} a second time")
         changes[field] = setting
     try:

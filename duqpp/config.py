@@ -6,12 +6,15 @@ from typing import Any, Literal, get_args
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 
-Method = Literal["rtn", "hadamard", "random", "duquant", "duquant++"]
+Method = Literal["rtn", "hadamard", "random", "duquant", "duquant++", "duqpp"]
 RotationScope = Literal["shared", "per-block"]
 Stream = Literal["float", "quantized"]
 
 DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
 _SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
+# Fields whose default depends on the method.
+METHOD_DEFAULTS = {"rotation": "shared", "gptq": False, "hessian": "float"}
+_DUQPP_DEFAULTS = {"rotation": "per-block", "gptq": True, "hessian": "quantized"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +23,18 @@ class QuantizeConfig:
 
     method: how the inputs of a linear are rotated. rtn: not at all; hadamard, random: one fixed
         orthogonal 32x32 matrix; duquant: two outlier-aware rotations around a zigzag permutation;
-        duquant++: one outlier-aware rotation.
-    rotation: one matrix for all blocks of a linear group, or one per block of 32 channels.
-    gptq: round weights by GPTQ instead of to nearest.
+        duquant++: one outlier-aware rotation; duqpp: a balanced transform per block (see
+        `duqpp.rotation.balance`), groups quantized one after the other, GPTQ.
+    rotation: one matrix for all blocks of a linear group, or one per block of 32 channels. None is
+        the method's own default: per-block for duqpp, shared for the others.
+    gptq: round weights by GPTQ instead of to nearest; None: on for duqpp, off for the others.
     smooth_alpha: exponent of SmoothQuant's channel scaling, 0 is off; None is the method's own
         default (0.6 for duquant and duquant++, 0 for the others).
     activation_rule, weight_rule: how a block's exponent is chosen (see `ScaleRule`).
     max_steps: longest prefix of greedy rotations that is tried.
     damping: GPTQ damping, as a fraction of the Hessian's mean diagonal.
-    hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones.
+    hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
+        quantized for duqpp, float for the others.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     samples, seq_len: calibration sequences and their length in tokens.
     seed: of calibration sampling and of every random matrix.
@@ -36,14 +42,14 @@ class QuantizeConfig:
     """
 
     method: Method = "duquant++"
-    rotation: RotationScope = "shared"
-    gptq: bool = False
+    rotation: RotationScope | None = None
+    gptq: bool | None = None
     smooth_alpha: float | None = None
     activation_rule: ScaleRule = ScaleRule.EVEN
     weight_rule: ScaleRule = ScaleRule.MSE
     max_steps: int = 256
     damping: float = 0.01
-    hessian: Stream = "float"
+    hessian: Stream | None = None
     next_inputs: Stream = "quantized"
     samples: int = 16
     seq_len: int = 1024
@@ -52,6 +58,9 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, get_args(Method))
+        for name, value in (_DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _one_of("rotation", self.rotation, get_args(RotationScope))
         _one_of("hessian", self.hessian, get_args(Stream))
         _one_of("next_inputs", self.next_inputs, get_args(Stream))
@@ -62,6 +71,8 @@ class QuantizeConfig:
         alpha = self.smooth_alpha
         if alpha is not None and not 0.0 <= alpha <= 1.0:
             raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
+        if self.is_sequential and (alpha or self.rotation != "per-block"):
+            raise InputError("duqpp has a transform per block, which takes the place of smoothing")
         if not 0.0 < self.damping < 1.0:
             raise InputError(f"damping must lie in (0, 1), got {self.damping}")
         for name, least in (("samples", 1), ("seq_len", 2), ("max_steps", 1)):
@@ -76,10 +87,15 @@ class QuantizeConfig:
         return DEFAULT_SMOOTH_ALPHA if self.method in _SMOOTHED_BY_DEFAULT else 0.0
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether the groups of a block are quantized one after the other."""
+        return self.method == "duqpp"
+
+    @property
     def needs_activations(self) -> bool:
         """Whether calibration activations enter the result at all."""
-        searched = self.method in ("duquant", "duquant++")
-        return searched or self.gptq or self.effective_smooth_alpha > 0
+        fitted = self.method in ("duquant", "duquant++", "duqpp")
+        return fitted or self.gptq or self.effective_smooth_alpha > 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of every field."""

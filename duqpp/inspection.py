@@ -11,8 +11,9 @@ from duqpp.models.checkpoint import Progress, read_json
 from duqpp.models.layout import QUANT_METHOD, Layout
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, download, is_gguf, open_source
-from duqpp.quantize import REPORT_FILE
-from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, quantize_block
+from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
+from duqpp.quantize_block import layout_of
+from duqpp.quantize_group import GroupReport
 
 KINDS = tuple(group.name for group in GROUPS)
 _MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
@@ -104,9 +105,7 @@ def inspect_source(
         if progress:
             progress("inspect", index, count)
         block = stack.block(index)
-        statistics, outputs = collect_statistics(block, index, inputs, config)
-        groups += quantize_block(block, index, config, layout, stack.config, inputs, statistics)
-        inputs.hidden = outputs
+        groups += calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
         stack.release(index)
     if progress:
         progress("inspect", count, count)

@@ -13,8 +13,15 @@ from duqpp.config import QuantizeConfig
 # Flag and help by field.
 OPTIONS = {
     "method": ("--method", "How the inputs of the linears are rotated."),
-    "rotation": ("--rotation", "One matrix per linear group, or one per block of 32 channels."),
-    "gptq": ("--gptq", "Round weights by GPTQ instead of to nearest."),
+    "rotation": (
+        "--rotation",
+        "One matrix per linear group, or one per block of 32 channels; per-block for duqpp, else "
+        "shared.",
+    ),
+    "gptq": (
+        "--gptq/--no-gptq",
+        "Round weights by GPTQ instead of to nearest; on for duqpp, else off.",
+    ),
     "smooth_alpha": (
         "--smooth-alpha",
         "Channel smoothing exponent, 0 is off; by default 0.6 for duquant and duquant++, else 0.",
@@ -23,7 +30,10 @@ OPTIONS = {
     "weight_rule": ("--weight-rule", "How a block of weights gets its scale."),
     "max_steps": ("--max-steps", "Longest run of greedy rotations that is tried."),
     "damping": ("--damping", "GPTQ damping, a fraction of the Hessian's mean diagonal."),
-    "hessian": ("--hessian", "Activations that the GPTQ Hessian is made from."),
+    "hessian": (
+        "--hessian",
+        "Activations that the GPTQ Hessian is made from; quantized for duqpp, else float.",
+    ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
     "samples": ("--samples", "Calibration sequences."),
     "seq_len": ("--seq-len", "Tokens in a calibration sequence."),

@@ -33,7 +33,9 @@ from duqpp.models.llama import (
     layer_prefix,
 )
 from duqpp.models.source import Source, fingerprint, open_source
-from duqpp.quantize_block import GroupReport, collect_statistics, layout_of, quantize_block
+from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
+from duqpp.quantize_group import GroupReport
+from duqpp.sequential import quantize_sequentially
 
 JOB_FILE = "duqpp-job.json"
 REPORT_FILE = "quantization_report.json"
@@ -143,7 +145,7 @@ def _quantize_blocks(
                 inputs.advance(_finished_block(stack, index, layout, shard, config), index)
         else:
             block = stack.block(index)
-            done = _quantize_one(block, index, config, layout, stack.config, inputs)
+            done = calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
             groups += done
             write_json(report, {"groups": [group.to_dict() for group in done]})
             prefix = layer_prefix(index)
@@ -153,7 +155,7 @@ def _quantize_blocks(
     return groups, resumed
 
 
-def _quantize_one(
+def calibrate_and_quantize(
     block: Any,
     index: int,
     config: QuantizeConfig,
@@ -161,11 +163,18 @@ def _quantize_one(
     model_config: Any,
     inputs: BlockInputs | None,
 ) -> list[GroupReport]:
-    """Quantize a block in place, and move the inputs on to the next block's."""
-    statistics = outputs = None
-    if inputs is not None:
-        statistics, outputs = collect_statistics(block, index, inputs, config)
-    report = quantize_block(block, index, config, layout, model_config, inputs, statistics)
+    """Quantize a block in place, and move the inputs on to the next block's.
+
+    Args: inputs: None for a method that reads no activations.
+    """
+    if config.is_sequential:
+        outputs = list(inputs.outputs(block, index)) if config.next_inputs == "float" else None
+        report = quantize_sequentially(block, index, config, layout, inputs)
+    else:
+        statistics = outputs = None
+        if inputs is not None:
+            statistics, outputs = collect_statistics(block, index, inputs, config)
+        report = quantize_block(block, index, config, layout, model_config, inputs, statistics)
     if inputs is not None:
         if config.next_inputs == "float":
             inputs.hidden = outputs

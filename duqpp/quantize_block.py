@@ -1,15 +1,12 @@
 """Quantize one decoder block: smooth, build transforms, fold and round the weights."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duqpp.calibration.gptq import gptq
 from duqpp.calibration.hessian import HessianAccumulator, transform_second_moment
 from duqpp.calibration.smoothing import (
     per_repeated_channel,
@@ -19,67 +16,32 @@ from duqpp.calibration.smoothing import (
 )
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.config import QuantizeConfig
-from duqpp.errors import InputError
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
+from duqpp.format import BLOCK_SIZE, dequantize
 from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
     BlockInputs,
-    LinearGroup,
     head_dim,
     is_whole,
     layer_prefix,
     quantized_groups,
 )
-from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
+from duqpp.quantize_group import (
+    REPORT_ROWS,
+    SAMPLE_TOKENS,
+    GroupPlan,
+    GroupReport,
+    fill_linear,
+    group_generator,
+    group_outputs,
+    observed,
+    plan_group,
+    quantize_weights,
+    report_group,
+)
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.construct import duquant_transform, outlier_aware
-
-SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
-REPORT_ROWS = 256  # of them, on which the report's errors are measured
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What quantization did to one linear group.
-
-    name: for instance "model.layers.3.qkv". Errors are relative: ||quantized - exact|| / ||exact||.
-    weight_error: of the folded weights. activation_error_before, activation_error: of the input
-    quantized as it is, and transformed. output_error: of the group's outputs. block_amax_before,
-    block_amax: largest magnitude of each block of 32 channels among the samples, untransformed and
-    transformed. The last five are None for a method that reads no activations.
-    """
-
-    name: str
-    weight_error: float
-    activation_error_before: float | None = None
-    activation_error: float | None = None
-    output_error: float | None = None
-    block_amax_before: list[float] | None = None
-    block_amax: list[float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-
-@dataclass
-class _Plan:
-    """One group on its way: weights in float32, what absorbs its smoothing, and its transform.
-
-    weights: by name, with smoothing folded in. scales: float64 [K], what the group's input is
-    divided by before it arrives (by the producer). transform: what the group itself does to it.
-    """
-
-    group: LinearGroup
-    weights: dict[str, Tensor]
-    scales: Tensor
-    transform: InputTransform = field(default_factory=InputTransform)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """From the float model's input of the group to what is quantized: [..., K]."""
-        return self.transform.apply(x / self.scales.to(x.dtype))
 
 
 def layout_of(config: QuantizeConfig, provenance: dict[str, Any]) -> Layout:
@@ -114,7 +76,7 @@ def collect_statistics(
             statistics[group.name] = InputStatistics(
                 name, reader.in_features, sample, second_moment=wants_moment
             )
-            hooks.enter_context(_observed(reader, statistics[group.name].update))
+            hooks.enter_context(observed(reader, statistics[group.name].update))
         if config.next_inputs == "float" or not statistics:
             return statistics, list(inputs.outputs(block, index))
         inputs.run_up_to(block, index, reader)  # groups are listed in the order of the forward pass
@@ -139,12 +101,12 @@ def quantize_block(
     Raises: InputError when a weight cannot be quantized; it names the linear.
     """
     groups = quantized_groups(index, config.skip)
-    plans = {g.name: _plan(block, g) for g in groups}
+    plans = {g.name: plan_group(block, g) for g in groups}
     samples = {name: s.samples() for name, s in (statistics or {}).items()}
-    exact = {name: _outputs(plans[name], samples[name][:REPORT_ROWS]) for name in samples}
+    exact = {name: group_outputs(plans[name], samples[name][:REPORT_ROWS]) for name in samples}
     smoothed_scales = _smooth(block, plans, statistics, config, model_config)
     for name, plan in plans.items():
-        generator = _generator(config.seed, f"{layer_prefix(index)}.{name}")
+        generator = group_generator(config.seed, f"{layer_prefix(index)}.{name}")
         plan.transform = _transform(
             config, plan, samples.get(name), smoothed_scales.get(name), generator
         )
@@ -153,23 +115,19 @@ def quantize_block(
     convert_block(block, index, layout, device="cpu")
     reports = []
     for name, plan in plans.items():
-        quantized = _quantize_weights(plan, hessians.get(name), config, index)
+        quantized = quantize_weights(plan, hessians.get(name), config, index)
         for linear_name, (weight, _) in quantized.items():
             linear = block.get_submodule(linear_name)
-            _fill(linear, weight, plan.transform, biases[linear_name])
-        reports.append(_report(index, plan, quantized, samples.get(name), exact.get(name), config))
+            fill_linear(linear, weight, plan.transform, biases[linear_name])
+        reports.append(
+            report_group(index, plan, quantized, samples.get(name), exact.get(name), config)
+        )
     return reports
-
-
-def _plan(block: nn.Module, group: LinearGroup) -> _Plan:
-    weights = {n: block.get_submodule(n).weight.detach().float() for n in group.linears}
-    channels = next(iter(weights.values())).shape[1]
-    return _Plan(group, weights, torch.ones(channels, dtype=torch.float64))
 
 
 def _smooth(
     block: nn.Module,
-    plans: dict[str, _Plan],
+    plans: dict[str, GroupPlan],
     statistics: dict[str, InputStatistics] | None,
     config: QuantizeConfig,
     model_config: Any,
@@ -211,13 +169,13 @@ def _repeats(group: str, model_config: Any) -> dict[str, int]:
     return {"repeats": heads // kv_heads, "head_dim": head_dim(model_config)}
 
 
-def _can_absorb(producer: str, plans: dict[str, _Plan]) -> bool:
+def _can_absorb(producer: str, plans: dict[str, GroupPlan]) -> bool:
     """A norm always can; a linear if it is quantized too, so that the scale rounds nothing."""
     is_linear = producer.endswith("_proj")
     return not is_linear or any(producer in plan.weights for plan in plans.values())
 
 
-def _absorb(block: nn.Module, producer: str, plans: dict[str, _Plan], scales: Tensor) -> Tensor:
+def _absorb(block: nn.Module, producer: str, plans: dict[str, GroupPlan], scales: Tensor) -> Tensor:
     """Divide the producer's output channels by scales; returns the scales that it represents."""
     module = block.get_submodule(producer)
     stored = module.bias if isinstance(module, nn.Linear) else module.weight
@@ -232,7 +190,7 @@ def _absorb(block: nn.Module, producer: str, plans: dict[str, _Plan], scales: Te
 
 def _transform(
     config: QuantizeConfig,
-    plan: _Plan,
+    plan: GroupPlan,
     samples: Tensor | None,
     folded_scales: Tensor | None,
     generator: torch.Generator,
@@ -278,7 +236,7 @@ def _hessians(
     block: nn.Module,
     index: int,
     config: QuantizeConfig,
-    plans: dict[str, _Plan],
+    plans: dict[str, GroupPlan],
     inputs: BlockInputs | None,
     statistics: dict[str, InputStatistics] | None,
 ) -> dict[str, Tensor]:
@@ -294,7 +252,7 @@ def _hessians(
         }
     accumulators = {name: HessianAccumulator(p.scales.numel()) for name, p in plans.items()}
 
-    def observe(plan: _Plan, accumulator: HessianAccumulator):
+    def observe(plan: GroupPlan, accumulator: HessianAccumulator):
         # The block's producers have absorbed the smoothing by now: only the transform is left.
         def update(x: Tensor) -> None:
             rotated = plan.transform.apply(x.flatten(0, -2).float())
@@ -305,117 +263,17 @@ def _hessians(
     with ExitStack() as hooks, _smoothed_weights(block, plans):
         for name, plan in plans.items():
             reader = block.get_submodule(plan.group.linears[0])
-            hooks.enter_context(_observed(reader, observe(plan, accumulators[name])))
+            hooks.enter_context(observed(reader, observe(plan, accumulators[name])))
         for _ in inputs.outputs(block, index):
             pass
     return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
 
 
 @contextmanager
-def _smoothed_weights(block: nn.Module, plans: dict[str, _Plan]) -> Iterator[None]:
+def _smoothed_weights(block: nn.Module, plans: dict[str, GroupPlan]) -> Iterator[None]:
     """The float block with smoothing in its linears too, so that it computes the same function."""
     for plan in plans.values():
         for name, weight in plan.weights.items():
             linear = block.get_submodule(name)
             linear.weight.data = weight.to(linear.weight.dtype)
     yield
-
-
-@contextmanager
-def _observed(module: nn.Module, update: Any) -> Iterator[None]:
-    """Call `update` with every input that the module gets."""
-    handle = module.register_forward_pre_hook(lambda _, args: update(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _quantize_weights(
-    plan: _Plan, hessian: Tensor | None, config: QuantizeConfig, index: int
-) -> dict[str, tuple[MXFP4Tensor, Tensor]]:
-    """Folded weights of a group, quantized and exact, by name."""
-    names = list(plan.weights)
-    exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
-    if not torch.isfinite(exact).all():
-        raise InputError(f"{layer_prefix(index)}.{names[0]}: folded weights overflow float32")
-    if hessian is None:
-        quantized = quantize(exact, rule=config.weight_rule)
-    else:
-        try:
-            quantized = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
-        except InputError as error:
-            raise InputError(f"{layer_prefix(index)}.{names[0]}: {error}") from error
-    rows = [plan.weights[n].shape[0] for n in names]
-    parts = zip(
-        names,
-        quantized.codes.split(rows),
-        quantized.scales.split(rows),
-        exact.split(rows),
-        strict=True,
-    )
-    return {name: (MXFP4Tensor(codes, scales), w) for name, codes, scales, w in parts}
-
-
-def _fill(
-    linear: MXFP4Linear, weight: MXFP4Tensor, transform: InputTransform, bias: Tensor | None
-) -> None:
-    """Give a converted linear its values; each linear owns its storage."""
-    linear.weight_packed.data = weight.codes.clone()
-    linear.weight_scale.data = weight.scales.clone()
-    if transform.rotation is not None:
-        linear.rotation.data = transform.rotation.matrix.clone()
-    if transform.pre_rotation is not None:
-        linear.pre_rotation.data = transform.pre_rotation.matrix.clone()
-        linear.permutation.data = transform.permutation.clone()
-    if bias is not None:
-        linear.bias.data = bias.detach().clone()
-    linear.prepare()
-
-
-def _outputs(plan: _Plan, x: Tensor) -> Tensor:
-    """Exact outputs of a group, float32 [n, sum N], before anything is changed."""
-    return x @ torch.cat(list(plan.weights.values())).T
-
-
-def _report(
-    index: int,
-    plan: _Plan,
-    quantized: dict[str, tuple[MXFP4Tensor, Tensor]],
-    samples: Tensor | None,
-    exact_output: Tensor | None,
-    config: QuantizeConfig,
-) -> GroupReport:
-    name = f"{layer_prefix(index)}.{plan.group.name}"
-    weight = torch.cat([dequantize(q) for q, _ in quantized.values()])
-    weight_error = _relative(weight, torch.cat([w for _, w in quantized.values()]))
-    if samples is None:
-        return GroupReport(name, weight_error)
-    transformed = plan.apply(samples)
-    before, x = samples[:REPORT_ROWS], transformed[:REPORT_ROWS]
-    rounded = dequantize(quantize(x, rule=config.activation_rule))
-    plain = dequantize(quantize(before, rule=config.activation_rule))
-    return GroupReport(
-        name,
-        weight_error,
-        activation_error_before=_relative(plain, before),
-        activation_error=_relative(rounded, x),
-        output_error=_relative(rounded @ weight.T, exact_output),
-        block_amax_before=_block_amax(samples),
-        block_amax=_block_amax(transformed),
-    )
-
-
-def _block_amax(x: Tensor) -> list[float]:
-    amax = x.abs().amax(0).view(-1, BLOCK_SIZE).amax(1)
-    return [float(f"{value:.4g}") for value in amax.tolist()]
-
-
-def _relative(value: Tensor, exact: Tensor) -> float:
-    return float((value - exact).norm() / exact.norm().clamp(min=1e-30))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A generator for one linear group, the same whichever groups came before."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

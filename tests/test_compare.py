@@ -206,7 +206,10 @@ def test_method_names():
         ("rtn,", "--methods '': method must be one of"),
         ("best", "--methods best: method must be one of"),
         ("rtn,rtn", "--methods names rtn twice"),
-        ("rtn:fast", "--methods rtn:fast: no option 'fast'; there are gptq, shared, per-block"),
+        (
+            "rtn:fast",
+            "--methods rtn:fast: no option 'fast'; there are gptq, rtn, shared",
+        ),
         ("rtn:gptq=yes", "no option 'gptq=yes'"),
         ("rtn:alpha", "no option 'alpha'"),
         ("rtn:alpha=much", "--methods rtn:alpha=much: could not convert string to float: 'much'"),

@@ -10,7 +10,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.inspection import inspect_model, layer_and_kind, mean_errors
 from duqpp.quantize import REPORT_FILE, quantize_model
-from duqpp.quantize_block import GroupReport
+from duqpp.quantize_group import GroupReport
 
 SMALL = {"samples": 2, "seq_len": 64, "max_steps": 16}
 NAMES = [

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import duqpp.quantize_block as module
+import duqpp.quantize_group as quantize_group
 from duqpp.config import Method, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
@@ -15,11 +16,12 @@ from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
+from duqpp.quantize_group import group_generator
 from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-METHODS = list(Method.__args__)
+METHODS = [method for method in Method.__args__ if method != "duqpp"]
 LINEARS = [name for group in GROUPS for name in group.linears]
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -68,7 +70,7 @@ def run(stacks, monkeypatch):
             exact.update({name: weight for name, (_, weight) in result.items()})
             return result
 
-        monkeypatch.setattr(module, "_quantize_weights", recording)
+        monkeypatch.setattr(module, "quantize_weights", recording)
         statistics = None
         if config.needs_activations:
             statistics, _ = collect_statistics(quantized, 0, block_inputs, config)
@@ -81,7 +83,7 @@ def run(stacks, monkeypatch):
     return job
 
 
-_QUANTIZE_WEIGHTS = module._quantize_weights
+_QUANTIZE_WEIGHTS = module.quantize_weights
 
 
 # The float model's function. Each quantized linear is replaced by its twin: the same transform of
@@ -241,7 +243,7 @@ def test_rotations_are_built_for_the_smoothed_input(family, rotation, run):
         else:
             weights = [job.original.get_submodule(n).weight for n in group.linears]
             s = equation(statistics[group.name].amax, torch.cat(weights).abs().amax(0)).float()
-        generator = module._generator(job.config.seed, f"model.layers.0.{group.name}")
+        generator = group_generator(job.config.seed, f"model.layers.0.{group.name}")
         R = outlier_aware(
             statistics[group.name].samples() / s,
             generator,
@@ -375,11 +377,11 @@ def hessians(monkeypatch) -> list[torch.Tensor]:
     """Every Hessian that GPTQ gets, in order."""
     seen = []
 
-    def recording(weight, hessian, gptq=module.gptq, **options):
+    def recording(weight, hessian, gptq=quantize_group.gptq, **options):
         seen.append(hessian)
         return gptq(weight, hessian, **options)
 
-    monkeypatch.setattr(module, "gptq", recording)
+    monkeypatch.setattr(quantize_group, "gptq", recording)
     return seen
 
 

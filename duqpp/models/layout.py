@@ -8,7 +8,7 @@ from torch import nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.llama import is_whole, quantized_groups
+from duqpp.models.llama import LinearGroup, is_whole, quantized_groups
 from duqpp.nn import MXFP4Linear, share_input
 
 QUANT_METHOD = "duqpp"
@@ -129,12 +129,19 @@ def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
 def convert_block(block: nn.Module, index: int, layout: Layout, *, device: Any = None) -> None:
     """Swap in the quantized linears of decoder block `index`, and let groups share their input."""
     for group in quantized_groups(index, layout.skip):
-        for name in group.linears:
-            linear = layout.empty_linear(block.get_submodule(name), device=device)
-            block.set_submodule(name, linear)
-        if is_whole(group) and len(group.linears) > 1:
-            owner = block.get_submodule(group.owner)
-            share_input(owner, [block.get_submodule(name) for name in group.linears])
+        convert_group(block, group, layout, device=device)
+
+
+def convert_group(
+    block: nn.Module, group: LinearGroup, layout: Layout, *, device: Any = None
+) -> None:
+    """`convert_block` for one linear group of the block."""
+    for name in group.linears:
+        linear = layout.empty_linear(block.get_submodule(name), device=device)
+        block.set_submodule(name, linear)
+    if is_whole(group) and len(group.linears) > 1:
+        owner = block.get_submodule(group.owner)
+        share_input(owner, [block.get_submodule(name) for name in group.linears])
 
 
 def convert_model(model: nn.Module, layout: Layout) -> None:

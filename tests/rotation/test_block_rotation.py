@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 
 from duqpp.config import Method, QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.quantize_block import _Plan, _transform
+from duqpp.quantize_block import _transform
+from duqpp.quantize_group import GroupPlan
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.block_rotation import MAX_CONDITION, check_invertible
 from duqpp.rotation.construct import zigzag_permutation
 from tests import inputs, oracle
 
-METHODS = list(Method.__args__)
+METHODS = [method for method in Method.__args__ if method != "duqpp"]
 SCOPES = ("shared", "per-block")
 
 
@@ -25,7 +26,7 @@ def relative(made: torch.Tensor, exact: torch.Tensor) -> float:
 def method_transform(method: str, scope: str, scales, x: torch.Tensor, seed: int) -> InputTransform:
     """What a method does to the input x [n, K]; scales are smoothing folded into the matrices."""
     config = QuantizeConfig(method=method, rotation=scope, max_steps=12)
-    plan = _Plan(None, {}, torch.ones(x.shape[1], dtype=torch.float64))
+    plan = GroupPlan(None, {}, torch.ones(x.shape[1], dtype=torch.float64))
     return _transform(config, plan, x, scales, inputs.generator(seed))
 
 

@@ -1,0 +1,134 @@
+"""The method duqpp on tiny models: what it preserves, and that each group sees its real input."""
+
+import copy
+
+import pytest
+import torch
+
+import duqpp.sequential as module
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.format import dequantize, quantize
+from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
+from duqpp.models.source import open_source
+from duqpp.nn import MXFP4Linear
+from duqpp.quantize_block import layout_of
+from duqpp.sequential import quantize_sequentially
+from tests import inputs
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.fixture
+def run(make_tiny):
+    """``run(family, **options)``: block 0 before and after, its inputs, and the reports."""
+
+    def job(family: str = "llama", **options):
+        stack = DecoderStack(open_source(str(make_tiny(family))))
+        tokens = torch.randint(0, 300, (6, 48), generator=inputs.generator(1))
+        block_inputs = stack.first_inputs(tokens)
+        original = stack.block(0)
+        quantized = copy.deepcopy(original)
+        config = QuantizeConfig(method="duqpp", **options)
+        reports = quantize_sequentially(quantized, 0, config, layout_of(config, {}), block_inputs)
+        return original, quantized, block_inputs, reports
+
+    return job
+
+
+def read_by(block: torch.nn.Module, name: str, block_inputs: BlockInputs) -> torch.Tensor:
+    """What a linear reads, float32 [tokens, K]; sharing is off, so that it is not rounded yet."""
+    block = copy.deepcopy(block)
+    for owner in (block.self_attn, block.mlp):
+        owner._forward_pre_hooks.clear()
+        owner._forward_pre_hooks_with_kwargs.clear()
+    seen = []
+    block.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    for _ in block_inputs.outputs(block, 0):
+        pass
+    return torch.cat([x.flatten(0, -2).float() for x in seen])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_is_quantized_with_one_matrix_per_block(family, run):
+    _, block, _, reports = run(family)
+    assert [r.name for r in reports] == [f"model.layers.0.{g.name}" for g in GROUPS]
+    for group in GROUPS:
+        linears = [block.get_submodule(name) for name in group.linears]
+        for linear in linears:
+            assert isinstance(linear, MXFP4Linear)
+            assert linear.rotation.shape == (linear.in_features // 32, 32, 32)
+            assert torch.equal(linear.rotation, linears[0].rotation)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gptq", [True, False])
+def test_the_error_is_that_of_four_bits(family, gptq, run):
+    """Effective weights, R folded back, are the original ones up to MXFP4's rounding."""
+    original, block, _, _ = run(family, gptq=gptq)
+    for group in GROUPS:
+        for name in group.linears:
+            linear = block.get_submodule(name)
+            matrices = linear.rotation.double()
+            blocks = dequantize(linear.weight).double().unflatten(1, (-1, 32))
+            made = torch.einsum("nbi,bji->nbj", blocks, matrices).flatten(1)
+            exact = original.get_submodule(name).weight.double()
+            assert (made - exact).norm() < 0.3 * exact.norm(), name
+
+
+def test_each_group_is_calibrated_on_what_it_will_read(run, monkeypatch):
+    """Moments and Hessians are of the block's inputs behind the groups quantized before."""
+    seen, hessians = [], []
+    monkeypatch.setattr(
+        module,
+        "second_moments",
+        lambda x, real=module.second_moments: seen.append(x) or real(x),
+    )
+    monkeypatch.setattr(
+        module,
+        "quantize_weights",
+        lambda plan, hessian, *rest, real=module.quantize_weights: (
+            hessians.append((plan, hessian)) or real(plan, hessian, *rest)
+        ),
+    )
+    _, block, block_inputs, _ = run("llama")
+    activations = seen[0::2]  # and weights between them
+    for group, x, (plan, hessian) in zip(GROUPS, activations, hessians, strict=True):
+        read = read_by(block, group.linears[0], block_inputs)
+        torch.testing.assert_close(x, read, rtol=1e-4, atol=1e-5)
+        rounded = dequantize(quantize(plan.transform.apply(x), rule="even"))
+        torch.testing.assert_close(hessian, 2 / len(x) * rounded.T @ rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_the_hessian_of_float_activations_is_not_rounded(run, monkeypatch):
+    hessians = []
+    monkeypatch.setattr(
+        module,
+        "quantize_weights",
+        lambda plan, hessian, *rest, real=module.quantize_weights: (
+            hessians.append((plan, hessian)) or real(plan, hessian, *rest)
+        ),
+    )
+    original, _, block_inputs, _ = run("llama", hessian="float")
+    plan, hessian = hessians[0]
+    y = plan.transform.apply(read_by(original, GROUPS[0].linears[0], block_inputs))
+    torch.testing.assert_close(hessian, 2 / len(y) * y.T @ y, rtol=1e-4, atol=1e-4)
+
+
+def test_gptq_lowers_the_output_error(run):
+    reports = {gptq: run("llama", gptq=gptq)[3] for gptq in (True, False)}
+    for group, nearest in zip(reports[True], reports[False], strict=True):
+        assert group.output_error < nearest.output_error, group.name
+
+
+def test_skipped_linears_stay(run):
+    original, block, _, reports = run("llama", skip=("k_proj", "down_proj"))
+    assert [r.name.rpartition(".")[2] for r in reports] == ["qkv", "o", "gate_up"]
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        assert torch.equal(block.get_submodule(name).weight, original.get_submodule(name).weight)
+
+
+def test_options_that_do_not_belong_to_it_are_refused():
+    for options in ({"rotation": "shared"}, {"smooth_alpha": 0.5}):
+        with pytest.raises(InputError, match="a transform per block"):
+            QuantizeConfig(method="duqpp", **options)
