@@ -295,7 +295,7 @@ def _library(facts: dict[str, Any]) -> str:
 
 
 @app.command()
-@takes_config(*(name for name in OPTIONS if name != "next_inputs"))
+@takes_config(*(n for n in OPTIONS if n not in ("next_inputs", "refine", "refine_samples")))
 def inspect(
     model: ModelArgument,
     config: QuantizeConfig,

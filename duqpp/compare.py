@@ -29,7 +29,7 @@ _STORED = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permuta
 _FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
-_VALUES |= {"hessian": "hessian", "next": "next_inputs"}
+_VALUES |= {"hessian": "hessian", "next": "next_inputs", "refine": "refine"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, Qu
     """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
 
     Options: gptq, rtn, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
-    next=STREAM.
+    next=STREAM, refine=blocks|distill.
 
     Args: base: gives what a method leaves open.
     Raises: InputError for an unknown method, option or value, and for a method given twice.
@@ -263,7 +263,7 @@ def _check_calibration(
     if not calibrated:
         return
     tokens = tokenize(tokenizer, read_text(calibration))
-    for samples, seq_len in {(config.samples, config.seq_len) for config in calibrated}:
+    for samples, seq_len in {(config.sequences, config.seq_len) for config in calibrated}:
         sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
 
 

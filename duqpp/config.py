@@ -9,6 +9,7 @@ from duqpp.format import ScaleRule
 Method = Literal["rtn", "hadamard", "random", "duquant", "duquant++", "duqpp"]
 RotationScope = Literal["shared", "per-block"]
 Stream = Literal["float", "quantized"]
+Refine = Literal["none", "blocks", "distill"]
 
 DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
 _SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
@@ -36,7 +37,11 @@ class QuantizeConfig:
     hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
         quantized for duqpp, float for the others.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
+    refine: train the weights through their rounding afterwards, for the method duqpp: each block to
+        give the float block's outputs, or after that the whole model to give the float model's
+        distribution of the next token (which holds the model and its gradients in memory).
     samples, seq_len: calibration sequences and their length in tokens.
+    refine_samples: sequences for refinement, of which `samples` calibrate.
     seed: of calibration sampling and of every random matrix.
     skip: modules that stay in floating point like lm_head, by whole components of their names.
     """
@@ -51,8 +56,10 @@ class QuantizeConfig:
     damping: float = 0.01
     hessian: Stream | None = None
     next_inputs: Stream = "quantized"
+    refine: Refine = "none"
     samples: int = 16
     seq_len: int = 1024
+    refine_samples: int = 72
     seed: int = 0
     skip: tuple[str, ...] = ()
 
@@ -64,6 +71,7 @@ class QuantizeConfig:
         _one_of("rotation", self.rotation, get_args(RotationScope))
         _one_of("hessian", self.hessian, get_args(Stream))
         _one_of("next_inputs", self.next_inputs, get_args(Stream))
+        _one_of("refine", self.refine, get_args(Refine))
         for name in ("activation_rule", "weight_rule"):
             _one_of(name, getattr(self, name), [rule.value for rule in ScaleRule])
             object.__setattr__(self, name, ScaleRule(getattr(self, name)))
@@ -73,9 +81,23 @@ class QuantizeConfig:
             raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
         if self.is_sequential and (alpha or self.rotation != "per-block"):
             raise InputError("duqpp has a transform per block, which takes the place of smoothing")
+        if self.refine != "none" and not self.is_sequential:
+            raise InputError(f"refine is for the method duqpp, not {self.method}")
+        if self.refine != "none" and self.next_inputs == "float":
+            raise InputError("refine trains on what quantized blocks give: next_inputs=quantized")
+        if self.refine != "none" and self.refine_samples <= self.samples:
+            raise InputError(
+                f"refine_samples must be more than samples, got {self.refine_samples} and "
+                f"{self.samples}"
+            )
         if not 0.0 < self.damping < 1.0:
             raise InputError(f"damping must lie in (0, 1), got {self.damping}")
-        for name, least in (("samples", 1), ("seq_len", 2), ("max_steps", 1)):
+        for name, least in (
+            ("samples", 1),
+            ("refine_samples", 1),
+            ("seq_len", 2),
+            ("max_steps", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -85,6 +107,11 @@ class QuantizeConfig:
         if self.smooth_alpha is not None:
             return self.smooth_alpha
         return DEFAULT_SMOOTH_ALPHA if self.method in _SMOOTHED_BY_DEFAULT else 0.0
+
+    @property
+    def sequences(self) -> int:
+        """How many calibration sequences are read in all."""
+        return self.samples if self.refine == "none" else self.refine_samples
 
     @property
     def is_sequential(self) -> bool:

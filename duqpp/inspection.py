@@ -105,7 +105,8 @@ def inspect_source(
         if progress:
             progress("inspect", index, count)
         block = stack.block(index)
-        groups += calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
+        reports, _ = calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
+        groups += reports
         stack.release(index)
     if progress:
         progress("inspect", count, count)

@@ -35,8 +35,13 @@ OPTIONS = {
         "Activations that the GPTQ Hessian is made from; quantized for duqpp, else float.",
     ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
+    "refine": (
+        "--refine",
+        "Train the weights through their rounding: each block, or then the whole model; for duqpp.",
+    ),
     "samples": ("--samples", "Calibration sequences."),
     "seq_len": ("--seq-len", "Tokens in a calibration sequence."),
+    "refine_samples": ("--refine-samples", "Sequences for --refine, of which --samples calibrate."),
     "seed": ("--seed", "Of calibration sampling and of every random matrix."),
     "skip": ("--skip", "Module kept in floating point, by name or last component; repeatable."),
 }

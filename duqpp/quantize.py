@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from duqpp.models.llama import (
 )
 from duqpp.models.source import Source, fingerprint, open_source
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
-from duqpp.quantize_group import GroupReport
+from duqpp.quantize_group import GroupReport, group_generator
+from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.sequential import quantize_sequentially
 
 JOB_FILE = "duqpp-job.json"
@@ -44,13 +45,29 @@ _FIRST_FILES = (".write-test", JOB_FILE + ".partial")  # what is in a job's fold
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group."""
+    """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group.
+
+    groups are measured before refinement; refined: what that did, one report per decoder block.
+    """
 
     folder: Path
     seconds: float
     weight_bytes: int
     resumed_blocks: int
     groups: list[GroupReport]
+    refined: list[RefineReport]
+
+
+@dataclass
+class Refinement:
+    """The float model's own activations, which refinement aims at, beside the quantized stream.
+
+    exact: what enters the next block of the float model. calibration_batches: how many of the
+    batches calibrate; the others only refine.
+    """
+
+    exact: BlockInputs
+    calibration_batches: int
 
 
 def quantize_model(
@@ -98,8 +115,8 @@ def quantize_model(
         write_json(work / JOB_FILE, job)
         layout = layout_of(config, _provenance(source, config, data))
         stack = DecoderStack(source)
-        groups, resumed = _quantize_blocks(stack, config, layout, tokens, work, progress)
-        _finish(source, tokenizer, layout, stack.dtype, work, groups)
+        done = _quantize_blocks(stack, config, layout, tokens, work, progress)
+        _finish(source, tokenizer, layout, stack.dtype, work, done)
     except CheckpointError as error:  # a file of an earlier run, which the other files outlive
         raise CheckpointError(f"{error}; remove that file, and continue with --resume") from error
     except DuqppError:
@@ -115,7 +132,17 @@ def quantize_model(
     # Only now: until it has its name, the job can be resumed wherever it stops.
     for leftover in [*out.glob("model-*.json"), out / JOB_FILE]:
         leftover.unlink()
-    return QuantizeReport(out, time.monotonic() - started, weight_bytes, resumed, groups)
+    seconds = time.monotonic() - started
+    return QuantizeReport(out, seconds, weight_bytes, done.resumed, done.groups, done.refined)
+
+
+@dataclass
+class _Done:
+    """Reports of all blocks, and how many blocks an earlier run had finished."""
+
+    groups: list[GroupReport] = field(default_factory=list)
+    refined: list[RefineReport] = field(default_factory=list)
+    resumed: int = 0
 
 
 def _quantize_blocks(
@@ -125,34 +152,60 @@ def _quantize_blocks(
     tokens: Tensor | None,
     work: Path,
     progress: Progress,
-) -> tuple[list[GroupReport], int]:
-    """Write every shard that is missing. Returns: reports of all groups, blocks found done."""
+) -> _Done:
+    """Write every shard that is missing."""
     total = len(stack)
     rest = work / _shard_name(0, total + 1)
     if not rest.exists():
         write_shard(rest, stack.rest())
-    inputs = None if tokens is None else stack.first_inputs(tokens)
-    groups: list[GroupReport] = []
-    resumed = 0
+    inputs, refinement = _first_inputs(stack, tokens, config)
+    done = _Done()
     for index in range(total):
         progress("quantize", index, total)
         shard = work / _shard_name(index + 1, total + 1)
         report = shard.with_suffix(".json")
         if shard.exists():
-            groups += [GroupReport(**values) for values in read_json(report)["groups"]]
-            resumed += 1
+            values = read_json(report)
+            done.groups += [GroupReport(**group) for group in values["groups"]]
+            done.refined += [RefineReport(**block) for block in values["refined"]]
+            done.resumed += 1
+            if refinement is not None:
+                refinement.exact.advance(stack.block(index), index)
             if inputs is not None:
                 inputs.advance(_finished_block(stack, index, layout, shard, config), index)
         else:
             block = stack.block(index)
-            done = calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
-            groups += done
-            write_json(report, {"groups": [group.to_dict() for group in done]})
+            groups, refined = calibrate_and_quantize(
+                block, index, config, layout, stack.config, inputs, refinement
+            )
+            done.groups += groups
+            done.refined += refined
+            write_json(
+                report,
+                {
+                    "groups": [group.to_dict() for group in groups],
+                    "refined": [block.to_dict() for block in refined],
+                },
+            )
             prefix = layer_prefix(index)
             write_shard(shard, {f"{prefix}.{n}": t for n, t in block.state_dict().items()})
         stack.release(index)
     progress("quantize", total, total)
-    return groups, resumed
+    return done
+
+
+def _first_inputs(
+    stack: DecoderStack, tokens: Tensor | None, config: QuantizeConfig
+) -> tuple[BlockInputs | None, Refinement | None]:
+    """What enters the first block; with refinement, its sequences follow those that calibrate."""
+    if tokens is None:
+        return None, None
+    if config.refine == "none":
+        return stack.first_inputs(tokens), None
+    inputs = stack.first_inputs(tokens[: config.samples])
+    calibration_batches = len(inputs.hidden)
+    inputs = inputs.joined(stack.first_inputs(tokens[config.samples :]))
+    return inputs, Refinement(inputs.first(len(inputs.hidden)), calibration_batches)
 
 
 def calibrate_and_quantize(
@@ -162,25 +215,36 @@ def calibrate_and_quantize(
     layout: Layout,
     model_config: Any,
     inputs: BlockInputs | None,
-) -> list[GroupReport]:
+    refinement: Refinement | None = None,
+) -> tuple[list[GroupReport], list[RefineReport]]:
     """Quantize a block in place, and move the inputs on to the next block's.
 
-    Args: inputs: None for a method that reads no activations.
+    Args: inputs: None for a method that reads no activations. refinement: moved on as well.
+    Returns: reports of its groups, and of its refinement, if there was one.
     """
+    refined = []
     if config.is_sequential:
         outputs = list(inputs.outputs(block, index)) if config.next_inputs == "float" else None
-        report = quantize_sequentially(block, index, config, layout, inputs)
+        targets, calibrating = None, inputs
+        if refinement is not None:
+            targets = list(refinement.exact.outputs(block, index))
+            calibrating = inputs.first(refinement.calibration_batches)
+        groups, latents = quantize_sequentially(block, index, config, layout, calibrating)
+        if refinement is not None:
+            generator = group_generator(config.seed, f"{layer_prefix(index)}.refine")
+            refined.append(refine_block(block, index, config, latents, inputs, targets, generator))
+            refinement.exact.hidden = targets
     else:
         statistics = outputs = None
         if inputs is not None:
             statistics, outputs = collect_statistics(block, index, inputs, config)
-        report = quantize_block(block, index, config, layout, model_config, inputs, statistics)
+        groups = quantize_block(block, index, config, layout, model_config, inputs, statistics)
     if inputs is not None:
         if config.next_inputs == "float":
             inputs.hidden = outputs
         else:
             inputs.advance(block, index)
-    return report
+    return groups, refined
 
 
 def _finished_block(
@@ -203,7 +267,7 @@ def _finish(
     layout: Layout,
     dtype: torch.dtype,
     work: Path,
-    groups: list[GroupReport],
+    done: _Done,
 ) -> None:
     """Configurations, index, tokenizer and report."""
     weight_map, size = {}, 0
@@ -223,7 +287,10 @@ def _finish(
     tokenizer.save_pretrained(work)
     if (generation := source.generation_config()) is not None:
         generation.save_pretrained(work)
-    write_json(work / REPORT_FILE, {"groups": [group.to_dict() for group in groups]})
+    report = {"groups": [group.to_dict() for group in done.groups]}
+    if done.refined:
+        report["refined"] = [block.to_dict() for block in done.refined]
+    write_json(work / REPORT_FILE, report)
 
 
 def _causal_class(config: Any) -> str:
@@ -252,7 +319,7 @@ def _calibration_tokens(
     else:
         tokens = sample_sequences(
             tokenize(tokenizer, read_text(calibration)),
-            samples=config.samples,
+            samples=config.sequences,
             seq_len=config.seq_len,
             seed=config.seed,
         )
@@ -263,7 +330,19 @@ def _calibration_tokens(
             f"calibration tokens must be in [0, {model_config.vocab_size}), the model's "
             f"vocabulary, got {least} to {most}"
         )
+    if config.refine != "none":
+        tokens = _spread_first(tokens, config.samples)
     return tokens, name
+
+
+def _spread_first(tokens: Tensor, count: int) -> Tensor:
+    """Sequences reordered: first `count` that are spread evenly over all, then the others."""
+    if len(tokens) <= count:
+        raise InputError(f"--refine needs more than {count} calibration sequences")
+    chosen = torch.linspace(0, len(tokens) - 1, count).round().long()
+    others = torch.ones(len(tokens), dtype=torch.bool)
+    others[chosen] = False
+    return torch.cat((tokens[chosen], tokens[others]))
 
 
 def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[str, Any]:

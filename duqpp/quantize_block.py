@@ -116,9 +116,9 @@ def quantize_block(
     reports = []
     for name, plan in plans.items():
         quantized = quantize_weights(plan, hessians.get(name), config, index)
-        for linear_name, (weight, _) in quantized.items():
+        for linear_name, rounded in quantized.items():
             linear = block.get_submodule(linear_name)
-            fill_linear(linear, weight, plan.transform, biases[linear_name])
+            fill_linear(linear, rounded.quantized, plan.transform, biases[linear_name])
         reports.append(
             report_group(index, plan, quantized, samples.get(name), exact.get(name), config)
         )

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,17 @@ def plan_group(block: nn.Module, group: LinearGroup) -> GroupPlan:
     return GroupPlan(group, weights, torch.ones(channels, dtype=torch.float64))
 
 
+class RoundedWeight(NamedTuple):
+    """A folded weight [N, K]: quantized, exact, and what its codes were rounded from.
+
+    exact, latent: float32. Without GPTQ they are the same.
+    """
+
+    quantized: MXFP4Tensor
+    exact: Tensor
+    latent: Tensor
+
+
 @contextmanager
 def observed(module: nn.Module, update: Callable[[Tensor], Any]) -> Iterator[None]:
     """Call `update` with every input that the module gets."""
@@ -82,28 +93,33 @@ def observed(module: nn.Module, update: Callable[[Tensor], Any]) -> Iterator[Non
 
 def quantize_weights(
     plan: GroupPlan, hessian: Tensor | None, config: QuantizeConfig, index: int
-) -> dict[str, tuple[MXFP4Tensor, Tensor]]:
-    """Folded weights of a group, quantized and exact, by name."""
+) -> dict[str, RoundedWeight]:
+    """Folded weights of a group by name."""
     names = list(plan.weights)
     exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
     if not torch.isfinite(exact).all():
         raise InputError(f"{layer_prefix(index)}.{names[0]}: folded weights overflow float32")
     if hessian is None:
-        quantized = quantize(exact, rule=config.weight_rule)
+        quantized, latent = quantize(exact, rule=config.weight_rule), exact
     else:
         try:
-            quantized = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
+            result = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
         except InputError as error:
             raise InputError(f"{layer_prefix(index)}.{names[0]}: {error}") from error
+        quantized, latent = result.weight, result.compensated
     rows = [plan.weights[n].shape[0] for n in names]
     parts = zip(
         names,
         quantized.codes.split(rows),
         quantized.scales.split(rows),
         exact.split(rows),
+        latent.split(rows),
         strict=True,
     )
-    return {name: (MXFP4Tensor(codes, scales), w) for name, codes, scales, w in parts}
+    return {
+        name: RoundedWeight(MXFP4Tensor(codes, scales), w, rounded_from)
+        for name, codes, scales, w, rounded_from in parts
+    }
 
 
 def fill_linear(
@@ -130,14 +146,14 @@ def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
 def report_group(
     index: int,
     plan: GroupPlan,
-    quantized: dict[str, tuple[MXFP4Tensor, Tensor]],
+    weights: dict[str, RoundedWeight],
     samples: Tensor | None,
     exact_output: Tensor | None,
     config: QuantizeConfig,
 ) -> GroupReport:
     name = f"{layer_prefix(index)}.{plan.group.name}"
-    weight = torch.cat([dequantize(q) for q, _ in quantized.values()])
-    weight_error = _relative(weight, torch.cat([w for _, w in quantized.values()]))
+    weight = torch.cat([dequantize(w.quantized) for w in weights.values()])
+    weight_error = _relative(weight, torch.cat([w.exact for w in weights.values()]))
     if samples is None:
         return GroupReport(name, weight_error)
     transformed = plan.apply(samples)

@@ -31,17 +31,18 @@ _ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the He
 
 def quantize_sequentially(
     block: nn.Module, index: int, config: QuantizeConfig, layout: Layout, inputs: BlockInputs
-) -> list[GroupReport]:
+) -> tuple[list[GroupReport], dict[str, Tensor]]:
     """Replace the linears of a float block by quantized ones, in place.
 
     A group's transform and Hessian come from the input that it will really get: that of the
     quantized stream, through the groups of this block that are quantized already. The whole input
     of one group, float32 [tokens, K], is in memory.
 
-    Returns: one report per linear group.
+    Returns: one report per linear group; and by linear what its codes were rounded from, float32
+        [N, K], for refinement.
     Raises: InputError when an input is not finite, or a weight cannot be quantized.
     """
-    reports = []
+    reports, latents = [], {}
     for group in quantized_groups(index, config.skip):
         plan = plan_group(block, group)
         reader = block.get_submodule(group.linears[0])
@@ -54,10 +55,11 @@ def quantize_sequentially(
         quantized = quantize_weights(plan, _hessian(x, plan, config), config, index)
         biases = {name: block.get_submodule(name).bias for name in group.linears}
         convert_group(block, group, layout, device="cpu")
-        for name, (weight, _) in quantized.items():
-            fill_linear(block.get_submodule(name), weight, plan.transform, biases[name])
+        for name, weight in quantized.items():
+            fill_linear(block.get_submodule(name), weight.quantized, plan.transform, biases[name])
+            latents[name] = weight.latent
         reports.append(report_group(index, plan, quantized, samples, exact, config))
-    return reports
+    return reports, latents
 
 
 def _group_input(

@@ -21,7 +21,7 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("quantize_group",),
-    ("quantize_block", "sequential"),
+    ("quantize_block", "sequential", "refine"),
     ("quantize", "evaluate"),
     ("integrations",),
     ("compare", "inspection", "generate", "doctor"),

@@ -129,8 +129,23 @@ def test_a_bfloat16_model_in_shards(method, bf16_llama, tmp_path, finished_block
         {"smooth_alpha": 0.5, "method": "hadamard", "next_inputs": "float"},
         {"activation_rule": ScaleRule.FLOOR, "weight_rule": ScaleRule.CEIL},
         {"smooth_alpha": 0.5, "method": "rtn", "rotation": "per-block"},
+        {"method": "duqpp"},
+        {"method": "duqpp", "gptq": False, "next_inputs": "float"},
+        {"method": "duqpp", "skip": ("model.layers.1", "o_proj")},
+        {"method": "duqpp", "refine": "blocks", "samples": 1, "refine_samples": 2},
     ],
-    ids=["skip linears", "skip a block", "quantized hessian", "float inputs", "rules", "scaling"],
+    ids=[
+        "skip linears",
+        "skip a block",
+        "quantized hessian",
+        "float inputs",
+        "rules",
+        "scaling",
+        "duqpp",
+        "duqpp to nearest",
+        "duqpp skip",
+        "refined",
+    ],
 )
 def test_options_survive_saving(options, tiny_llama, tmp_path, finished_blocks):
     out = quantize(tiny_llama, tmp_path / "out", **options)

@@ -67,7 +67,7 @@ def run(stacks, monkeypatch):
 
         def recording(plan, hessian, config, index, quantize_weights=_QUANTIZE_WEIGHTS):
             result = quantize_weights(plan, hessian, config, index)
-            exact.update({name: weight for name, (_, weight) in result.items()})
+            exact.update({name: weight.exact for name, weight in result.items()})
             return result
 
         monkeypatch.setattr(module, "quantize_weights", recording)

@@ -131,8 +131,19 @@ def test_kill_9_and_resume(block, model, tmp_path, uninterrupted):
         {"method": "random", "hessian": "quantized"},
         {"method": "duquant"},
         {"skip": ("down_proj",), "smooth_alpha": 0.3},
+        {"method": "duqpp", "next_inputs": "float"},
+        {"method": "duqpp", "refine": "blocks", "samples": 1, "refine_samples": 2},
     ],
-    ids=["float inputs", "per-block", "no activations", "quantized hessian", "duquant", "skip"],
+    ids=[
+        "float inputs",
+        "per-block",
+        "no activations",
+        "quantized hessian",
+        "duquant",
+        "skip",
+        "duqpp",
+        "refined",
+    ],
 )
 def test_resume_gives_the_same_bytes(options, model, tmp_path, uninterrupted):
     out = tmp_path / "out"

@@ -30,7 +30,9 @@ def run(make_tiny):
         original = stack.block(0)
         quantized = copy.deepcopy(original)
         config = QuantizeConfig(method="duqpp", **options)
-        reports = quantize_sequentially(quantized, 0, config, layout_of(config, {}), block_inputs)
+        reports, _ = quantize_sequentially(
+            quantized, 0, config, layout_of(config, {}), block_inputs
+        )
         return original, quantized, block_inputs, reports
 
     return job

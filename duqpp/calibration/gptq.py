@@ -4,6 +4,8 @@ Source: GPTQ (arXiv 2210.17323); the scale of a block is chosen when the block i
 error-compensated values.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,17 @@ from duqpp.threads import single_thread
 _DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
 
 
-def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) -> MXFP4Tensor:
+@dataclass(frozen=True)
+class GptqResult:
+    """weight: MXFP4Tensor [N, K], row-major scales. compensated: float32 [N, K], what each value
+    was rounded from: W with the errors of the columns before it fed into it.
+    """
+
+    weight: MXFP4Tensor
+    compensated: Tensor
+
+
+def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) -> GptqResult:
     """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
 
     Args:
@@ -25,7 +37,7 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
             is 0 are never excited: they are rounded as zero.
         rule: how a block's exponent is chosen.
         damping: added to the diagonal, as a fraction of its mean.
-    Returns: MXFP4Tensor [N, K], row-major scales.
+    Returns: GptqResult.
     Raises: InputError when H is not finite, or not positive definite even after more damping.
     """
     if not torch.isfinite(hessian).all():
@@ -51,8 +63,9 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
                 errors[j] = (block[j] - decode_e2m1(code) * scale) / corner[j, j]
                 block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1.0)
         scales[:, start // BLOCK_SIZE] = exponent
+        remaining[:, start:stop] = block.T
         remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)
-    return MXFP4Tensor(pack_e2m1(codes), scales)
+    return GptqResult(MXFP4Tensor(pack_e2m1(codes), scales), remaining)
 
 
 def _inverse_cholesky(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:

@@ -219,6 +219,14 @@ class BlockInputs:
                 out = block(hidden, **arguments[index])
                 yield out[0] if isinstance(out, tuple) else out
 
+    def joined(self, other: "BlockInputs") -> "BlockInputs":
+        """These batches, and then those of `other`."""
+        return BlockInputs([*self.hidden, *other.hidden], [*self.arguments, *other.arguments])
+
+    def first(self, batches: int) -> "BlockInputs":
+        """The first batches alone; the tensors are shared."""
+        return BlockInputs(self.hidden[:batches], self.arguments[:batches])
+
     def run_up_to(self, block: nn.Module, index: int, last: nn.Module) -> None:
         """Run a block over the batches only until `last` gets its input, for its hooks' sake."""
 

@@ -123,6 +123,13 @@ class MXFP4Linear(nn.Module):
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
         self._prepared_for = None
 
+    def replace_weight(self, weight: MXFP4Tensor) -> None:
+        """Take other codes and scales, row-major, of the same shape."""
+        prepared, self._prepared_for = self._prepared_for, None
+        self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
+        if prepared is not None:
+            self.prepare()
+
     def _operand(self) -> tuple[MXFP4Tensor, str]:
         """The weight as a backend's GEMM reads it, and that backend."""
         stored = MXFP4Tensor(self.weight_packed, self.weight_scale)
@@ -217,4 +224,12 @@ def share_input(owner: nn.Module, linears: list[MXFP4Linear]) -> None:
             return (shared, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": shared}
 
-    owner.register_forward_pre_hook(quantize_once, with_kwargs=True)
+    unshare_input(owner)
+    owner.shared_input_hook = owner.register_forward_pre_hook(quantize_once, with_kwargs=True)
+
+
+def unshare_input(owner: nn.Module) -> None:
+    """Undo `share_input`, if it was called."""
+    if (hook := getattr(owner, "shared_input_hook", None)) is not None:
+        hook.remove()
+        owner.shared_input_hook = None

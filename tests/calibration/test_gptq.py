@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from duqpp.calibration.gptq import gptq
+from duqpp.calibration import gptq as module
 from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize, quantize
 from duqpp.format.e2m1 import unpack_e2m1
 from tests import inputs, oracle
 
 RULES = list(ScaleRule)
+
+
+def gptq(*args, **options) -> MXFP4Tensor:
+    return module.gptq(*args, **options).weight
 
 
 def correlated(k: int, seed: int, rows: int = 4096) -> torch.Tensor:
@@ -228,3 +232,18 @@ def check_scales(block: np.ndarray, scales: np.ndarray, tolerance: np.ndarray, r
     least = oracle.scale_exponent(np.maximum(amax - tolerance, 0), rule.value)
     most = oracle.scale_exponent(amax + tolerance, rule.value)
     assert ((least <= scales) & (scales <= most)).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_compensated_weight_is_what_was_rounded(rule):
+    """Each value of it rounds to its code, and behind the first column it is not the weight."""
+    weight, H = inputs.gaussian(16, 96, 1), correlated(96, 2)
+    found = module.gptq(weight, H, rule=rule, damping=0.01)
+    scale = torch.exp2(found.weight.scales.float() - 127).repeat_interleave(32, 1)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = torch.cat((-grid, grid))
+    nearest = ((found.compensated / scale)[..., None] - grid).abs().amin(-1)
+    made = ((found.compensated - dequantize(found.weight)) / scale).abs()
+    torch.testing.assert_close(made, nearest)
+    assert torch.equal(found.compensated[:, 0], weight[:, 0])
+    assert ((found.compensated - weight)[:, 1:] != 0).float().mean() > 0.99

@@ -1,0 +1,1 @@
+"""Learned refinement: weights trained through their rounding, and saved as codes again."""

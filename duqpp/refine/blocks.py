@@ -1,0 +1,91 @@
+"""`--refine blocks`: train one decoder block's codes to give the float block's outputs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.models.llama import BlockInputs, quantized_groups
+from duqpp.refine.latent import forget_inputs, to_codes, to_latents
+from duqpp.refine.schedule import LatentOptimizer
+
+# Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
+# and 0.006 the larger ones lowered the held-out loss of the first blocks more.
+_RATE = 6e-3
+_HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """loss_before, loss_after: mean over held-back tokens of the block's squared error over the
+    squared norm of the float output. steps: of the optimizer. improved: else nothing was changed.
+    """
+
+    loss_before: float
+    loss_after: float
+    steps: int
+
+    @property
+    def improved(self) -> bool:
+        return self.loss_after < self.loss_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def refine_block(
+    block: nn.Module,
+    index: int,
+    config: QuantizeConfig,
+    latents: Mapping[str, Tensor],
+    inputs: BlockInputs,
+    targets: list[Tensor],
+    generator: torch.Generator,
+) -> RefineReport:
+    """Train the weights of a quantized block through their rounding, in place.
+
+    The block reads the quantized stream and is asked for the float stream's outputs, so that it
+    also makes up for what the blocks before it got wrong. Batches are seen once. The latents with
+    the least loss on held-back batches are kept, and nothing is changed where that is the start.
+
+    Args:
+        latents: by linear, from `quantize_sequentially`.
+        inputs: of the quantized stream. targets: the float block's outputs in the float stream,
+            batch by batch.
+        generator: of the order of batches.
+    Raises: InputError when there are fewer than two batches.
+    """
+    batches = len(inputs.hidden)
+    if batches < 2:
+        raise InputError("--refine needs more calibration text: one batch to train, one to check")
+    held = range(batches - max(1, batches // _HELD_SHARE), batches)
+    groups = quantized_groups(index, config.skip)
+    parameters = to_latents(block, groups, latents, rule=config.weight_rule)
+    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
+
+    def loss(batch: int) -> Tensor:
+        out = block(inputs.hidden[batch], **inputs.arguments[batch][index])
+        out = (out[0] if isinstance(out, tuple) else out).float()
+        target = targets[batch].float()
+        error = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-30)
+        return error.mean()
+
+    def held_loss() -> float:
+        with torch.no_grad():
+            return sum(float(loss(batch)) for batch in held) / len(held)
+
+    with torch.enable_grad():
+        before = held_loss()
+        for batch in torch.randperm(held.start, generator=generator).tolist():
+            loss(batch).backward()
+            optimizer.step()
+        after = held_loss()
+    report = RefineReport(before, min(before, after), held.start)
+    forget_inputs(block)
+    to_codes(block, groups, changed=report.improved)
+    return report

@@ -1,0 +1,132 @@
+"""Latent weights: float32 values that a linear rounds to MXFP4 in every forward pass.
+
+Rounding has no gradient, so the backward pass takes it for the identity (straight-through). What
+is trained decides which codes are chosen; the transform of the input stays as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from duqpp.format import ScaleRule, dequantize
+from duqpp.models.llama import LinearGroup, is_whole
+from duqpp.nn import MXFP4Linear, share_input, unshare_input
+from duqpp.ops import quantize
+from duqpp.ops.reference import rotate_blocks
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Forward: to MXFP4 and back. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: ScaleRule) -> Tensor:
+        return dequantize(quantize(x.contiguous(), rule=rule))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def round_straight_through(x: Tensor, rule: ScaleRule) -> Tensor:
+    """The values of x float32 [..., K] in MXFP4; its gradient is that of the identity."""
+    return _RoundStraightThrough.apply(x, rule)
+
+
+class RoundedInput:
+    """Rotates and rounds what the linears of a group read, once for all that read one tensor."""
+
+    def __init__(self, rotation: Tensor | None, rule: ScaleRule) -> None:
+        self._rotation = None if rotation is None else rotation.detach().float()
+        self._rule = rule
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] to float32 [..., K] with a straight-through gradient."""
+        if self._last is None or self._last[0] is not x:
+            y = x.float()
+            if self._rotation is not None:
+                y = rotate_blocks(y, self._rotation)
+            self._last = x, round_straight_through(y, self._rule)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the last input, and of the graph behind it."""
+        self._last = None
+
+
+class LatentLinear(nn.Module):
+    """In the place of an MXFP4Linear: the same function, with a weight that can be trained.
+
+    Args:
+        linear: what it stands for; it is kept aside, unchanged.
+        latent: float32 [N, K], in the basis of the folded weight.
+        rounded_input: shared by the linears of a group.
+        rule: scale rule of the weight.
+    """
+
+    def __init__(
+        self, linear: MXFP4Linear, latent: Tensor, rounded_input: RoundedInput, rule: ScaleRule
+    ) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(latent.clone())
+        self.rounded_input, self._rule, self._linear = rounded_input, rule, (linear,)
+
+    @property
+    def linear(self) -> MXFP4Linear:
+        """What this stands for."""
+        return self._linear[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N] in the dtype of x."""
+        y = F.linear(self.rounded_input(x), round_straight_through(self.latent, self._rule))
+        if self.linear.bias is not None:
+            y = y + self.linear.bias.float()
+        return y.to(x.dtype)
+
+
+def to_latents(
+    block: nn.Module,
+    groups: list[LinearGroup],
+    latents: Mapping[str, Tensor],
+    *,
+    rule: ScaleRule,
+) -> dict[str, nn.Parameter]:
+    """Swap in a LatentLinear for every quantized linear of a decoder block.
+
+    Args:
+        groups: the quantized groups of the block. latents: float32 [N, K] by linear.
+    Returns: what can be trained, by linear.
+    """
+    parameters = {}
+    for group in groups:
+        first = block.get_submodule(group.linears[0])
+        rounded_input = RoundedInput(first.rotation, first.rule)
+        for name in group.linears:
+            linear = LatentLinear(block.get_submodule(name), latents[name], rounded_input, rule)
+            block.set_submodule(name, linear)
+            parameters[name] = linear.latent
+        unshare_input(block.get_submodule(group.owner))
+    return parameters
+
+
+def to_codes(block: nn.Module, groups: list[LinearGroup], *, changed: bool) -> None:
+    """Undo `to_latents`: the quantized linears come back, if `changed` with the latents' codes."""
+    for group in groups:
+        for name in group.linears:
+            latent = block.get_submodule(name)
+            if changed:
+                latent.linear.replace_weight(quantize(latent.latent.data, rule=latent._rule))
+            block.set_submodule(name, latent.linear)
+        if is_whole(group) and len(group.linears) > 1:
+            owner = block.get_submodule(group.owner)
+            share_input(owner, [block.get_submodule(name) for name in group.linears])
+
+
+def forget_inputs(block: nn.Module) -> None:
+    """Free what the last forward pass left in the LatentLinears of a module."""
+    for module in block.modules():
+        if isinstance(module, LatentLinear):
+            module.rounded_input.forget()

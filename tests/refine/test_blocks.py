@@ -1,0 +1,115 @@
+"""refine_block on a tiny model: held-out loss decides, and the codes that stay are hardware's."""
+
+import copy
+
+import pytest
+import torch
+
+import duqpp.refine.blocks as module
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.models.llama import GROUPS, DecoderStack
+from duqpp.models.source import open_source
+from duqpp.nn import MXFP4Linear
+from duqpp.quantize_block import layout_of
+from duqpp.refine.blocks import refine_block
+from duqpp.sequential import quantize_sequentially
+from tests import inputs
+
+LINEARS = [name for group in GROUPS for name in group.linears]
+CONFIG = QuantizeConfig(method="duqpp", refine="blocks", samples=1, refine_samples=2)
+
+
+@pytest.fixture
+def job(make_tiny):
+    """A quantized block 0, its latents, what it reads, and what the float block gives."""
+
+    def make(family: str = "llama", config: QuantizeConfig = CONFIG):
+        stack = DecoderStack(open_source(str(make_tiny(family))))
+        tokens = torch.randint(0, 300, (24, 512), generator=inputs.generator(1))
+        block_inputs = stack.first_inputs(tokens)
+        block = stack.block(0)
+        targets = list(block_inputs.outputs(block, 0))
+        layout = layout_of(config, {})
+        _, latents = quantize_sequentially(block, 0, config, layout, block_inputs.first(1))
+        return block, latents, block_inputs, targets
+
+    return make
+
+
+def loss(block, block_inputs, targets, batches) -> float:
+    """The mean relative squared error over batches, in float64."""
+    outputs = list(block_inputs.outputs(block, 0))
+    errors = [
+        (outputs[b] - targets[b]).double().square().sum(-1) / targets[b].double().square().sum(-1)
+        for b in batches
+    ]
+    return float(torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_it_lowers_the_loss_on_batches_that_it_did_not_train_on(family, job):
+    block, latents, block_inputs, targets = job(family)
+    before = copy.deepcopy(block)
+    report = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    held = [len(targets) - 1]
+    assert report.improved
+    assert report.steps == len(targets) - 1
+    made = loss(block, block_inputs, targets, held)
+    assert made < loss(before, block_inputs, targets, held)
+    assert made == pytest.approx(report.loss_after, rel=1e-3)
+    for name in LINEARS:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, MXFP4Linear)
+        assert not torch.equal(linear.weight.codes, before.get_submodule(name).weight.codes)
+        assert torch.equal(linear.rotation, before.get_submodule(name).rotation)
+
+
+def test_the_same_seed_gives_the_same_bytes(job):
+    made = []
+    for _ in range(2):
+        block, *rest = job()
+        refine_block(block, 0, CONFIG, *rest, inputs.generator(3))
+        made.append(block.state_dict())
+    assert all(torch.equal(v, made[1][n]) for n, v in made[0].items())
+
+
+def test_what_does_not_help_is_not_kept(job, monkeypatch):
+    """A rate that wrecks the weights: the block must be as it was, byte for byte."""
+    monkeypatch.setattr(module, "_RATE", 30.0)
+    block, latents, block_inputs, targets = job()
+    before = copy.deepcopy(block.state_dict())
+    report = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    assert not report.improved
+    assert report.loss_after == report.loss_before
+    assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
+
+
+def test_skipped_linears_are_not_trained(job):
+    config = QuantizeConfig(
+        method="duqpp", refine="blocks", samples=1, refine_samples=2, skip=("k_proj", "down_proj")
+    )
+    block, latents, block_inputs, targets = job(config=config)
+    kept = {n: block.get_submodule(n).weight.clone() for n in ("self_attn.k_proj", "mlp.down_proj")}
+    refine_block(block, 0, config, latents, block_inputs, targets, inputs.generator(0))
+    for name, weight in kept.items():
+        assert torch.equal(block.get_submodule(name).weight, weight)
+
+
+def test_one_batch_is_too_few(job):
+    block, latents, block_inputs, targets = job()
+    with pytest.raises(InputError, match="--refine needs more calibration text"):
+        refine_block(block, 0, CONFIG, latents, block_inputs.first(1), targets, inputs.generator(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "duquant++"}, "refine is for the method duqpp"),
+        ({"next_inputs": "float"}, "next_inputs=quantized"),
+        ({"samples": 72}, "refine_samples must be more than samples"),
+    ],
+)
+def test_options_that_refinement_cannot_work_with(options, message):
+    with pytest.raises(InputError, match=message):
+        QuantizeConfig(**{"method": "duqpp", "refine": "blocks"} | options)

@@ -1,0 +1,133 @@
+"""LatentLinear: the function of the linear that it stands for, and straight-through gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from duqpp.format import ScaleRule, dequantize, quantize
+from duqpp.models.llama import LinearGroup
+from duqpp.nn import MXFP4Linear, share_input
+from duqpp.refine.latent import LatentLinear, RoundedInput, to_codes, to_latents
+from duqpp.rotation import BlockRotation
+from duqpp.rotation.basis import random_orthogonal
+from tests import inputs, oracle
+
+PAIR = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
+
+
+class Owner(nn.Module):
+    def __init__(self, *linears: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = linears
+
+    def forward(self, x):
+        return self.gate_proj(x) * self.up_proj(x)
+
+
+def quantized_linear(n: int, k: int, seed: int, matrix: torch.Tensor, *, bias: bool) -> MXFP4Linear:
+    linear = MXFP4Linear(
+        k, n, bias=bias, rule=ScaleRule.EVEN, rotation=tuple(matrix.shape), dtype=torch.float32
+    )
+    weight = quantize(inputs.gaussian(n, k, seed), rule=ScaleRule.MSE)
+    linear.weight_packed.data, linear.weight_scale.data = weight.codes, weight.scales
+    linear.rotation.data = matrix
+    if bias:
+        linear.bias.data = inputs.gaussian(1, n, seed + 1)[0]
+    linear.prepare()
+    return linear
+
+
+def make_block(seed: int = 0, *, bias: bool = True) -> nn.Module:
+    """A module with two quantized linears that share their input, as a decoder block has them."""
+    matrix = random_orthogonal(32, inputs.generator(seed), count=3)
+    matrix = BlockRotation.rounded(matrix).matrix
+    block = nn.Module()
+    block.mlp = Owner(*(quantized_linear(48, 96, seed + s, matrix, bias=bias) for s in (1, 5)))
+    share_input(block.mlp, [block.mlp.gate_proj, block.mlp.up_proj])
+    return block
+
+
+def latents_of(block: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: dequantize(block.get_submodule(name).weight) for name in PAIR.linears}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_computes_what_the_quantized_linear_does(bias):
+    block = make_block(bias=bias)
+    x = inputs.gaussian(40, 96, 9)
+    with torch.no_grad():
+        expected = block.mlp(x)
+        to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+        torch.testing.assert_close(block.mlp(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_rounding_as_if_it_were_not_there():
+    block = make_block()
+    rotation = torch.block_diag(*block.mlp.gate_proj.rotation.float())
+    parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    linear = block.mlp.gate_proj
+    x = inputs.gaussian(40, 96, 3).requires_grad_()
+    out_gradient = inputs.gaussian(40, 48, 4)
+    linear(x).backward(out_gradient)
+    rounded = dequantize(quantize((x @ rotation).detach(), rule=ScaleRule.EVEN))
+    torch.testing.assert_close(
+        parameters["mlp.gate_proj"].grad, out_gradient.T @ rounded, rtol=1e-4, atol=1e-3
+    )
+    weight = dequantize(quantize(linear.latent.data, rule=ScaleRule.MSE))
+    torch.testing.assert_close(x.grad, out_gradient @ weight @ rotation.T, rtol=1e-4, atol=1e-3)
+    assert parameters["mlp.up_proj"].grad is None
+
+
+def test_linears_of_a_group_round_their_input_once(monkeypatch):
+    block = make_block()
+    to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    rounded_input = block.mlp.gate_proj.rounded_input
+    assert block.mlp.up_proj.rounded_input is rounded_input
+    x = inputs.gaussian(8, 96, 1)
+    first = rounded_input(x)
+    assert rounded_input(x) is first
+    assert rounded_input(x.clone()) is not first
+    rounded_input.forget()
+    assert rounded_input._last is None
+
+
+def test_unchanged_latents_give_the_codes_back():
+    block = make_block()
+    before = copy.deepcopy(block.state_dict())
+    x = inputs.gaussian(8, 96, 1)
+    with torch.no_grad():
+        expected = block.mlp(x)
+    parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    for latent in parameters.values():
+        latent.data += 1.0
+    to_codes(block, [PAIR], changed=False)
+    assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
+    with torch.no_grad():
+        oracle.assert_same(block.mlp(x), expected, "sharing its input again")
+
+
+def test_changed_latents_give_their_own_codes():
+    block = make_block()
+    parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    latent = inputs.gaussian(48, 96, 77)
+    parameters["mlp.up_proj"].data = latent
+    to_codes(block, [PAIR], changed=True)
+    expected = quantize(latent, rule=ScaleRule.MSE)
+    oracle.assert_same(block.mlp.up_proj.weight.codes, expected.codes, "codes")
+    oracle.assert_same(block.mlp.up_proj.weight.scales, expected.scales, "scales")
+    assert isinstance(block.mlp.up_proj, MXFP4Linear)
+
+
+def test_without_a_rotation_the_input_is_rounded_alone():
+    x = inputs.gaussian(8, 96, 1)
+    rounded = RoundedInput(None, ScaleRule.EVEN)(x)
+    oracle.assert_same(rounded, dequantize(quantize(x, rule=ScaleRule.EVEN)), "rounded")
+
+
+def test_the_output_has_the_dtype_of_the_input():
+    block = make_block()
+    to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    assert isinstance(block.mlp.gate_proj, LatentLinear)
+    assert block.mlp(inputs.gaussian(4, 96, 1).bfloat16()).dtype == torch.bfloat16
