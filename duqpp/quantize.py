@@ -22,10 +22,12 @@ from duqpp.models.checkpoint import (
     Progress,
     read_json,
     read_shard,
+    shard_name,
+    write_block,
     write_json,
     write_shard,
 )
-from duqpp.models.layout import Layout, convert_block
+from duqpp.models.layout import Layout, quantized_block
 from duqpp.models.llama import (
     BlockInputs,
     DecoderStack,
@@ -36,6 +38,8 @@ from duqpp.models.source import Source, fingerprint, open_source
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
 from duqpp.quantize_group import GroupReport, group_generator
 from duqpp.refine.blocks import RefineReport, refine_block
+from duqpp.refine.distill import DistillReport
+from duqpp.refine.shards import LATENTS, distill_shards
 from duqpp.sequential import quantize_sequentially
 
 JOB_FILE = "duqpp-job.json"
@@ -47,7 +51,8 @@ _FIRST_FILES = (".write-test", JOB_FILE + ".partial")  # what is in a job's fold
 class QuantizeReport:
     """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group.
 
-    groups are measured before refinement; refined: what that did, one report per decoder block.
+    groups are measured before refinement; refined: what that did, one report per decoder block;
+    distilled: what distillation did.
     """
 
     folder: Path
@@ -56,6 +61,7 @@ class QuantizeReport:
     resumed_blocks: int
     groups: list[GroupReport]
     refined: list[RefineReport]
+    distilled: DistillReport | None = None
 
 
 @dataclass
@@ -63,11 +69,12 @@ class Refinement:
     """The float model's own activations, which refinement aims at, beside the quantized stream.
 
     exact: what enters the next block of the float model. calibration_batches: how many of the
-    batches calibrate; the others only refine.
+    batches calibrate; the others only refine. latents: of the block refined last, by linear.
     """
 
     exact: BlockInputs
     calibration_batches: int
+    latents: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize_model(
@@ -91,7 +98,8 @@ def quantize_model(
         calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or tokens int64
             [samples, seq_len].
         resume: continue an interrupted job of the same model, data and configuration.
-        progress: called with ("fingerprint" or "quantize", blocks done, blocks in all).
+        progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
+            distilling with ("distill", steps done, steps in all).
     Returns: QuantizeReport.
     Raises: InputError for a model, text, option or folder that cannot be worked with. The partial
         folder is then removed, unless it is another job's.
@@ -130,10 +138,12 @@ def quantize_model(
         out.rmdir()  # empty, as `_check_folders` has seen
     os.replace(work, out)
     # Only now: until it has its name, the job can be resumed wherever it stops.
-    for leftover in [*out.glob("model-*.json"), out / JOB_FILE]:
+    for leftover in [*out.glob("model-*.json"), *out.glob("*" + LATENTS), out / JOB_FILE]:
         leftover.unlink()
     seconds = time.monotonic() - started
-    return QuantizeReport(out, seconds, weight_bytes, done.resumed, done.groups, done.refined)
+    return QuantizeReport(
+        out, seconds, weight_bytes, done.resumed, done.groups, done.refined, done.distilled
+    )
 
 
 @dataclass
@@ -142,6 +152,7 @@ class _Done:
 
     groups: list[GroupReport] = field(default_factory=list)
     refined: list[RefineReport] = field(default_factory=list)
+    distilled: DistillReport | None = None
     resumed: int = 0
 
 
@@ -155,14 +166,14 @@ def _quantize_blocks(
 ) -> _Done:
     """Write every shard that is missing."""
     total = len(stack)
-    rest = work / _shard_name(0, total + 1)
+    rest = work / shard_name(0, total + 1)
     if not rest.exists():
         write_shard(rest, stack.rest())
     inputs, refinement = _first_inputs(stack, tokens, config)
     done = _Done()
     for index in range(total):
         progress("quantize", index, total)
-        shard = work / _shard_name(index + 1, total + 1)
+        shard = work / shard_name(index + 1, total + 1)
         report = shard.with_suffix(".json")
         if shard.exists():
             values = read_json(report)
@@ -187,10 +198,17 @@ def _quantize_blocks(
                     "refined": [block.to_dict() for block in refined],
                 },
             )
-            prefix = layer_prefix(index)
-            write_shard(shard, {f"{prefix}.{n}": t for n, t in block.state_dict().items()})
+            if config.refine == "distill":
+                write_shard(shard.with_suffix(LATENTS), refinement.latents)
+            write_block(shard, index, block)
         stack.release(index)
     progress("quantize", total, total)
+    if config.refine == "distill":
+        again = DecoderStack(stack.source)
+        first, _ = _first_inputs(again, tokens, config)
+        done.distilled = distill_shards(
+            again, config, layout, first, refinement.exact, work, progress
+        )
     return done
 
 
@@ -232,7 +250,10 @@ def calibrate_and_quantize(
         groups, latents = quantize_sequentially(block, index, config, layout, calibrating)
         if refinement is not None:
             generator = group_generator(config.seed, f"{layer_prefix(index)}.refine")
-            refined.append(refine_block(block, index, config, latents, inputs, targets, generator))
+            report, refinement.latents = refine_block(
+                block, index, config, latents, inputs, targets, generator
+            )
+            refined.append(report)
             refinement.exact.hidden = targets
     else:
         statistics = outputs = None
@@ -253,12 +274,7 @@ def _finished_block(
     """A block that an earlier run finished, as the next block's calibration wants it."""
     if config.next_inputs == "float":
         return stack.block(index)
-    block = stack.skeleton(index)
-    convert_block(block, index, layout)
-    prefix = layer_prefix(index) + "."
-    tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
-    block.load_state_dict(tensors, assign=True)
-    return block.requires_grad_(False)
+    return quantized_block(stack, index, layout, shard)
 
 
 def _finish(
@@ -288,6 +304,8 @@ def _finish(
     if (generation := source.generation_config()) is not None:
         generation.save_pretrained(work)
     report = {"groups": [group.to_dict() for group in done.groups]}
+    if done.distilled:
+        report["distilled"] = done.distilled.to_dict()
     if done.refined:
         report["refined"] = [block.to_dict() for block in done.refined]
     write_json(work / REPORT_FILE, report)
@@ -297,10 +315,6 @@ def _causal_class(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping[type(config)].__name__
-
-
-def _shard_name(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
 def _calibration_tokens(

@@ -20,6 +20,7 @@ from duqpp.selfcheck import Report as SelfcheckReport
 _STAGES = {
     "fingerprint": "reading the model",
     "quantize": "quantizing decoder blocks",
+    "distill": "distilling",
     "inspect": "inspecting decoder blocks",
     "verify": "checking the checkpoint's shards",
     "selfcheck": "running the kernels",

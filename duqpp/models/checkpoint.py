@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format.e8m0 import NAN_SCALE
+from duqpp.models.llama import layer_prefix
 from duqpp.rotation.block_rotation import check_invertible
 
 CHECKSUMS_KEY = "duqpp.crc32"
@@ -62,6 +63,12 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, path)
 
 
+def write_block(path: Path, index: int, block: nn.Module) -> None:
+    """Write the shard of decoder block `index`."""
+    prefix = layer_prefix(index)
+    write_shard(path, {f"{prefix}.{name}": t for name, t in block.state_dict().items()})
+
+
 def read_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a shard, verified. Raises: CheckpointError."""
     verify_shard(path)
@@ -86,6 +93,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return values
+
+
+def shard_name(number: int, total: int) -> str:
+    """File name of shard `number`, from 0, of `total`: 0 is what is outside the decoder blocks."""
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """How a quantized model is laid out: the `quantization_config` of a checkpoint, and its modules."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,14 @@ from torch import nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.llama import LinearGroup, is_whole, quantized_groups
+from duqpp.models.checkpoint import read_shard
+from duqpp.models.llama import (
+    DecoderStack,
+    LinearGroup,
+    is_whole,
+    layer_prefix,
+    quantized_groups,
+)
 from duqpp.nn import MXFP4Linear, share_input
 
 QUANT_METHOD = "duqpp"
@@ -148,3 +156,13 @@ def convert_model(model: nn.Module, layout: Layout) -> None:
     """`convert_block` for every decoder block of a LLaMA-family causal language model."""
     for index, block in enumerate(model.model.layers):
         convert_block(block, index, layout)
+
+
+def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path) -> nn.Module:
+    """Decoder block `index` with the values of its shard, verified. Raises: CheckpointError."""
+    block = stack.skeleton(index)
+    convert_block(block, index, layout)
+    prefix = layer_prefix(index) + "."
+    tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
+    block.load_state_dict(tensors, assign=True)
+    return block.requires_grad_(False)

@@ -171,6 +171,20 @@ class DecoderStack:
         """
         return {name: self._tensor(name, shape) for name, shape in self._rest.items()}
 
+    def head(self) -> nn.Module:
+        """From the last block's outputs to logits: the final norm, and lm_head or its tied twin.
+
+        Raises: as `block` does.
+        """
+        norm = self._body.norm
+        weight = self._tensor("model.norm.weight", norm.weight.shape)
+        norm.load_state_dict({"weight": weight}, assign=True)
+        untied = "lm_head.weight" in self._rest
+        rows = self._tensor("lm_head.weight", self._rest["lm_head.weight"]) if untied else None
+        head = nn.Linear(*reversed(self._embedding.shape), bias=False, device="meta")
+        head.weight = nn.Parameter(self._embedding if rows is None else rows)
+        return nn.Sequential(norm, head).requires_grad_(False)
+
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
         tensor = self.source.tensor(name).to(self.dtype)
         if tensor.shape != shape:

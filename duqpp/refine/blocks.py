@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.config import QuantizeConfig
-from duqpp.errors import InputError
 from duqpp.models.llama import BlockInputs, quantized_groups
 from duqpp.refine.latent import forget_inputs, to_codes, to_latents
-from duqpp.refine.schedule import LatentOptimizer
+from duqpp.refine.schedule import LatentOptimizer, held_back
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.
 _RATE = 6e-3
-_HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def refine_block(
     inputs: BlockInputs,
     targets: list[Tensor],
     generator: torch.Generator,
-) -> RefineReport:
+) -> tuple[RefineReport, dict[str, Tensor]]:
     """Train the weights of a quantized block through their rounding, in place.
 
     The block reads the quantized stream and is asked for the float stream's outputs, so that it
@@ -58,12 +56,10 @@ def refine_block(
         inputs: of the quantized stream. targets: the float block's outputs in the float stream,
             batch by batch.
         generator: of the order of batches.
+    Returns: the report; and the latents of the codes that stay, by linear.
     Raises: InputError when there are fewer than two batches.
     """
-    batches = len(inputs.hidden)
-    if batches < 2:
-        raise InputError("--refine needs more calibration text: one batch to train, one to check")
-    held = range(batches - max(1, batches // _HELD_SHARE), batches)
+    held = held_back(len(inputs.hidden))
     groups = quantized_groups(index, config.skip)
     parameters = to_latents(block, groups, latents, rule=config.weight_rule)
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
@@ -88,4 +84,6 @@ def refine_block(
     report = RefineReport(before, min(before, after), held.start)
     forget_inputs(block)
     to_codes(block, groups, changed=report.improved)
-    return report
+    if not report.improved:
+        return report, dict(latents)
+    return report, {name: latent.detach() for name, latent in parameters.items()}

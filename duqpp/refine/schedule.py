@@ -1,14 +1,26 @@
-"""The optimizer of latent weights: Adam in units of each weight's own size, on a cosine."""
+"""How latent weights are trained: which batches, and Adam in units of each weight's own size."""
 
 import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_BETAS = (0.9, 0.95)
+from duqpp.errors import InputError
+
+_HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 _WARM_UP_STEPS = 5
 _LAST_RATE = 0.05  # of the first
+
+
+def held_back(batches: int) -> range:
+    """Which batches are not trained on, the last ones; those before `start` are.
+
+    Raises: InputError when there are fewer than two batches.
+    """
+    if batches < 2:
+        raise InputError("--refine needs more calibration text: one batch to train, one to check")
+    return range(batches - max(1, batches // _HELD_SHARE), batches)
 
 
 class LatentOptimizer:
@@ -16,14 +28,23 @@ class LatentOptimizer:
 
     Args:
         parameters: latents. rate: the fraction, for the first steps. steps: how many there will be.
+        betas: Adam's.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, rate: float, steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        rate: float,
+        steps: int,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        self._parameters, self._steps = list(parameters), steps
         groups = [
             {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())}
-            for p in parameters
+            for p in self._parameters
         ]
-        self.adam = torch.optim.Adam(groups, betas=_BETAS)
+        self.adam = torch.optim.Adam(groups, betas=betas)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adam, lambda step: _share_of_rate(step, steps)
         )
@@ -33,6 +54,25 @@ class LatentOptimizer:
         self.adam.step()
         self.adam.zero_grad()
         self._schedule.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs besides the latents themselves; float32."""
+        tensors = {"steps": torch.tensor(float(self._schedule.last_epoch))}
+        for index, parameter in enumerate(self._parameters):
+            for name, value in self.adam.state.get(parameter, {}).items():
+                tensors[f"{name}.{index}"] = value
+        return tensors
+
+    def restore(self, state: dict[str, Tensor]) -> int:
+        """Go on from a state. Returns: how many steps that had done."""
+        steps = int(state["steps"])
+        for index, parameter in enumerate(self._parameters):
+            names = ("step", "exp_avg", "exp_avg_sq")
+            self.adam.state[parameter] = {n: state[f"{n}.{index}"].clone() for n in names}
+        self._schedule.last_epoch = steps
+        for group, base in zip(self.adam.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = base * _share_of_rate(steps, self._steps)
+        return steps
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -51,7 +51,7 @@ def loss(block, block_inputs, targets, batches) -> float:
 def test_it_lowers_the_loss_on_batches_that_it_did_not_train_on(family, job):
     block, latents, block_inputs, targets = job(family)
     before = copy.deepcopy(block)
-    report = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    report, _ = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
     held = [len(targets) - 1]
     assert report.improved
     assert report.steps == len(targets) - 1
@@ -79,7 +79,7 @@ def test_what_does_not_help_is_not_kept(job, monkeypatch):
     monkeypatch.setattr(module, "_RATE", 30.0)
     block, latents, block_inputs, targets = job()
     before = copy.deepcopy(block.state_dict())
-    report = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    report, _ = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
     assert not report.improved
     assert report.loss_after == report.loss_before
     assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
