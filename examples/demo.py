@@ -19,8 +19,8 @@ from duqpp.models.source import open_source
 from duqpp.plot import plot
 from duqpp.terminal import Bars, comparison_header, comparison_line, quiet_transformers
 
-METHODS = "rtn,hadamard,duquant++,duquant++:gptq"
-KEPT = "duquant++:gptq"
+METHODS = "rtn,hadamard,duquant++:gptq,duqpp"
+KEPT = "duqpp"
 SAMPLES, SEQ_LEN = 8, 512  # calibration: a quarter of the default, for time; some 2 % of perplexity
 WINDOWS = 2  # of 2048 tokens
 PROMPT = "Gravity is the force that"

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
 from duqpp.models import llama
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
+from duqpp.quantize import _spread_first
 from duqpp.rotation import BlockRotation, InputTransform
 from tests import decoder, oracle
 
@@ -444,3 +446,11 @@ def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, mon
     assert source.most_blocks == 1
     assert max(live_bytes) - min(live_bytes) < block_bytes / 2
     assert source.blocks_alive() == set()
+
+
+def test_sequences_that_calibrate_are_spread_over_those_that_refine():
+    tokens = torch.arange(9)[:, None].expand(-1, 4)
+    found = _spread_first(tokens, 3)[:, 0].tolist()
+    assert found == [0, 4, 8, 1, 2, 3, 5, 6, 7]
+    with pytest.raises(InputError, match="more than 9 calibration sequences"):
+        _spread_first(tokens, 9)

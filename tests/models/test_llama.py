@@ -224,3 +224,30 @@ def test_converted_block_has_the_layout_and_no_weights_of_its_own(tiny_llama):
             packed = name != "self_attn.o_proj"
             assert (f"{name}.weight_packed" in state) is packed
             assert (f"{name}.weight" in state) is not packed
+
+
+def test_batches_can_be_joined_and_taken_from_the_front(tiny_llama):
+    stack = DecoderStack(open_source(str(tiny_llama)))
+    first, second = (stack.first_inputs(part) for part in TOKENS.split([1, len(TOKENS) - 1]))
+    joined = first.joined(second)
+    assert joined.tokens == TOKENS.numel()
+    front = joined.first(1)
+    assert front.hidden[0] is first.hidden[0]
+    block = stack.block(0)
+    front.advance(block, 0)
+    assert joined.hidden[0] is first.hidden[0], "advancing one must leave the other"
+    joined.advance(block, 0)
+    assert torch.equal(front.hidden[0], joined.hidden[0])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_head_gives_the_models_logits(tied, make_tiny):
+    folder = make_tiny("llama", tie_word_embeddings=tied)
+    stack = DecoderStack(open_source(str(folder)))
+    inputs = stack.first_inputs(TOKENS)
+    for index in range(len(stack)):
+        inputs.advance(stack.block(index), index)
+    with torch.no_grad():
+        logits = stack.head()(torch.cat(inputs.hidden))
+        expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=TOKENS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

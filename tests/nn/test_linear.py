@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from duqpp.format import ScaleRule
-from duqpp.nn import MXFP4Linear, SharedInput, share_input
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.nn import MXFP4Linear, SharedInput, share_input, unshare_input
 from duqpp.rotation.basis import random_orthogonal
 from tests import inputs, oracle
 
@@ -230,6 +230,16 @@ def test_sharing_steps_aside_for_gradients_and_changes_no_bit(owner):
         oracle.assert_same(made, wanted, "y with gradients")
 
 
+def test_sharing_can_be_undone(owner):
+    x = inputs.outliers(6, K, seed=9)
+    expected = owner(x)
+    unshare_input(owner)
+    unshare_input(owner)
+    for made, wanted in zip(owner(x), expected, strict=True):
+        oracle.assert_same(made, wanted, "y")
+    assert owner.seen == [SharedInput, torch.Tensor]
+
+
 # A prepared linear holds its weight as the backend's GEMM reads it; nothing else may show it.
 
 
@@ -296,3 +306,17 @@ def test_gradients_of_a_prepared_linear():
         gradients.append(x.grad)
         linear.prepare()
     oracle.assert_same(gradients[1], gradients[0], "gradient")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_another_weight_takes_the_place_of_the_old(prepared):
+    linear, other = make_linear({"rotation": (32, 32)}), MXFP4Tensor(*inputs.mxfp4_operand(N, K, 9))
+    if prepared:
+        linear.prepare()
+    linear.replace_weight(other)
+    expected = make_linear({"rotation": (32, 32)})
+    expected.weight_packed.data, expected.weight_scale.data = other.codes, other.scales
+    x = inputs.gaussian(8, K, 1).bfloat16()
+    oracle.assert_same(linear(x), expected(x), "outputs")
+    oracle.assert_same(linear.weight.codes, other.codes, "codes")
+    assert (linear._prepared_for is not None) is prepared
