@@ -5,7 +5,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,15 @@ import duqpp
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.config import QuantizeConfig
 from duqpp.errors import DuqppError, InputError
-from duqpp.options import OPTIONS, takes_config
+from duqpp.evaluation_commands import compare, evaluate
+from duqpp.options import OPTIONS, CalibrationOption, JsonOption, ModelArgument, takes_config
 from duqpp.terminal import (
     Bars,
-    comparison_header,
-    comparison_line,
     doctor_lines,
     inspection_table,
     others_lines,
     percent,
+    print_json,
     quiet_transformers,
     selfcheck_table,
     size,
@@ -32,21 +31,6 @@ from duqpp.terminal import (
 )
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
-]
-CalibrationOption = Annotated[
-    str,
-    typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
-]
-TextOption = Annotated[
-    str, typer.Option("--text", help="Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin.")
-]
-WindowsOption = Annotated[
-    int | None, typer.Option("--windows", help="How many windows; all of the text by default.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 app = typer.Typer(
     name="duqpp",
@@ -129,7 +113,7 @@ def quantize(
     linear_bytes, weights = linear_storage(out)
     errors = mean_errors(report.groups)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "out": str(out),
                 "seconds": report.seconds,
@@ -153,34 +137,7 @@ def quantize(
     print(f"mean relative error: {', '.join(parts)}")
 
 
-@app.command("eval")
-def evaluate(
-    model: ModelArgument,
-    text: TextOption = BUILTIN,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    windows: WindowsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Perplexity of a float or quantized MODEL."""
-    from duqpp.calibration.tokens import read_text, tokenize
-    from duqpp.evaluate import perplexity
-    from duqpp.integrations.transformers import load_model
-
-    content = read_text(text, part="evaluation")
-    with Bars() as bars:
-        bars.wait("opening the model")
-        loaded, tokenizer = load_model(model, progress=bars)
-        bars.wait("tokenizing the text")
-        tokens = tokenize(tokenizer, content)
-        result = perplexity(loaded, tokens, seq_len=seq_len, windows=windows, progress=bars)
-    if as_json:
-        _print_json({"model": model, "text": text, **result.to_dict()})
-        return
-    print(
-        f"perplexity {result.perplexity:.4f} over {result.windows} windows of {seq_len} tokens "
-        f"({result.seconds:.1f} s)"
-    )
-    print(f"convention: {result.convention}")
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -211,7 +168,7 @@ def generate(
         stream=not as_json,
     )
     if as_json:
-        _print_json({"model": model, "prompt": prompt, **result.to_dict()})
+        print_json({"model": model, "prompt": prompt, **result.to_dict()})
     print(
         f"{result.tokens} tokens in {result.seconds:.1f} s, "
         f"{result.tokens_per_second:.1f} tokens/s",
@@ -238,7 +195,7 @@ def doctor(
     shapes = [_shape(text) for text in shape] if shape else [SHAPE]
     facts = doctor(shapes, Machine(divmod(arch, 10), sm_count) if arch else None)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     print(f"platform: {facts['platform']}")
@@ -275,7 +232,7 @@ def selfcheck(
     if report is not None:
         report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         _print_table(selfcheck_table(found))
         if found.timings:
@@ -325,82 +282,14 @@ def inspect(
             bars.wait("drawing")
             draw(found, plot)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         _print_table(inspection_table(found))
     if plot is not None:
         print(f"plot: {plot}", file=sys.stderr)
 
 
-@app.command()
-@takes_config("samples", "max_steps", "damping", "skip")
-def compare(
-    model: ModelArgument,
-    config: QuantizeConfig,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="METHOD[:OPTION...],... with the options gptq, rtn, per-block, shared, alpha=A, "
-            "weights=RULE, activations=RULE, hessian=float|quantized, next=quantized|float."
-        ),
-    ] = "rtn,hadamard,duquant++,duquant++:gptq",
-    calib: CalibrationOption = BUILTIN,
-    calib_seq_len: Annotated[
-        int, typer.Option(help=OPTIONS["seq_len"][1])
-    ] = QuantizeConfig.seq_len,
-    text: TextOption = BUILTIN,
-    seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
-    windows: WindowsOption = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2.")] = "0",
-    as_json: JsonOption = False,
-) -> None:
-    """Quantize a float MODEL by several methods, and set their perplexities side by side.
-
-    The quantized models are removed after their evaluation.
-    """
-    from duqpp.compare import FLOAT, Row, parse_methods
-    from duqpp.compare import compare as run
-    from duqpp.models.source import open_source
-
-    configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
-    numbers = _parse_seeds(seeds)
-    names = list(configs)
-    out = sys.stderr if as_json else sys.stdout
-    with Bars() as bars:
-
-        def show(row: Row) -> None:
-            bars.stop()
-            if row.method == FLOAT:
-                print(comparison_header(names), file=out)
-            print(comparison_line(row, names), file=out, flush=True)
-
-        bars.wait("opening the model")
-        found = run(
-            open_source(model),
-            configs,
-            calibration=calib,
-            text=text,
-            seq_len=seq_len,
-            windows=windows,
-            seeds=numbers,
-            progress=bars,
-            on_row=show,
-        )
-    if as_json:
-        _print_json({"model": model, "seeds": numbers, **found.to_dict()})
-        return
-    print(f"evaluated on {found.windows} windows of {seq_len} tokens from {text}")
-    print(f"convention: {found.convention}")
-
-
-def _parse_seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--seeds must be whole numbers, as in 0,1,2, got {text!r}") from error
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds names a seed twice: {text}")
-    return seeds
+app.command()(compare)
 
 
 @contextmanager
@@ -412,10 +301,6 @@ def _resumable(out: Path) -> Iterator[None]:
         if out.with_name(out.name + ".partial").exists():
             raise ResumableError from None
         raise
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
 
 
 def _print_table(table: Any) -> None:

@@ -1,11 +1,10 @@
-"""compare: quantize one model by several methods, and set their perplexities side by side."""
+"""compare: quantize one model by several methods, and set their evaluations side by side."""
 
 import gc
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
+from duqpp.divergence import Reference
 from duqpp.errors import InputError
-from duqpp.evaluate import CONVENTION, perplexity
+from duqpp.evaluate import PerplexityResult, perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.models.checkpoint import Progress
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
 from duqpp.quantize import quantize_model
+from duqpp.scores import Comparison, Row, Run, Scores
 
 FLOAT = "float"
 # What a quantized linear has on disk besides its bias, by the last component of the name.
@@ -30,88 +31,6 @@ _FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation",
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
 _VALUES |= {"hessian": "hessian", "next": "next_inputs", "refine": "refine"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One quantization and its evaluation. seed: None for the float model, which has none."""
-
-    seed: int | None
-    perplexity: float
-    quantize_seconds: float
-    evaluate_seconds: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method's results.
-
-    method: as it was asked for, or "float". runs: one per seed; one where no seed matters.
-    float_perplexity: of the same text. weight_bytes: of the quantized linears on disk, codes,
-    scales and rotations (for "float": of the same linears' weights in memory). weights: how many
-    values they hold.
-    """
-
-    method: str
-    runs: tuple[Run, ...]
-    float_perplexity: float
-    weight_bytes: int
-    weights: int
-
-    @property
-    def perplexity(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(run.perplexity for run in self.runs)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds (n - 1 in the denominator); None for a single run."""
-        values = [run.perplexity for run in self.runs]
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    @property
-    def ratio(self) -> float:
-        """Mean perplexity over the float model's."""
-        return self.perplexity / self.float_perplexity
-
-    @property
-    def ratio_spread(self) -> float | None:
-        """Standard deviation of the ratio over seeds; None for a single run."""
-        return None if self.spread is None else self.spread / self.float_perplexity
-
-    @property
-    def seconds(self) -> float:
-        """Mean time of a quantization."""
-        return statistics.fmean(run.quantize_seconds for run in self.runs)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk for each weight of the quantized linears."""
-        return 8 * self.weight_bytes / self.weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, the derived ones included."""
-        derived = ("perplexity", "spread", "ratio", "ratio_spread", "seconds", "bits_per_weight")
-        values = asdict(self) | {name: getattr(self, name) for name in derived}
-        return values | {"runs": [asdict(run) for run in self.runs]}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """rows: the float model's first, then the methods in the order asked for."""
-
-    rows: list[Row]
-    text: str
-    seq_len: int
-    windows: int
-    calibration: str
-    samples: int
-    calibration_seq_len: int
-    convention: str = CONVENTION
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self) | {"rows": [row.to_dict() for row in self.rows]}
 
 
 def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
@@ -136,7 +55,7 @@ def compare(
     methods: Mapping[str, QuantizeConfig],
     *,
     calibration: str = BUILTIN,
-    text: str = BUILTIN,
+    texts: Sequence[str] = (BUILTIN,),
     seq_len: int = 2048,
     windows: int | None = None,
     seeds: Sequence[int] = (0,),
@@ -144,14 +63,16 @@ def compare(
     progress: Progress | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
-    """Evaluate the float model, then quantize it by each method and evaluate that.
+    """Evaluate the float model, then quantize it by each method and evaluate that on every text.
 
-    One model is in memory at a time, besides the source. Quantized models live in a temporary
-    folder and are removed after their evaluation, whatever happens.
+    One model is in memory at a time, besides the source and, for each text, the float model's final
+    hidden states. Quantized models live in a temporary folder and are removed after their
+    evaluation, whatever happens.
 
     Args:
         methods: by name, as from `parse_methods`; their seeds are replaced by `seeds`.
-        calibration, text: "builtin" (disjoint parts of it), a text file, or "hf:NAME...".
+        calibration: "builtin", a text file, or "hf:NAME...".
+        texts: to evaluate on, named likewise; "builtin" has disjoint parts for the two.
         seq_len, windows: of the evaluation; see `perplexity`.
         seeds: a method that uses no randomness runs once.
         keep: folders for the models of some methods, those of the first seed.
@@ -159,26 +80,30 @@ def compare(
         on_row: called with each row as soon as it is complete.
     Raises: InputError, before any work where that is possible.
     """
-    if not methods or not seeds:
-        raise InputError("compare needs at least one method and one seed")
+    if not methods or not seeds or not texts:
+        raise InputError("compare needs at least one method, one seed and one text")
+    if len(set(texts)) < len(texts):
+        raise InputError(f"an evaluation text is named twice: {', '.join(texts)}")
     skip = next(iter(methods.values())).skip
     check_architecture(source.config, skip)
     tokenizer = source.tokenizer()
-    tokens = tokenize(tokenizer, read_text(text, part="evaluation"))
+    tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in texts}
     _check_calibration(tokenizer, methods, calibration)
     progress = progress or (lambda stage, done, total: None)
     on_row = on_row or (lambda row: None)
     settings = {"seq_len": seq_len, "windows": windows}
 
     float_model = _float_model(source)
-    rows = [_float_row(float_model, skip, tokens, settings, _staged(progress, FLOAT))]
-    on_row(rows[0])
+    staged = _staged(progress, FLOAT)
+    float_row, references = _float_row(float_model, skip, tokens, settings, staged)
+    on_row(float_row)
     del float_model
+    rows = [float_row]
     with tempfile.TemporaryDirectory(prefix="duqpp-compare-") as scratch:
         for name, config in methods.items():
-            runs = []
-            for seed in seeds if _uses_seed(config) else seeds[:1]:
-                kept = (keep or {}).get(name) if not runs else None
+            runs: dict[str, list[Run]] = {text: [] for text in texts}
+            for index, seed in enumerate(seeds if _uses_seed(config) else seeds[:1]):
+                kept = (keep or {}).get(name) if index == 0 else None
                 folder = kept or Path(scratch, "model")
                 title = name if len(seeds) == 1 else f"{name}, seed {seed}"
                 staged = _staged(progress, title)
@@ -190,18 +115,32 @@ def compare(
                     progress=staged,
                 )
                 quantized = from_pretrained(folder, progress=staged).eval()
-                result = perplexity(quantized, tokens, **settings, progress=staged)
-                runs.append(Run(seed, result.perplexity, report.seconds, result.seconds))
+                for text in texts:
+                    result = perplexity(
+                        quantized,
+                        tokens[text],
+                        **settings,
+                        reference=references[text],
+                        progress=staged,
+                    )
+                    runs[text].append(_run(seed, report.seconds, result))
                 del quantized
                 gc.collect()  # a model's modules refer to each other
                 weight_bytes, weights = linear_storage(folder)
                 if not kept:
                     shutil.rmtree(folder)
-            rows.append(Row(name, tuple(runs), rows[0].perplexity, weight_bytes, weights))
+            scores = (replace(own, runs=tuple(runs[own.text])) for own in float_row.texts)
+            rows.append(Row(name, tuple(scores), weight_bytes, weights))
             on_row(rows[-1])
     sample = next(iter(methods.values()))
     return Comparison(
-        rows, text, seq_len, result.windows, calibration, sample.samples, sample.seq_len
+        rows,
+        list(texts),
+        seq_len,
+        float_row.headline.windows,
+        calibration,
+        sample.samples,
+        sample.seq_len,
     )
 
 
@@ -288,21 +227,30 @@ def _float_model(source: Source) -> nn.Module:
 def _float_row(
     model: nn.Module,
     skip: tuple[str, ...],
-    tokens: Tensor,
+    tokens: Mapping[str, Tensor],
     settings: dict[str, Any],
     progress: Progress,
-) -> Row:
-    result = perplexity(model, tokens, **settings, progress=progress)
+) -> tuple[Row, dict[str, Reference]]:
+    """The float model's row, and its reference on each text."""
+    scores, references = [], {}
+    for text, own in tokens.items():
+        result, references[text] = perplexity_and_reference(
+            model, own, **settings, progress=progress
+        )
+        scores.append(Scores(text, result.windows, result.perplexity, (_run(None, 0.0, result),)))
     linears = [
         model.get_submodule(f"{layer_prefix(index)}.{name}").weight
         for index in range(model.config.num_hidden_layers)
         for group in quantized_groups(index, skip)
         for name in group.linears
     ]
-    return Row(
-        FLOAT,
-        (Run(None, result.perplexity, 0.0, result.seconds),),
-        result.perplexity,
-        sum(weight.numel() * weight.element_size() for weight in linears),
-        sum(weight.numel() for weight in linears),
-    )
+    size = sum(weight.numel() * weight.element_size() for weight in linears)
+    count = sum(weight.numel() for weight in linears)
+    return Row(FLOAT, tuple(scores), size, count), references
+
+
+def _run(seed: int | None, quantize_seconds: float, result: PerplexityResult) -> Run:
+    """Without a reference it is the float model itself, which is 0 from itself and agrees."""
+    divergence = result.divergence
+    kl, agreement = (divergence.kl, divergence.agreement) if divergence else (0.0, 1.0)
+    return Run(seed, result.perplexity, kl, agreement, quantize_seconds, result.seconds)

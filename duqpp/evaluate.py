@@ -1,4 +1,4 @@
-"""Perplexity, in the convention of the quantization papers."""
+"""Perplexity, in the convention of the quantization papers, and divergence from a float model."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duqpp.divergence import Divergence, Reference, kl_and_agreement
 from duqpp.errors import InputError
 from duqpp.models.checkpoint import Progress
 
@@ -20,13 +21,17 @@ _LOGIT_TOKENS = 256  # logits of this many tokens at a time: [256, vocabulary] i
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """perplexity: exp of the mean of window_nll. window_nll: mean NLL in nats of each window."""
+    """perplexity: exp of the mean of window_nll. window_nll: mean NLL in nats of each window.
+
+    divergence: from the reference, if one was given.
+    """
 
     perplexity: float
     window_nll: list[float]
     seq_len: int
     windows: int
     seconds: float
+    divergence: Divergence | None = None
     convention: str = CONVENTION
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,6 +45,7 @@ def perplexity(
     *,
     seq_len: int = 2048,
     windows: int | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model over non-overlapping windows.
@@ -49,9 +55,38 @@ def perplexity(
         tokens: int64 [tokens], the whole text.
         seq_len: window length in tokens; each window predicts seq_len - 1 of them.
         windows: how many, from the beginning; None is all.
+        reference: the float model's, from `perplexity_and_reference` with the same tokens, seq_len
+            and windows; the result then has the divergence from it.
         progress: called with ("evaluate", windows done, windows in all).
-    Raises: InputError when the text is shorter than one window, or not in the model's vocabulary.
+    Raises: InputError when the text is shorter than one window, or not in the model's vocabulary,
+        or the reference is of another vocabulary or other tokens.
     """
+    chosen = _windows(model, tokens, seq_len, windows)
+    if reference:
+        reference.check(chosen, model.lm_head.weight.shape[0])
+    return _evaluate(model, chosen, reference, None, progress)
+
+
+def perplexity_and_reference(
+    model: Any,
+    tokens: Tensor,
+    *,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[PerplexityResult, Reference]:
+    """`perplexity`, and what to compare other models on the same tokens with.
+
+    The reference holds the final hidden states of every window, 2 to 4 bytes times tokens times
+    hidden size, and the model's lm_head; the rest of the model can be released.
+    """
+    chosen = _windows(model, tokens, seq_len, windows)
+    reference = Reference(chosen, [], model.lm_head)
+    return _evaluate(model, chosen, None, reference.hidden, progress), reference
+
+
+def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> Tensor:
+    """The windows to evaluate: [windows, seq_len]. Raises: InputError, as `perplexity` says."""
     if seq_len < 2:
         raise InputError(f"seq_len must be at least 2, got {seq_len}")
     available = tokens.numel() // seq_len
@@ -69,25 +104,56 @@ def perplexity(
             f"evaluation tokens must be in [0, {model.config.vocab_size}), the model's "
             f"vocabulary, got {least} to {most}"
         )
-    started = time.monotonic()
-    nll = []
-    for index, window in enumerate(tokens[: count * seq_len].view(count, seq_len)):
-        if progress:
-            progress("evaluate", index, count)
-        nll.append(_window_nll(model, window[None].to(model.device)))
-    if progress:
-        progress("evaluate", count, count)
-    mean = torch.tensor(nll, dtype=torch.float64).mean()
-    return PerplexityResult(float(mean.exp()), nll, seq_len, count, time.monotonic() - started)
+    return tokens[: count * seq_len].view(count, seq_len)
 
 
 @torch.no_grad()
-def _window_nll(model: Any, window: Tensor) -> float:
-    """Mean NLL in nats of tokens 1.. of a window [1, seq_len], each given those before it."""
-    hidden = model.model(input_ids=window, use_cache=False).last_hidden_state[0, :-1]
-    total = 0.0
-    parts = zip(hidden.split(_LOGIT_TOKENS), window[0, 1:].split(_LOGIT_TOKENS), strict=True)
-    for part, targets in parts:
-        logits = model.lm_head(part).float()
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-    return total / (window.shape[1] - 1)
+def _evaluate(
+    model: Any,
+    windows: Tensor,
+    reference: Reference | None,
+    kept: list[Tensor] | None,
+    progress: Progress | None,
+) -> PerplexityResult:
+    """The result over windows [windows, seq_len]; hidden states are appended to `kept`."""
+    started = time.monotonic()
+    count, seq_len = windows.shape
+    means = []
+    for index, window in enumerate(windows):
+        if progress:
+            progress("evaluate", index, count)
+        ids = window[None].to(model.device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        against = (reference, reference.hidden[index]) if reference else None
+        means.append([total / (seq_len - 1) for total in _sums(model, hidden, ids[0, 1:], against)])
+        if kept is not None:
+            kept.append(hidden.cpu())
+    if progress:
+        progress("evaluate", count, count)
+    nll, kl, agreement = map(list, zip(*means, strict=True))
+    mean = torch.tensor(nll, dtype=torch.float64).mean()
+    divergence = Divergence.of_windows(kl, agreement) if reference else None
+    seconds = time.monotonic() - started
+    return PerplexityResult(float(mean.exp()), nll, seq_len, count, seconds, divergence)
+
+
+def _sums(
+    model: Any, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
+) -> tuple[float, float, int]:
+    """Sums over the tokens of a window, from logits that are never whole.
+
+    Args: hidden: final states [tokens, hidden size]. targets: int64 [tokens], each the next token.
+        against: a reference, and its hidden states of this window.
+    Returns: NLL and KL in nats, and how many largest logits agree; the latter 0 without reference.
+    """
+    nll, kl, agreeing = 0.0, 0.0, 0
+    for start in range(0, len(targets), _LOGIT_TOKENS):
+        part = slice(start, start + _LOGIT_TOKENS)
+        logits = model.lm_head(hidden[part]).float()
+        nll += float(F.cross_entropy(logits, targets[part], reduction="sum"))
+        if against:
+            reference, theirs = against
+            there = reference.logits(theirs[part]).to(logits.device)
+            chunk_kl, chunk_agreeing = kl_and_agreement(there, logits)
+            kl, agreeing = kl + chunk_kl, agreeing + chunk_agreeing
+    return nll, kl, agreeing

@@ -1,4 +1,7 @@
-"""Command-line options made from QuantizeConfig: defaults and choices are written there alone."""
+"""Command-line options that several commands have.
+
+Those made from QuantizeConfig have their defaults and choices from there.
+"""
 
 import functools
 import inspect
@@ -9,6 +12,15 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from duqpp.config import QuantizeConfig
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 # Flag and help by field.
 OPTIONS = {

@@ -1,9 +1,12 @@
 """What duqpp prints: progress bars with the remaining time, and tables."""
 
+import json
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,9 +16,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from duqpp.compare import Row
+from duqpp.evaluate import PerplexityResult
 from duqpp.inspection import Inspection, layer_and_kind
+from duqpp.scores import Row, Scores
 from duqpp.selfcheck import Report as SelfcheckReport
+from duqpp.tasks import TaskScore
 
 _STAGES = {
     "fingerprint": "reading the model",
@@ -121,6 +126,11 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def print_json(values: dict[str, Any]) -> None:
+    """On stdout, indented."""
+    print(json.dumps(values, indent=2))
+
+
 def size(count: int) -> str:
     """Bytes, for people: "56.4 MB"."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -134,26 +144,69 @@ def percent(error: float | None) -> str:
     return "-" if error is None else f"{100 * error:.2f} %"
 
 
-def comparison_header(methods: list[str]) -> str:
-    """Column heads over `comparison_line`s; the names of the methods set the first one's width."""
+def perplexity_lines(result: PerplexityResult) -> list[str]:
+    """What `duqpp eval` prints of a text."""
+    lines = [
+        f"perplexity {result.perplexity:.4f} over {result.windows} windows of {result.seq_len} "
+        f"tokens ({result.seconds:.1f} s)"
+    ]
+    if result.divergence:
+        lines.append(
+            f"KL divergence from the reference {result.divergence.kl:.4f} nats per token, top-1 "
+            f"agreement {percent(result.divergence.agreement)}"
+        )
+    return [*lines, f"convention: {result.convention}"]
+
+
+def task_lines(scores: list[TaskScore]) -> list[str]:
+    """A line for each metric; after +-, the standard error over the samples."""
+    lines = []
+    for score in scores:
+        kind = "" if score.filter == "none" else f" ({score.filter})"
+        error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
+        count = "" if score.samples is None else f", {score.samples} samples, {score.shots} shots"
+        lines.append(f"{score.task}: {score.metric}{kind} {score.value:.4f}{error}{count}")
+    return lines
+
+
+def comparison_header(methods: list[str], texts: Sequence[str] = ()) -> str:
+    """Column heads over `comparison_line`s; what can stand in the first column sets its width."""
     return (
-        f"{'method':<{_width(methods)}}  {'perplexity':>16}  {'ratio to float':>16}  "
-        f"{'quantize':>9}  {'linears':>9}  {'bits/weight':>11}"
+        f"{'method':<{_width(methods, texts)}}  {'perplexity':>16}  {'ratio to float':>16}  "
+        f"{'KL, nats':>15}  {'top-1, %':>13}  {'quantize':>9}  {'linears':>9}  {'bits/weight':>11}"
     )
 
 
 def comparison_line(row: Row, methods: list[str]) -> str:
-    """One method's results; after +-, the standard deviation over seeds."""
+    """One method's results, a line for each text; after +-, the standard deviation over seeds."""
     seconds = f"{row.seconds:.1f} s" if row.seconds else "-"
-    return (
-        f"{row.method:<{_width(methods)}}  {_spread(row.perplexity, row.spread, 2):>16}  "
-        f"{_spread(row.ratio, row.ratio_spread, 3):>16}  {seconds:>9}  "
+    width = _width(methods, [scores.text for scores in row.texts])
+    lines = [
+        f"{row.method:<{width}}  {_scores(row.headline)}  {seconds:>9}  "
         f"{size(row.weight_bytes):>9}  {row.bits_per_weight:>11.2f}"
+    ]
+    lines += [f"{_text(scores.text):<{width}}  {_scores(scores)}" for scores in row.texts[1:]]
+    return "\n".join(lines)
+
+
+def _scores(scores: Scores) -> str:
+    """The columns that there are for each text."""
+    spread = scores.agreement_spread
+    agreement = _spread(100 * scores.agreement, None if spread is None else 100 * spread, 1)
+    return (
+        f"{_spread(scores.perplexity, scores.spread, 2):>16}  "
+        f"{_spread(scores.ratio, scores.ratio_spread, 3):>16}  "
+        f"{_spread(scores.kl, scores.kl_spread, 3):>15}  {agreement:>13}"
     )
 
 
-def _width(methods: list[str]) -> int:
-    return max(len(name) for name in ("method", "float", *methods))
+def _text(text: str) -> str:
+    """An evaluation text other than the first, in the first column."""
+    return f"  on {text if text.startswith('hf:') else Path(text).name}"
+
+
+def _width(methods: Sequence[str], texts: Sequence[str]) -> int:
+    return max(map(len, ("method", "float", *methods, *map(_text, texts[1:]))))
 
 
 def _spread(value: float, spread: float | None, digits: int) -> str:

@@ -1,11 +1,13 @@
 """The `duqpp` command: what each subcommand prints, and the one line of every error."""
 
+import importlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from duqpp.calibration.tokens import builtin_text, tokenize
 from duqpp.cli import main
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import CONVENTION, perplexity
+from duqpp.evaluate import CONVENTION, perplexity, perplexity_and_reference
 from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.dispatch import BACKENDS
@@ -119,6 +121,7 @@ def test_options_and_defaults_reach_the_config(command, arguments, expected, fai
         got.extend(value for value in positional if isinstance(value, QuantizeConfig))
         raise InputError("recorded")
 
+    importlib.import_module("duqpp.compare")  # which must not import the replacement, for good
     monkeypatch.setattr("duqpp.quantize.quantize_model", record)
     monkeypatch.setattr("duqpp.inspection.inspect_model", record)
     places = ["model", "out"] if command == "quantize" else ["model"]
@@ -195,6 +198,30 @@ def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
     assert result["windows"] == tokens.numel() // 64
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     assert result["perplexity"] == perplexity(model, tokens, seq_len=64).perplexity
+
+
+def test_eval_against_a_reference(tiny_llama, quantized, run):
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    out, err = run(*arguments, "--reference", tiny_llama, "--json")
+    result, alone = json.loads(out), json.loads(run(*arguments, "--json")[0])
+    assert err == ""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    tokens = tokenize(AutoTokenizer.from_pretrained(tiny_llama), builtin_text("evaluation"))
+    options = {"seq_len": 96, "windows": 3}
+    _, reference = perplexity_and_reference(model, tokens, **options)
+    expected = perplexity(
+        duqpp.from_pretrained(quantized), tokens, **options, reference=reference
+    ).divergence
+    assert result["divergence"] == asdict(expected)
+    assert (result["reference"], alone["reference"]) == (str(tiny_llama), None)
+    assert alone["divergence"] is None
+    for name in ("perplexity", "window_nll"):
+        assert result[name] == alone[name], "a reference changes no perplexity"
+    text, _ = run(*arguments, "--reference", tiny_llama)
+    assert f"{expected.kl:.4f} nats per token" in text
+    assert f"agreement {100 * expected.agreement:.2f} %" in text
+    itself, _ = run("eval", tiny_llama, *arguments[2:], "--reference", tiny_llama)
+    assert "0.0000 nats per token, top-1 agreement 100.00 %" in itself
 
 
 def test_generate_streams_what_json_holds(quantized, run):
@@ -296,10 +323,31 @@ def test_compare_table_and_json_agree(tiny_llama, run):
         spread = row["spread"] is not None
         assert cells[1] == f"{row['perplexity']:.2f}"
         assert cells[2 + spread] == f"{row['ratio']:.3f}"
+        assert cells[3 + 2 * spread] == f"{row['kl']:.3f}"
+        assert cells[4 + 3 * spread] == f"{100 * row['agreement']:.1f}"
         assert cells[-1] == f"{row['bits_per_weight']:.2f}"
         assert spread == (row["method"] not in ("float", "rtn"))
     assert found["seeds"] == [0, 1]
     assert found["calibration_seq_len"] == 64 and found["seq_len"] == 64
+
+
+def test_compare_on_several_texts(tiny_llama, tmp_path, run):
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 40, encoding="utf-8")
+    arguments = [*compare_arguments(tiny_llama, "rtn"), "--text", "builtin", "--text", str(text)]
+    out, table = run(*arguments, "--json")
+    found = json.loads(out)
+    assert (found["text"], found["texts"]) == ("builtin", ["builtin", str(text)])
+    lines = [line.split() for line in table.splitlines()]
+    assert [line[0] for line in lines] == ["method", "float", "on", "rtn", "on"]
+    for row, first, second in zip(found["rows"], lines[1::2], lines[2::2], strict=True):
+        ours, other = row["texts"]
+        assert first[1] == f"{ours['perplexity']:.2f}" == f"{row['perplexity']:.2f}"
+        assert second[1:3] == ["text.txt", f"{other['perplexity']:.2f}"]
+        assert second[4] == f"{other['kl']:.3f}"
+    printed, _ = run(*arguments)
+    assert "evaluated on 2 windows of 64 tokens from builtin\n" in printed
+    assert f"evaluated on 2 windows of 64 tokens from {text}\n" in printed
 
 
 def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
@@ -333,6 +381,12 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
         (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),
         (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "windows must be at least 1"),
+        (["eval", "QUANTIZED", "--reference", "WIDER"], "vocabulary has 330 tokens, the model's"),
+        (["eval", "QUANTIZED", "--reference", "nowhere.gguf"], "no such file: nowhere.gguf"),
+        (["eval", "MODEL", "--limit", "3"], "--tasks-dir and --limit are for --tasks"),
+        (["eval", "MODEL", "--tasks-dir", "OUT"], "--tasks-dir and --limit are for --tasks"),
+        (["eval", "MODEL", "--tasks", "a,,b"], "--tasks must be names with commas between"),
+        (["eval", "MODEL", "--tasks", "a", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["generate", "MODEL", "x", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "MODEL", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["generate", "MODEL", "x", "--max-new-tokens", "512"], "exceeds the model's 512"),
@@ -345,10 +399,11 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["compare", "MODEL", "--methods", "rtn,rtn"], "--methods names rtn twice"),
         (["compare", "MODEL", "--samples", "9999"], "lower --samples or --seq-len"),
         (["compare", "MODEL", "--seeds", "0,x"], "--seeds must be whole numbers"),
+        (["compare", "MODEL", "--text", "builtin", "--text", "builtin"], "text is named twice"),
         (["compare", "MODEL", "--seeds", "0,0"], "--seeds names a seed twice"),
     ],
 )
-def test_errors(arguments, message, tiny_llama, quantized, tmp_path, fail, monkeypatch):
+def test_errors(arguments, message, tiny_llama, make_tiny, quantized, tmp_path, fail, monkeypatch):
     if "--plot" in arguments:
         pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     monkeypatch.chdir(tmp_path)
@@ -356,6 +411,9 @@ def test_errors(arguments, message, tiny_llama, quantized, tmp_path, fail, monke
     full.mkdir()
     (full / "kept.txt").write_text("kept")
     places = {"MODEL": tiny_llama, "QUANTIZED": quantized, "OUT": tmp_path / "out", "FULL": full}
+    if "WIDER" in arguments:
+        places["WIDER"] = make_tiny("llama", vocab_size=330)
+        arguments = [*arguments, "--windows", "1", "--seq-len", "64"]
     assert message in fail(*(places.get(argument, argument) for argument in arguments))
     assert [file.name for file in tmp_path.rglob("*")] == ["full", "kept.txt"]
 
@@ -372,21 +430,21 @@ def test_a_damaged_checkpoint_is_one_line(quantized, tmp_path, fail):
 
 
 @pytest.fixture
-def interrupted_at_third_shard(monkeypatch):
-    """Ctrl-C as the third shard (the second decoder block) is about to be written."""
+def interrupted_at_second_block(monkeypatch):
+    """Ctrl-C as the second decoder block's shard is about to be written."""
     write, calls = checkpoint.write_shard, []
 
     def interrupt(path: Path, tensors: dict) -> None:
         calls.append(path)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         write(path, tensors)
 
-    monkeypatch.setattr("duqpp.quantize.write_shard", interrupt)
+    monkeypatch.setattr("duqpp.models.checkpoint.write_shard", interrupt)
 
 
 def test_an_interrupted_job_goes_on_as_the_line_says(
-    tiny_llama, quantized, tmp_path, capsys, interrupted_at_third_shard, run
+    tiny_llama, quantized, tmp_path, capsys, interrupted_at_second_block, run
 ):
     out = tmp_path / "folder with spaces" / "out"
     out.parent.mkdir()
@@ -402,7 +460,7 @@ def test_an_interrupted_job_goes_on_as_the_line_says(
 
 
 def test_an_unfinished_job_is_not_overwritten(
-    tiny_llama, tmp_path, capsys, interrupted_at_third_shard, fail
+    tiny_llama, tmp_path, capsys, interrupted_at_second_block, fail
 ):
     out = tmp_path / "out"
     assert main(["quantize", str(tiny_llama), str(out), *SMALL]) == 130

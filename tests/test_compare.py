@@ -3,6 +3,7 @@
 import math
 import statistics
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import duqpp
-from duqpp.calibration.tokens import builtin_text, read_text, tokenize
-from duqpp.compare import FLOAT, Row, Run, compare, linear_storage, parse_methods
+from duqpp.calibration.tokens import BUILTIN, builtin_text, read_text, tokenize
+from duqpp.compare import FLOAT, _float_model, compare, linear_storage, parse_methods
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import perplexity
+from duqpp.evaluate import perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import load_model
 from duqpp.models.source import open_source
 from duqpp.quantize import quantize_model
+from duqpp.scores import Row, Run, Scores
 
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
 SMALL = QuantizeConfig(**CALIBRATION)
@@ -46,16 +48,24 @@ def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scra
     )
     assert found.rows == rows
     model, tokenizer = load_model(str(tiny_llama))
-    expected = {FLOAT: evaluate(model, tokenizer)}
+    expected, divergence = {FLOAT: evaluate(model, tokenizer)}, {FLOAT: (0.0, 1.0)}
+    tokens = tokenize(tokenizer, builtin_text("evaluation"))
+    _, reference = perplexity_and_reference(model, tokens, **SETTINGS)
     for seed, (name, config) in enumerate(
         [("rtn", {"method": "rtn"}), ("duquant++:gptq:per-block", {"rotation": "per-block"})]
     ):
         options = {"seed": 3, "gptq": "gptq" in name, **CALIBRATION, **config}
         out = tmp_path / str(seed)
         quantize_model(str(tiny_llama), out, QuantizeConfig(**options))
-        expected[name] = evaluate(duqpp.from_pretrained(out), tokenizer)
-    assert {row.method: row.perplexity for row in rows} == expected
-    assert [row.ratio for row in rows] == [row.perplexity / expected[FLOAT] for row in rows]
+        quantized = duqpp.from_pretrained(out)
+        expected[name] = evaluate(quantized, tokenizer)
+        beside = perplexity(quantized, tokens, **SETTINGS, reference=reference).divergence
+        divergence[name] = (beside.kl, beside.agreement)
+    scores = {row.method: row.headline for row in rows}
+    assert {name: own.perplexity for name, own in scores.items()} == expected
+    for name, own in scores.items():
+        assert own.ratio == own.perplexity / expected[FLOAT]
+        assert (own.kl, own.agreement) == divergence[name]
     assert len(set(expected.values())) == 3
     assert not list(scratch.iterdir())
 
@@ -65,15 +75,17 @@ def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scra
 def test_the_float_row_of_every_family(family, tied, make_tiny):
     folder = str(make_tiny(family, tie_word_embeddings=tied))
     found = compare(open_source(folder), parse_methods("rtn"), **SETTINGS)
-    row = found.rows[0]
-    assert row.perplexity == evaluate(*load_model(folder))
-    assert (row.ratio, row.bits_per_weight, row.spread) == (1.0, 32.0, None)
+    row, scores = found.rows[0], found.rows[0].headline
+    assert scores.perplexity == evaluate(*load_model(folder))
+    assert (scores.ratio, row.bits_per_weight, scores.spread) == (1.0, 32.0, None)
+    assert (scores.kl, scores.agreement) == (0.0, 1.0)
+    assert found.rows[1].headline.kl > 0
 
 
 def test_only_methods_with_randomness_run_once_per_seed(tiny_llama):
     methods = parse_methods("rtn,hadamard,random,duquant++", SMALL)
     found = compare(open_source(str(tiny_llama)), methods, seeds=[0, 1, 2], **SETTINGS)
-    seeds = {row.method: [run.seed for run in row.runs] for row in found.rows}
+    seeds = {row.method: [run.seed for run in row.headline.runs] for row in found.rows}
     assert seeds == {
         FLOAT: [None],
         "rtn": [0],
@@ -82,21 +94,37 @@ def test_only_methods_with_randomness_run_once_per_seed(tiny_llama):
         "duquant++": [0, 1, 2],
     }
     for row in found.rows[3:]:
-        values = [run.perplexity for run in row.runs]
-        assert len(set(values)) == 3, row.method
-        assert row.perplexity == statistics.fmean(values)
-        assert row.spread == statistics.stdev(values)
+        for name, spread in (
+            ("perplexity", "spread"),
+            ("kl", "kl_spread"),
+            ("agreement", "agreement_spread"),
+        ):
+            values = [getattr(run, name) for run in row.headline.runs]
+            assert len(set(values)) > 1, (row.method, name)
+            assert getattr(row.headline, name) == statistics.fmean(values)
+            assert getattr(row.headline, spread) == statistics.stdev(values)
 
 
 def test_a_row_says_what_its_runs_say():
-    runs = (Run(0, 10.0, 2.0, 1.0), Run(1, 14.0, 4.0, 1.0))
-    row = Row("m", runs, float_perplexity=4.0, weight_bytes=17, weights=32)
-    values = row.to_dict()
+    runs = (Run(0, 10.0, 0.5, 0.75, 2.0, 1.0), Run(1, 14.0, 0.25, 0.5, 4.0, 1.0))
+    scores = Scores("a.txt", 2, float_perplexity=4.0, runs=runs)
+    other = Scores("b.txt", 3, float_perplexity=8.0, runs=(Run(0, 12.0, 1.5, 0.25, 2.0, 1.0),))
+    values = Row("m", (scores, other), weight_bytes=17, weights=32).to_dict()
     assert (values["perplexity"], values["ratio"], values["seconds"]) == (12.0, 3.0, 3.0)
     assert values["spread"] == pytest.approx(math.sqrt(8))
     assert values["ratio_spread"] == pytest.approx(math.sqrt(8) / 4)
     assert values["bits_per_weight"] == 4.25
     assert [run["seed"] for run in values["runs"]] == [0, 1]
+    assert (values["kl"], values["agreement"]) == (0.375, 0.625)
+    assert values["kl_spread"] == values["agreement_spread"] == pytest.approx(math.sqrt(1 / 32))
+    first, second = values["texts"]
+    assert {name: values[name] for name in first if name in values} == {
+        name: value for name, value in first.items() if name not in ("text", "windows")
+    }
+    assert (first["text"], first["windows"]) == ("a.txt", 2)
+    assert (second["text"], second["perplexity"], second["ratio"]) == ("b.txt", 12.0, 1.5)
+    assert (second["kl"], second["kl_spread"]) == (1.5, None)
+    assert [run["perplexity"] for run in second["runs"]] == [12.0]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +153,7 @@ def test_kept_models_stay_and_load(tiny_llama, tmp_path, scratch):
     found = compare(
         open_source(str(tiny_llama)), methods, seeds=[5, 6], keep={"random": kept}, **SETTINGS
     )
-    assert evaluate(*load_model(str(kept))) == found.rows[1].runs[0].perplexity
+    assert evaluate(*load_model(str(kept))) == found.rows[1].headline.runs[0].perplexity
     assert not list(scratch.iterdir())
 
 
@@ -145,24 +173,77 @@ def test_calibration_and_evaluation_texts_are_told_apart(tiny_llama, tmp_path):
         (tmp_path / name).write_text(builtin_text(part)[:20000], encoding="utf-8")
     assert read_text(str(tmp_path / "a.txt")) != read_text(str(tmp_path / "b.txt"))
     source = open_source(str(tiny_llama))
-    options = {"calibration": str(tmp_path / "a.txt"), "text": str(tmp_path / "b.txt")}
+    options = {"calibration": str(tmp_path / "a.txt"), "texts": [str(tmp_path / "b.txt")]}
     found = compare(source, parse_methods("duquant++", SMALL), **options, **SETTINGS)
     tokenizer = source.tokenizer()
-    tokens = tokenize(tokenizer, read_text(options["text"]))
+    tokens = tokenize(tokenizer, read_text(options["texts"][0]))
     model, _ = load_model(str(tiny_llama))
-    assert found.rows[0].perplexity == perplexity(model, tokens, **SETTINGS).perplexity
+    assert found.rows[0].headline.perplexity == perplexity(model, tokens, **SETTINGS).perplexity
     quantize_model(str(tiny_llama), tmp_path / "out", SMALL, calibration=options["calibration"])
     quantized = duqpp.from_pretrained(tmp_path / "out")
-    assert found.rows[1].perplexity == perplexity(quantized, tokens, **SETTINGS).perplexity
+    assert found.rows[1].headline.perplexity == perplexity(quantized, tokens, **SETTINGS).perplexity
+
+
+def test_each_text_is_as_if_it_were_alone(tiny_llama, tmp_path, monkeypatch):
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(builtin_text()[:5000], encoding="utf-8")
+    short.write_text("The capital of France is Paris. " * 12, encoding="utf-8")
+    texts, settings = [str(short), BUILTIN, str(long)], {"seq_len": 64, "windows": 3}
+    source, methods = open_source(str(tiny_llama)), parse_methods("rtn,random", SMALL)
+    alone = [compare(source, methods, texts=[t], seeds=[0, 1], **settings) for t in texts]
+    quantized = []
+    monkeypatch.setattr(
+        "duqpp.compare.quantize_model",
+        lambda *a, **k: quantized.append(a[2].method) or quantize_model(*a, **k),
+    )
+    found = compare(source, methods, texts=texts, seeds=[0, 1], **settings)
+    assert quantized == ["rtn", "random", "random"], "once for all texts"
+    for index, row in enumerate(found.rows):
+        assert [scores.text for scores in row.texts] == texts
+        for one, scores in zip(alone, row.texts, strict=True):
+            expected = one.rows[index].headline
+            assert (scores.text, scores.windows) == (expected.text, expected.windows)
+            assert scores.float_perplexity == expected.float_perplexity
+            for run, other in zip(scores.runs, expected.runs, strict=True):
+                assert (run.seed, run.perplexity) == (other.seed, other.perplexity)
+                assert (run.kl, run.agreement) == (other.kl, other.agreement)
+    windows = [scores.windows for scores in found.rows[1].texts]
+    assert windows[0] < 3 and windows[1:] == [3, 3]
+    values = found.to_dict()
+    assert (values["text"], values["texts"]) == (texts[0], texts)
+    assert values["windows"] == windows[0]
+
+
+def test_the_float_model_is_released(tiny_llama, monkeypatch):
+    """What is kept of it, its final hidden states and its head, must not keep its blocks."""
+    blocks = []
+
+    def remembered(source):
+        model = _float_model(source)
+        blocks.append(weakref.ref(model.model.layers[0]))
+        return model
+
+    monkeypatch.setattr("duqpp.compare._float_model", remembered)
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "rtn: quantize":
+            assert blocks[0]() is None
+            blocks.append(stage)
+
+    compare(open_source(str(tiny_llama)), parse_methods("rtn"), progress=look, **SETTINGS)
+    assert len(blocks) > 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"calibration": "none.txt"}, "cannot read text file none.txt"),
-        ({"text": "none.txt"}, "cannot read text file none.txt"),
+        ({"texts": ["none.txt"]}, "cannot read text file none.txt"),
+        ({"texts": [BUILTIN, "none.txt"]}, "cannot read text file none.txt"),
+        ({"texts": [BUILTIN, BUILTIN]}, "an evaluation text is named twice: builtin, builtin"),
+        ({"texts": []}, "at least one method, one seed and one text"),
         ({"seq_len": 10**7}, "fewer than one window"),
-        ({"seeds": []}, "at least one method and one seed"),
+        ({"seeds": []}, "at least one method, one seed and one text"),
     ],
 )
 def test_bad_input_is_found_before_any_row(options, message, tiny_llama):

@@ -20,13 +20,14 @@ LAYERS = (
     ("calibration",),
     ("nn",),
     ("models",),
-    ("quantize_group",),
+    ("quantize_group", "divergence"),
     ("quantize_block", "sequential", "refine"),
-    ("quantize", "evaluate"),
-    ("integrations",),
+    ("quantize", "evaluate", "tasks"),
+    ("integrations", "scores"),
     ("compare", "inspection", "generate", "doctor"),
     ("selfcheck",),
     ("options", "plot", "terminal"),
+    ("evaluation_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -41,6 +42,7 @@ HOSTS = {
     "compare": {"safetensors"},
     "options": {"typer"},
     "terminal": {"rich"},
+    "evaluation_commands": {"typer"},
     "cli": {"rich", "typer"},
 }
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duqpp.config import QuantizeConfig
+from duqpp.divergence import kl_and_agreement
 from duqpp.models.checkpoint import read_shard, write_shard
 from duqpp.models.llama import BlockInputs, quantized_groups
 from duqpp.refine.latent import forget_inputs, to_codes, to_latents
@@ -125,8 +125,7 @@ def divergence(hidden: Tensor, exact: Tensor, head: nn.Module) -> float:
     """Mean KL(float || quantized) in nats over the tokens of hidden states [..., hidden]."""
     total, tokens = 0.0, 0
     for own, other in _parts(hidden, exact):
-        log_p, log_q = (F.log_softmax(head(h).float(), -1) for h in (other, own))
-        total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        total += kl_and_agreement(head(other).float(), head(own).float())[0]
         tokens += len(own)
     return total / tokens
 

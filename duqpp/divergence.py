@@ -1,0 +1,77 @@
+"""How far a model's next-token distributions are from the float model's."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duqpp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of a model from a reference, over the positions that perplexity predicts.
+
+    kl: mean over positions of KL(reference || model), in nats per token. agreement: share of
+    positions where both give their largest logit to the same token, in [0, 1]. window_kl,
+    window_agreement: the means of each window, whose mean they are. All 0 and 1 for a model like
+    its reference; float32 logits leave about 1e-6 nats of noise in a window.
+    """
+
+    kl: float
+    agreement: float
+    window_kl: list[float]
+    window_agreement: list[float]
+
+    @classmethod
+    def of_windows(cls, kl: list[float], agreement: list[float]) -> "Divergence":
+        """From the means of each window; windows are equally long."""
+        means = [float(torch.tensor(v, dtype=torch.float64).mean()) for v in (kl, agreement)]
+        return cls(*means, kl, agreement)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of a float model to compare others with, on the tokens it was evaluated on.
+
+    Its logits would be vocabulary / hidden size times as large: they are computed again, a chunk
+    at a time.
+
+    tokens: int64 [windows, seq_len]. hidden: of each window, the final hidden states at all
+    positions but the last, in the model's dtype on the CPU: [seq_len - 1, hidden size]. head: the
+    model's lm_head.
+    """
+
+    tokens: Tensor
+    hidden: list[Tensor]
+    head: nn.Module
+
+    def check(self, tokens: Tensor, vocabulary: int) -> None:
+        """Raise InputError unless a model with this vocabulary, on these tokens, compares."""
+        own = self.head.weight.shape[0]
+        if own != vocabulary:
+            raise InputError(
+                f"the reference's vocabulary has {own} tokens, the model's {vocabulary}: "
+                "a reference is the float model that the model was quantized from"
+            )
+        if not torch.equal(self.tokens, tokens):
+            raise InputError(
+                "the reference was evaluated on other tokens: its tokenizer is not the model's, "
+                "or it was given other windows"
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [tokens, vocabulary] of some of the hidden states."""
+        return self.head(hidden.to(self.head.weight.device)).float()
+
+
+def kl_and_agreement(reference: Tensor, logits: Tensor) -> tuple[float, int]:
+    """Sums over tokens, for logits float32 [tokens, vocabulary] on one device.
+
+    Returns: the sum of KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, p being the softmax of
+    the reference and q of logits, its terms in float32 and their sum in float64; and the number of
+    tokens where both have their maximum at one place, the first of equal ones.
+    """
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
+    return float(kl), int((reference.argmax(-1) == logits.argmax(-1)).sum())

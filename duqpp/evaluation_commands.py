@@ -1,0 +1,183 @@
+"""The commands `duqpp eval` and `duqpp compare`."""
+
+import gc
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from duqpp.calibration.tokens import BUILTIN
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.options import OPTIONS, CalibrationOption, JsonOption, ModelArgument, takes_config
+from duqpp.terminal import (
+    Bars,
+    comparison_header,
+    comparison_line,
+    perplexity_lines,
+    print_json,
+    task_lines,
+)
+
+_TEXT_HELP = "Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin (the default)"
+WindowsOption = Annotated[
+    int | None, typer.Option("--windows", help="How many windows; all of the text by default.")
+]
+
+
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[str | None, typer.Option("--text", help=f"{_TEXT_HELP}.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: WindowsOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The float model: adds KL divergence from it, and top-1 agreement."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="lm-eval tasks, patterns or YAML files, as in arc_easy,my_task.yaml."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="For --tasks: a folder with more task files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="For --tasks: samples of each.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a float or quantized MODEL, divergence from its float model, lm-eval tasks.
+
+    With --tasks, perplexity is left out unless --text or --reference asks for it.
+    """
+    from duqpp.calibration.tokens import read_text, tokenize
+    from duqpp.evaluate import perplexity, perplexity_and_reference
+    from duqpp.integrations.transformers import load_model
+
+    if tasks is None and (tasks_dir is not None or limit is not None):
+        raise InputError("--tasks-dir and --limit are for --tasks")
+    found: dict[str, Any] = {"model": model}
+    lines = []
+    with_text = tasks is None or text is not None or reference is not None
+    content = read_text(text or BUILTIN, part="evaluation") if with_text else ""
+    settings = {"seq_len": seq_len, "windows": windows}
+    with Bars() as bars:
+        if tasks is not None:
+            from duqpp.tasks import Tasks
+
+            bars.wait("reading the tasks")
+            opened = Tasks(_task_names(tasks), tasks_dir, limit=limit)
+        kept = None
+        if reference is not None:
+            bars.wait("opening the reference")
+            loaded, tokenizer = load_model(reference, progress=bars)
+            tokens = tokenize(tokenizer, content)
+            _, kept = perplexity_and_reference(loaded, tokens, **settings, progress=bars)
+            del loaded
+            gc.collect()  # a model's modules refer to each other
+        bars.wait("opening the model")
+        loaded, tokenizer = load_model(model, progress=bars)
+        if with_text:
+            bars.wait("tokenizing the text")
+            tokens = tokenize(tokenizer, content)
+            result = perplexity(loaded, tokens, **settings, reference=kept, progress=bars)
+            found |= {"text": text or BUILTIN, "reference": reference, **result.to_dict()}
+            lines += perplexity_lines(result)
+        if tasks is not None:
+            bars.stop()
+            scores = opened.run(loaded, tokenizer)
+            found["tasks"] = [score.to_dict() for score in scores]
+            lines += task_lines(scores)
+    if as_json:
+        print_json(found)
+        return
+    print("\n".join(lines))
+
+
+def _task_names(tasks: str) -> list[str]:
+    """ "arc_easy, piqa" as names."""
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise InputError(f"--tasks must be names with commas between, got {tasks!r}")
+    return names
+
+
+@takes_config("samples", "max_steps", "damping", "skip")
+def compare(
+    model: ModelArgument,
+    config: QuantizeConfig,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="METHOD[:OPTION...],... with the options gptq, rtn, per-block, shared, "
+            "alpha=A, weights=RULE, activations=RULE, hessian=float|quantized, "
+            "next=quantized|float, refine=blocks|distill."
+        ),
+    ] = "rtn,hadamard,duquant++,duquant++:gptq",
+    calib: CalibrationOption = BUILTIN,
+    calib_seq_len: Annotated[
+        int, typer.Option(help=OPTIONS["seq_len"][1])
+    ] = QuantizeConfig.seq_len,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", help=f"{_TEXT_HELP}; repeatable, each model is evaluated on every text."
+        ),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
+    windows: WindowsOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2.")] = "0",
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a float MODEL by several methods, and set their evaluations side by side.
+
+    Perplexity, its ratio to the float model's, KL divergence from it in nats per token, and the
+    share of tokens where both expect the same next one most. The quantized models are removed
+    after their evaluation.
+    """
+    from duqpp.compare import FLOAT, parse_methods
+    from duqpp.compare import compare as run
+    from duqpp.models.source import open_source
+    from duqpp.scores import Row
+
+    configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
+    numbers = _parse_seeds(seeds)
+    names = list(configs)
+    texts = text or [BUILTIN]
+    out = sys.stderr if as_json else sys.stdout
+    with Bars() as bars:
+
+        def show(row: Row) -> None:
+            bars.stop()
+            if row.method == FLOAT:
+                print(comparison_header(names, texts), file=out)
+            print(comparison_line(row, names), file=out, flush=True)
+
+        bars.wait("opening the model")
+        found = run(
+            open_source(model),
+            configs,
+            calibration=calib,
+            texts=texts,
+            seq_len=seq_len,
+            windows=windows,
+            seeds=numbers,
+            progress=bars,
+            on_row=show,
+        )
+    if as_json:
+        print_json({"model": model, "seeds": numbers, **found.to_dict()})
+        return
+    for scores in found.rows[0].texts:
+        print(f"evaluated on {scores.windows} windows of {seq_len} tokens from {scores.text}")
+    print(f"convention: {found.convention}")
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds must be whole numbers, as in 0,1,2, got {text!r}") from error
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds names a seed twice: {text}")
+    return seeds
