@@ -44,8 +44,9 @@ help: ## print this list
 demo: setup ## quantize a 135M model, compare methods, generate text, plot; up to 10 minutes
 	$(PY) examples/demo.py
 
-test: setup $(STAMPS)/crosscheck ## run the tests; PYTEST_ARGS="-k e2m1" selects
-	DUQPP_CROSSCHECK="$$(cd $(VENV) && pwd)/crosscheck" $(PY) -m pytest $(PYTEST_ARGS)
+test: setup $(STAMPS)/crosscheck $(STAMPS)/lm_eval ## run the tests; PYTEST_ARGS="-k e2m1" selects
+	venv="$$(cd $(VENV) && pwd)" && DUQPP_CROSSCHECK="$$venv/crosscheck" \
+	  DUQPP_LM_EVAL="$$venv/lm_eval" $(PY) -m pytest $(PYTEST_ARGS)
 
 # Each part skips, and says why, where there is no GPU that torch can use.
 gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, selfcheck, benchmark; JSON in build/gpu
@@ -113,10 +114,11 @@ $(STAMPS)/packages: $(STAMPS)/torch $(wildcard requirements/*.txt)
 	@$(if $(cuda),$(PIP) install --no-deps -r requirements/cuda.txt)
 	@touch $@
 
-$(STAMPS)/crosscheck: $(STAMPS)/torch requirements/crosscheck.txt
-	@echo "duqpp: installing the packages that the tests compare with"
-	@rm -rf $(VENV)/crosscheck
-	@$(PIP) install --no-deps --target $(VENV)/crosscheck -r requirements/crosscheck.txt
+# What the tests compare with, or run, without its being in the way of anything else.
+$(STAMPS)/crosscheck $(STAMPS)/lm_eval: $(STAMPS)/%: $(STAMPS)/torch requirements/%.txt
+	@echo "duqpp: installing the packages of requirements/$*.txt, for the tests"
+	@rm -rf $(VENV)/$*
+	@$(PIP) install --no-deps --target $(VENV)/$* -r requirements/$*.txt
 	@touch $@
 
 # Without build isolation: the pinned tools build it, in build/, and nothing is downloaded again.
