@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 
-Method = Literal["rtn", "hadamard", "random", "duquant", "duquant++", "duqpp"]
+Method = Literal["rtn", "hadamard", "random", "learned", "duquant", "duquant++", "duqpp"]
 RotationScope = Literal["shared", "per-block"]
 Stream = Literal["float", "quantized"]
 Refine = Literal["none", "blocks", "distill"]
@@ -23,9 +23,10 @@ class QuantizeConfig:
     """Options of `duqpp.quantize_model`, each with its default.
 
     method: how the inputs of a linear are rotated. rtn: not at all; hadamard, random: one fixed
-        orthogonal 32x32 matrix; duquant: two outlier-aware rotations around a zigzag permutation;
-        duquant++: one outlier-aware rotation; duqpp: a balanced transform per block (see
-        `duqpp.rotation.balance`), groups quantized one after the other, GPTQ.
+        orthogonal 32x32 matrix; learned: an orthogonal one, trained; duquant: two outlier-aware
+        rotations around a zigzag permutation; duquant++: one outlier-aware rotation; duqpp: a
+        balanced transform per block (see `duqpp.rotation.balance`), groups quantized one after the
+        other, GPTQ.
     rotation: one matrix for all blocks of a linear group, or one per block of 32 channels. None is
         the method's own default: per-block for duqpp, shared for the others.
     gptq: round weights by GPTQ instead of to nearest; None: on for duqpp, off for the others.
@@ -81,6 +82,8 @@ class QuantizeConfig:
             raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
         if self.is_sequential and (alpha or self.rotation != "per-block"):
             raise InputError("duqpp has a transform per block, which takes the place of smoothing")
+        if self.method == "learned" and alpha:
+            raise InputError("learned trains rotations alone: it goes without smoothing")
         if self.refine != "none" and not self.is_sequential:
             raise InputError(f"refine is for the method duqpp, not {self.method}")
         if self.refine != "none" and self.next_inputs == "float":
@@ -121,7 +124,7 @@ class QuantizeConfig:
     @property
     def needs_activations(self) -> bool:
         """Whether calibration activations enter the result at all."""
-        fitted = self.method in ("duquant", "duquant++", "duqpp")
+        fitted = self.method in ("learned", "duquant", "duquant++", "duqpp")
         return fitted or self.gptq or self.effective_smooth_alpha > 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
 from duqpp.quantize_group import GroupReport, group_generator
 from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.refine.distill import DistillReport
+from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards
 from duqpp.sequential import quantize_sequentially
 
@@ -259,7 +260,13 @@ def calibrate_and_quantize(
         statistics = outputs = None
         if inputs is not None:
             statistics, outputs = collect_statistics(block, index, inputs, config)
-        groups = quantize_block(block, index, config, layout, model_config, inputs, statistics)
+        learned = None
+        if config.method == "learned":
+            generator = group_generator(config.seed, f"{layer_prefix(index)}.learned")
+            learned = learn_rotations(block, index, config, inputs, generator)
+        groups = quantize_block(
+            block, index, config, layout, model_config, inputs, statistics, learned
+        )
     if inputs is not None:
         if config.next_inputs == "float":
             inputs.hidden = outputs

@@ -1,6 +1,6 @@
 """Quantize one decoder block: smooth, build transforms, fold and round the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -91,12 +91,14 @@ def quantize_block(
     model_config: Any,
     inputs: BlockInputs | None,
     statistics: dict[str, InputStatistics] | None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> list[GroupReport]:
     """Replace the linears of a float block by quantized ones, in place.
 
     Args:
         inputs, statistics: from calibration; None for a method that reads no activations.
         model_config: transformers configuration, for the attention heads.
+        learned: rotations by group name, for the method learned.
     Returns: one report per linear group.
     Raises: InputError when a weight cannot be quantized; it names the linear.
     """
@@ -107,8 +109,10 @@ def quantize_block(
     smoothed_scales = _smooth(block, plans, statistics, config, model_config)
     for name, plan in plans.items():
         generator = group_generator(config.seed, f"{layer_prefix(index)}.{name}")
-        plan.transform = _transform(
-            config, plan, samples.get(name), smoothed_scales.get(name), generator
+        plan.transform = (
+            InputTransform(BlockRotation.rounded(learned[name]))
+            if learned
+            else _transform(config, plan, samples.get(name), smoothed_scales.get(name), generator)
         )
     hessians = _hessians(block, index, config, plans, inputs, statistics)
     biases = {n: block.get_submodule(n).bias for g in groups for n in g.linears}

@@ -1,6 +1,6 @@
 """`--refine blocks`: train one decoder block's codes to give the float block's outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +36,23 @@ class RefineReport:
         return asdict(self)
 
 
+def block_loss(
+    block: nn.Module, index: int, inputs: BlockInputs, targets: list[Tensor]
+) -> Callable[[int], Tensor]:
+    """A function from a batch to the mean over its tokens of the squared error of the block's
+    outputs over the squared norm of the target; a float32 scalar with a gradient.
+    """
+
+    def loss(batch: int) -> Tensor:
+        out = block(inputs.hidden[batch], **inputs.arguments[batch][index])
+        out = (out[0] if isinstance(out, tuple) else out).float()
+        target = targets[batch].float()
+        error = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-30)
+        return error.mean()
+
+    return loss
+
+
 def refine_block(
     block: nn.Module,
     index: int,
@@ -64,12 +81,7 @@ def refine_block(
     parameters = to_latents(block, groups, latents, rule=config.weight_rule)
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
 
-    def loss(batch: int) -> Tensor:
-        out = block(inputs.hidden[batch], **inputs.arguments[batch][index])
-        out = (out[0] if isinstance(out, tuple) else out).float()
-        target = targets[batch].float()
-        error = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-30)
-        return error.mean()
+    loss = block_loss(block, index, inputs, targets)
 
     def held_loss() -> float:
         with torch.no_grad():

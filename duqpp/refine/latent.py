@@ -4,7 +4,7 @@ Rounding has no gradient, so the backward pass takes it for the identity (straig
 is trained decides which codes are chosen; the transform of the input stays as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ def round_straight_through(x: Tensor, rule: ScaleRule) -> Tensor:
 class RoundedInput:
     """Rotates and rounds what the linears of a group read, once for all that read one tensor."""
 
-    def __init__(self, rotation: Tensor | None, rule: ScaleRule) -> None:
-        self._rotation = None if rotation is None else rotation.detach().float()
+    def __init__(self, rotation: Tensor | Callable[[], Tensor] | None, rule: ScaleRule) -> None:
+        """rotation: [32, 32] or [K/32, 32, 32]; or what gives it anew for each input."""
+        self._rotation = rotation.detach().float() if isinstance(rotation, Tensor) else rotation
         self._rule = rule
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -48,7 +49,8 @@ class RoundedInput:
         if self._last is None or self._last[0] is not x:
             y = x.float()
             if self._rotation is not None:
-                y = rotate_blocks(y, self._rotation)
+                given = isinstance(self._rotation, Tensor)
+                y = rotate_blocks(y, self._rotation if given else self._rotation())
             self._last = x, round_straight_through(y, self._rule)
         return self._last[1]
 

@@ -19,7 +19,7 @@ def held_back(batches: int) -> range:
     Raises: InputError when there are fewer than two batches.
     """
     if batches < 2:
-        raise InputError("--refine needs more calibration text: one batch to train, one to check")
+        raise InputError("training needs more calibration text: one batch to train, one to check")
     return range(batches - max(1, batches // _HELD_SHARE), batches)
 
 
@@ -28,7 +28,7 @@ class LatentOptimizer:
 
     Args:
         parameters: latents. rate: the fraction, for the first steps. steps: how many there will be.
-        betas: Adam's.
+        betas: Adam's. relative: False takes rate as it is.
     """
 
     def __init__(
@@ -38,11 +38,15 @@ class LatentOptimizer:
         rate: float,
         steps: int,
         betas: tuple[float, float] = (0.9, 0.95),
+        relative: bool = True,
     ) -> None:
         self._parameters, self._steps = list(parameters), steps
+        units = [
+            float(p.detach().square().mean().sqrt()) if relative else 1.0 for p in self._parameters
+        ]
         groups = [
-            {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())}
-            for p in self._parameters
+            {"params": [p], "lr": rate * unit}
+            for p, unit in zip(self._parameters, units, strict=True)
         ]
         self.adam = torch.optim.Adam(groups, betas=betas)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -73,6 +77,10 @@ class LatentOptimizer:
         for group, base in zip(self.adam.param_groups, self._schedule.base_lrs, strict=True):
             group["lr"] = base * _share_of_rate(steps, self._steps)
         return steps
+
+
+def _root_mean_square(parameter: Tensor) -> float:
+    return float(parameter.detach().square().mean().sqrt())
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -98,7 +98,7 @@ def test_skipped_linears_are_not_trained(job):
 
 def test_one_batch_is_too_few(job):
     block, latents, block_inputs, targets = job()
-    with pytest.raises(InputError, match="--refine needs more calibration text"):
+    with pytest.raises(InputError, match="training needs more calibration text"):
         refine_block(block, 0, CONFIG, latents, block_inputs.first(1), targets, inputs.generator(0))
 
 

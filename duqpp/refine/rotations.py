@@ -1,0 +1,119 @@
+"""`--method learned`: orthogonal rotations trained through the rounding; the weights stay theirs.
+
+The learned-rotation baseline of the literature (SpinQuant, arXiv 2405.16406), decoder block by
+decoder block: it shows what rotations alone can give.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from duqpp.config import QuantizeConfig
+from duqpp.format import BLOCK_SIZE, ScaleRule
+from duqpp.models.llama import BlockInputs, LinearGroup, quantized_groups
+from duqpp.ops.reference import rotate_blocks
+from duqpp.refine.blocks import block_loss
+from duqpp.refine.latent import RoundedInput, round_straight_through
+from duqpp.refine.schedule import LatentOptimizer, held_back
+from duqpp.rotation.basis import hadamard
+
+_EPOCHS = 4
+_RATE = 1e-2  # of Adam, for the entries of a skew-symmetric matrix: about the angle of a step
+
+
+class Rotation(nn.Module):
+    """A start, float32 [..., 32, 32], times an orthogonal matrix that can be trained."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", start)
+        self.turn = nn.Parameter(torch.eye(BLOCK_SIZE).expand(start.shape).contiguous())
+        orthogonal(self, "turn", orthogonal_map="cayley")
+
+    def forward(self) -> Tensor:
+        return self.start @ self.turn
+
+
+class RotatedLinear(nn.Module):
+    """A float linear with rotated and rounded input and weight; only the rotation can be trained.
+
+    Args:
+        linear: what it stands for; it is kept aside, unchanged.
+        rotation, rounded_input: shared by the linears of a group.
+        rule: scale rule of the weight.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, rotation: Rotation, rounded_input: RoundedInput, rule: ScaleRule
+    ) -> None:
+        super().__init__()
+        self.rotation, self.rounded_input, self._rule = rotation, rounded_input, rule
+        self.linear = (linear,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N] in the dtype of x."""
+        (linear,) = self.linear
+        weight = rotate_blocks(linear.weight.detach().float(), self.rotation())  # R^-T is R
+        y = F.linear(self.rounded_input(x), round_straight_through(weight, self._rule))
+        return (y if linear.bias is None else y + linear.bias.detach().float()).to(x.dtype)
+
+
+def learn_rotations(
+    block: nn.Module,
+    index: int,
+    config: QuantizeConfig,
+    inputs: BlockInputs,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One orthogonal matrix for each linear group, or one for each block of its input.
+
+    They start as a Hadamard with random signs, and are trained together so that the block with
+    rounded weights and activations gives the float block's outputs from the same inputs. The ones
+    with the least loss on held-back batches are kept. The block is left as it was.
+
+    Args:
+        inputs: what the block reads. generator: of the signs, and of the order of batches.
+    Returns: float64 [32, 32] or [K/32, 32, 32] by group name.
+    Raises: InputError when there are fewer than two batches.
+    """
+    held = held_back(len(inputs.hidden))
+    loss = block_loss(block, index, inputs, list(inputs.outputs(block, index)))
+    groups = quantized_groups(index, config.skip)
+    rotations = {g.name: _start(block, g, config, generator) for g in groups}
+    floats = {name: block.get_submodule(name) for g in groups for name in g.linears}
+    for group in groups:
+        rotation = rotations[group.name]
+        rounded_input = RoundedInput(rotation, config.activation_rule)
+        for name in group.linears:
+            linear = RotatedLinear(floats[name], rotation, rounded_input, config.weight_rule)
+            block.set_submodule(name, linear)
+    turns = [parameter for rotation in rotations.values() for parameter in rotation.parameters()]
+    steps = _EPOCHS * held.start
+    optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, betas=(0.9, 0.95), relative=False)
+
+    def evaluate() -> tuple[float, dict[str, Tensor]]:
+        with torch.no_grad():
+            held_loss = sum(float(loss(batch)) for batch in held)
+            return held_loss, {name: rotation().double() for name, rotation in rotations.items()}
+
+    with torch.enable_grad():
+        best = evaluate()
+        for _ in range(_EPOCHS):
+            for batch in torch.randperm(held.start, generator=generator).tolist():
+                loss(batch).backward()
+                optimizer.step()
+            best = min(best, evaluate(), key=lambda found: found[0])
+    for name, linear in floats.items():
+        block.set_submodule(name, linear)
+    return best[1]
+
+
+def _start(
+    block: nn.Module, group: LinearGroup, config: QuantizeConfig, generator: torch.Generator
+) -> Rotation:
+    shape = (BLOCK_SIZE,)
+    if config.rotation == "per-block":
+        shape = (block.get_submodule(group.linears[0]).in_features // BLOCK_SIZE, BLOCK_SIZE)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+    return Rotation(signs[..., None] * hadamard(BLOCK_SIZE).float())
