@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from duqpp.config import QuantizeConfig
 from duqpp.divergence import kl_and_agreement
@@ -57,9 +58,9 @@ def distill(
 ) -> DistillReport:
     """Train the weights of all blocks through their rounding, in place.
 
-    The whole model, its latents, their gradients and Adam's two moments are in memory. The latents
-    with the least divergence on held-back batches are kept, and nothing is changed where that is
-    the start.
+    The whole model, its latents, their gradients and Adam's two moments are in memory, and what is
+    inside of one block for one batch. The latents with the least divergence on held-back batches
+    are kept, and nothing is changed where that is the start.
 
     Args:
         blocks: quantized decoder blocks. latents: of each, by linear.
@@ -85,7 +86,8 @@ def distill(
     def hidden(batch: int) -> Tensor:
         x = inputs.hidden[batch]
         for index, block in enumerate(blocks):
-            out = block(x, **inputs.arguments[batch][index])
+            # What a block computes inside is computed again for its gradients, not kept.
+            out = checkpoint(block, x, use_reentrant=False, **inputs.arguments[batch][index])
             x = out[0] if isinstance(out, tuple) else out
         return x
 

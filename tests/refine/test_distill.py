@@ -112,6 +112,25 @@ class Stopped(BaseException):
     pass
 
 
+def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeypatch):
+    """The weights are those of a run that keeps everything; each block runs twice in a step."""
+    calls, made = [], []
+    for keep in (False, True):
+        blocks, *rest = job()
+        if keep:
+            monkeypatch.setattr(module, "checkpoint", lambda f, x, use_reentrant, **k: f(x, **k))
+        handle = blocks[0].register_forward_pre_hook(
+            lambda *_: calls.append(torch.is_grad_enabled())
+        )
+        report = run((blocks, *rest))
+        handle.remove()
+        assert sum(calls) == report.steps * (1 if keep else 2)
+        calls.clear()
+        made.append([b.state_dict() for b in blocks])
+    for recomputed, kept in zip(*made, strict=True):
+        assert all(torch.equal(v, kept[n]) for n, v in recomputed.items())
+
+
 def test_an_interrupted_run_goes_on_from_its_last_state(job, monkeypatch):
     monkeypatch.setattr(module, "_SAVE_STEPS", 3)
     whole, parts = job(), job()
