@@ -145,7 +145,7 @@ def _origin(config: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[
         rows.append(("seed", str(options["seed"])))
     versions = provenance.get("versions", {})
     if versions:
-        rows.append(("versions", ", ".join(f"{name} {v}" for name, v in versions.items())))
+        rows.append(("versions", ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))))
     return rows
 
 

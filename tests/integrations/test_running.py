@@ -46,7 +46,7 @@ def test_auto_device_map_that_runs_out_of_memory(hadamard, tmp_path):
     model = duqpp.from_pretrained(
         hadamard,
         device_map="auto",
-        max_memory={"cpu": 240_000},
+        max_memory={"cpu": 210_000},
         offload_folder=tmp_path / "offload",
     )
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}, model.hf_device_map
