@@ -6,7 +6,12 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 import duqpp
 from duqpp.errors import CheckpointError, InputError
@@ -123,7 +128,9 @@ def test_weights_are_let_go_one_at_a_time(make_tiny, monkeypatch):
 def test_one_configuration_for_two_models(make_tiny):
     config = DuqppConfig(method="rtn", modules_to_not_convert=["down_proj"])
     before = copy.deepcopy(config.to_dict())
-    first, second = on_load(make_tiny("llama"), config), on_load(make_tiny("qwen3"), config)
+    # By their classes: the Auto classes would copy the configuration themselves.
+    first = LlamaForCausalLM.from_pretrained(make_tiny("llama"), quantization_config=config)
+    second = Qwen3ForCausalLM.from_pretrained(make_tiny("qwen3"), quantization_config=config)
     assert config.to_dict() == before
     bases = [m.config.quantization_config.layout.provenance["base_model"] for m in (first, second)]
     assert bases == [make_tiny("llama").name, make_tiny("qwen3").name]
