@@ -103,9 +103,9 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
-    from duqpp.compare import linear_storage
-    from duqpp.inspection import mean_errors
+    from duqpp.models.checkpoint import linear_storage
     from duqpp.quantize import quantize_model
+    from duqpp.quantize_group import mean_errors
 
     with Bars() as bars, _resumable(out):
         bars.wait("opening the model")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
@@ -18,7 +17,7 @@ from duqpp.divergence import Reference
 from duqpp.errors import InputError
 from duqpp.evaluate import PerplexityResult, perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import from_pretrained
-from duqpp.models.checkpoint import Progress
+from duqpp.models.checkpoint import Progress, linear_storage
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
 from duqpp.quantize import quantize_model
@@ -26,7 +25,6 @@ from duqpp.scores import Comparison, Row, Run, Scores
 
 FLOAT = "float"
 # What a quantized linear has on disk besides its bias, by the last component of the name.
-_STORED = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permutation")
 _FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
@@ -142,23 +140,6 @@ def compare(
         sample.samples,
         sample.seq_len,
     )
-
-
-def linear_storage(folder: Path) -> tuple[int, int]:
-    """Size of the quantized linears of a checkpoint.
-
-    Returns: bytes of their codes, scales and rotations, and how many weights they hold.
-    """
-    size = weights = 0
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                kind = name.rpartition(".")[2]
-                if kind in _STORED:
-                    tensor = file.get_tensor(name)
-                    size += tensor.numel() * tensor.element_size()
-                    weights += 2 * tensor.numel() if kind == "weight_packed" else 0
-    return size, weights
 
 
 def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:

@@ -13,10 +13,9 @@ from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, download, is_gguf, open_source
 from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
 from duqpp.quantize_block import layout_of
-from duqpp.quantize_group import GroupReport
+from duqpp.quantize_group import GroupReport, mean_errors
 
 KINDS = tuple(group.name for group in GROUPS)
-_MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,6 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self) | {"mean_errors": mean_errors(self.groups)}
-
-
-def mean_errors(groups: list[GroupReport]) -> dict[str, float | None]:
-    """Mean of each error over the groups; None for an error that the groups do not have."""
-    means: dict[str, float | None] = {}
-    for name in _MEANS:
-        values = [getattr(g, name) for g in groups if getattr(g, name) is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
 
 
 def layer_and_kind(group: GroupReport) -> tuple[int, str]:

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from duqpp.models.checkpoint import (
     write_json,
     write_shard,
 )
+from duqpp.models.finish import GUARD, GUARD_FIELD, write_card
 from duqpp.models.layout import Layout, quantized_block
 from duqpp.models.llama import (
     BlockInputs,
@@ -34,9 +35,9 @@ from duqpp.models.llama import (
     check_architecture,
     layer_prefix,
 )
-from duqpp.models.source import Source, fingerprint, open_source
+from duqpp.models.source import Source, base_model, fingerprint, open_source
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
-from duqpp.quantize_group import GroupReport, group_generator
+from duqpp.quantize_group import GroupReport, group_generator, mean_errors
 from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.refine.distill import DistillReport
 from duqpp.refine.rotations import learn_rotations
@@ -122,7 +123,8 @@ def quantize_model(
     _make_folder(work)
     try:
         write_json(work / JOB_FILE, job)
-        layout = layout_of(config, _provenance(source, config, data))
+        origin = provenance(source.config.name_or_path, config, data)
+        layout = layout_of(config, origin)
         stack = DecoderStack(source)
         done = _quantize_blocks(stack, config, layout, tokens, work, progress)
         _finish(source, tokenizer, layout, stack.dtype, work, done)
@@ -292,7 +294,7 @@ def _finish(
     work: Path,
     done: _Done,
 ) -> None:
-    """Configurations, index, tokenizer and report."""
+    """Configurations, index, tokenizer, report and model card."""
     weight_map, size = {}, 0
     for shard in sorted(work.glob("*.safetensors")):
         for name, tensor in read_shard(shard).items():
@@ -305,7 +307,9 @@ def _finish(
         config.pop(transient, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["architectures"] = config.get("architectures") or [_causal_class(source.config)]
-    config["quantization_config"] = layout.to_dict()
+    measured = layout.provenance | {"mean_errors": mean_errors(done.groups)}
+    config["quantization_config"] = replace(layout, provenance=measured).to_dict()
+    config[GUARD_FIELD] = GUARD
     write_json(work / "config.json", config)
     tokenizer.save_pretrained(work)
     if (generation := source.generation_config()) is not None:
@@ -316,6 +320,7 @@ def _finish(
     if done.refined:
         report["refined"] = [block.to_dict() for block in done.refined]
     write_json(work / REPORT_FILE, report)
+    write_card(work)
 
 
 def _causal_class(config: Any) -> str:
@@ -412,11 +417,12 @@ def _make_folder(work: Path) -> None:
         raise InputError(f"cannot write to {work}: {error.strerror}") from error
 
 
-def _provenance(source: Source, config: QuantizeConfig, data: str) -> dict[str, Any]:
+def provenance(name_or_path: str | None, config: QuantizeConfig, data: str) -> dict[str, Any]:
+    """Where a checkpoint comes from: float model, calibration data, options, versions."""
     import transformers
 
     return {
-        "base_model": Path(source.config.name_or_path or "").name,
+        "base_model": base_model(name_or_path or ""),
         "calibration": data,
         "configuration": config.to_dict(),
         "versions": {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from duqpp.calibration.smoothing import (
 )
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.config import QuantizeConfig
-from duqpp.format import BLOCK_SIZE, dequantize
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
 from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
     BlockInputs,
+    check_finite,
     head_dim,
     is_whole,
     layer_prefix,
@@ -36,6 +38,7 @@ from duqpp.quantize_group import (
     group_outputs,
     observed,
     plan_group,
+    plan_weights,
     quantize_weights,
     report_group,
 )
@@ -127,6 +130,26 @@ def quantize_block(
             report_group(index, plan, quantized, samples.get(name), exact.get(name), config)
         )
     return reports
+
+
+def quantize_linear(
+    name: str, weight: Tensor, config: QuantizeConfig
+) -> tuple[MXFP4Tensor, InputTransform]:
+    """One linear by itself, as `quantize_block` does it, by a method that reads no activations.
+
+    Args:
+        name: in the model, such as "model.layers.3.mlp.up_proj".
+        weight: floating point [N, K].
+    Returns: the folded weight, and what the linear does to its input.
+    Raises: InputError when the weight cannot be quantized; it names the linear.
+    """
+    check_finite(weight, f"{name}.weight")
+    index, linear = name.removeprefix("model.layers.").split(".", 1)
+    group = next(g for g in quantized_groups(int(index), config.skip) if linear in g.linears)
+    plan = plan_weights(replace(group, linears=(linear,)), {linear: weight})
+    generator = group_generator(config.seed, f"{layer_prefix(int(index))}.{group.name}")
+    plan.transform = _transform(config, plan, None, None, generator)
+    return quantize_weights(plan, None, config, int(index))[linear].quantized, plan.transform
 
 
 def _smooth(

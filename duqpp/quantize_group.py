@@ -19,6 +19,7 @@ from duqpp.ops import quantize
 from duqpp.rotation import InputTransform
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
+_MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
 REPORT_ROWS = 256  # of them, on which the report's errors are measured
 
 
@@ -46,6 +47,15 @@ class GroupReport:
         return asdict(self)
 
 
+def mean_errors(groups: list[GroupReport]) -> dict[str, float | None]:
+    """Mean of each error over the groups; None for an error that the groups do not have."""
+    means: dict[str, float | None] = {}
+    for name in _MEANS:
+        values = [getattr(g, name) for g in groups if getattr(g, name) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
 @dataclass
 class GroupPlan:
     """One group on its way: weights in float32, what absorbs its smoothing, and its transform.
@@ -65,7 +75,12 @@ class GroupPlan:
 
 
 def plan_group(block: nn.Module, group: LinearGroup) -> GroupPlan:
-    weights = {n: block.get_submodule(n).weight.detach().float() for n in group.linears}
+    return plan_weights(group, {n: block.get_submodule(n).weight for n in group.linears})
+
+
+def plan_weights(group: LinearGroup, weights: dict[str, Tensor]) -> GroupPlan:
+    """The plan of a group with these weights, by name, before anything is smoothed."""
+    weights = {name: weight.detach().float() for name, weight in weights.items()}
     channels = next(iter(weights.values())).shape[1]
     return GroupPlan(group, weights, torch.ones(channels, dtype=torch.float64))
 

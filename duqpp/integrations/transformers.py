@@ -1,6 +1,6 @@
-"""transformers: loads duqpp checkpoints through `from_pretrained`, once duqpp is imported."""
+"""transformers: `from_pretrained` of quantized and float models, once duqpp is imported."""
 
-import json
+import copy
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.format import BLOCK_SIZE
-from duqpp.models.checkpoint import (
-    CHECKSUMS_KEY,
-    Progress,
-    checksum,
-    read_json,
-    shard_files,
-    verify_checkpoint,
-)
-from duqpp.models.layout import QUANT_METHOD, Layout, convert_model
-from duqpp.models.llama import check_architecture
+from duqpp.integrations.on_load import QuantizeOnLoad
+from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
+from duqpp.models.checkpoint import Progress, read_json, shard_files, verify_checkpoint
+from duqpp.models.finish import GUARD_FIELD
+from duqpp.models.layout import QUANT_METHOD, Layout, convert_model, share_inputs
+from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
-from duqpp.nn import MXFP4Linear
+from duqpp.nn import MXFP4Linear, unshare_input
+from duqpp.quantize import provenance
+from duqpp.quantize_block import layout_of
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
@@ -37,11 +36,29 @@ AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
 
 @register_quantization_config(QUANT_METHOD)
 class DuqppConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a duqpp checkpoint, as transformers wants it."""
+    """The `quantization_config` of transformers: how a model is to be quantized, or was.
+
+    To quantize a float checkpoint while it loads, by the same arithmetic as `duqpp quantize`::
+
+        AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=DuqppConfig(method="rtn"))
+
+    Args:
+        method: "hadamard" (the default here), "rtn" or "random": what reads no activations.
+        modules_to_not_convert: transformers' name for the field `skip` of `duqpp.QuantizeConfig`.
+        values: other fields of `duqpp.QuantizeConfig`. With quant_method among them, they are those
+            of a checkpoint's config.json instead, which transformers passes.
+    Raises: InputError for a bad option, or one that needs calibration; CheckpointError for a bad
+        field of a checkpoint.
+    """
 
     def __init__(self, **values: Any) -> None:
-        self.layout = Layout.from_dict({"quant_method": QUANT_METHOD, **values})
         self.quant_method = QUANT_METHOD
+        self.options: QuantizeConfig | None = None
+        if "quant_method" in values:
+            self.layout = Layout.from_dict(values)
+        else:
+            self.options = _options(values)
+            self.layout = layout_of(self.options, {})
 
     def to_dict(self) -> dict[str, Any]:
         return self.layout.to_dict()
@@ -50,28 +67,77 @@ class DuqppConfig(QuantizationConfigMixin):
         return {}
 
 
+def _options(values: dict[str, Any]) -> QuantizeConfig:
+    """The options of `DuqppConfig`, checked."""
+    if (skip := values.pop("modules_to_not_convert", None)) is not None:
+        if "skip" in values:
+            raise InputError("DuqppConfig: modules_to_not_convert and skip are the same: give one")
+        values["skip"] = tuple(skip)
+    options = QuantizeConfig.from_dict({"method": "hadamard"} | values)
+    if options.needs_activations:
+        raise InputError(
+            "DuqppConfig: these options need calibration, which a model that loads does not get; "
+            'give method="rtn", "hadamard" or "random" alone, or run '
+            f"`duqpp quantize MODEL OUT --method {options.method}` first"
+        )
+    return options
+
+
 @register_quantizer(QUANT_METHOD)
 class DuqppQuantizer(HfQuantizer):
-    """Builds the quantized modules before transformers loads tensors into them by name."""
+    """Builds the quantized modules, into which transformers loads tensors by name.
+
+    For a quantized checkpoint they are there before anything is loaded; of a float one each linear
+    is replaced when its weight has been read.
+    """
+
+    def __init__(self, quantization_config: DuqppConfig, **kwargs: Any) -> None:
+        # A copy: what was loaded is written into it, and one configuration may load many models.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self._on_load: QuantizeOnLoad | None = None
+        self._weights: frozenset[str] = frozenset()  # names of those that `_on_load` quantizes
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and self.quantization_config.options is None:
             raise InputError(
-                "duqpp does not quantize while loading: run `duqpp quantize MODEL OUT` first"
+                "quantization_config describes a quantized checkpoint, but the model is a float "
+                'one; to quantize it while it loads, give DuqppConfig(method="hadamard")'
             )
+
+    # transformers up to 5.20 calls the first, from 5.18 on the second, before it looks for files.
+    def update_tp_plan(self, config: Any) -> Any:
+        return _without_guard(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return _without_guard(config)
 
     @property
     def quantized_element_size(self) -> float:
         return 0.5 + 1 / BLOCK_SIZE  # bytes: 4 bits and a share of a scale byte
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return False
+        return param_name in self._weights
+
+    def get_quantize_ops(self) -> QuantizeOnLoad | None:
+        return self._on_load
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        check_architecture(model.config, ())
-        convert_model(model, self.quantization_config.layout)
+        options, layout = self.quantization_config.options, self.quantization_config.layout
+        check_architecture(model.config, options.skip if options else ())
+        if not hasattr(getattr(model, "model", None), "layers"):
+            raise InputError(
+                "duqpp loads a model with its head (AutoModelForCausalLM), not "
+                f"{type(model).__name__}"
+            )
+        if not self.pre_quantized:
+            origin = provenance(model.config.name_or_path, options, "none")
+            self.quantization_config.layout = layout_of(options, origin)
+            self._on_load = QuantizeOnLoad(self.quantization_config.layout, options)
+            self._weights = frozenset(f"{name}.weight" for name in _linears(model, options.skip))
+            return
+        convert_model(model, layout)
         files = [Path(file) for file in checkpoint_files or []]
         if not files:
             raise CheckpointError("a duqpp checkpoint is loaded from its safetensors files only")
@@ -81,15 +147,46 @@ class DuqppQuantizer(HfQuantizer):
             _verify(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # transformers has made every floating-point parameter a trained one.
+        if self._on_load is not None:
+            self._check_quantized(model)
+            share_inputs(model, self.quantization_config.layout)
+            self._on_load, self._weights = None, frozenset()
         for module in model.modules():
+            # transformers has made every floating-point parameter a trained one.
             if isinstance(module, MXFP4Linear):
                 module.requires_grad_(False)
                 module.prepare()
+            # What is offloaded is in memory only inside the linear's own forward.
+            elif any(parameter.is_meta for parameter in module.parameters()):
+                unshare_input(module)
+        complete_on_save(model)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        checksums = {name: checksum(tensor) for name, tensor in model.state_dict().items()}
-        return None, {CHECKSUMS_KEY: json.dumps(checksums)}
+    def _check_quantized(self, model: Any) -> None:
+        """Raise InputError unless every linear that was to be quantized has been."""
+        if self._on_load.failures:
+            raise self._on_load.failures[0]
+        for weight in sorted(self._weights):
+            if not isinstance(model.get_submodule(weight.removesuffix(".weight")), MXFP4Linear):
+                raise InputError(f"{model.config.name_or_path} has no tensor {weight}")
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Put float linears with the effective weights in the place of the quantized ones."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        quantized = {n: m for n, m in model.named_modules() if isinstance(m, MXFP4Linear)}
+        if any(parameter.is_meta for m in quantized.values() for parameter in m.parameters()):
+            raise InputError("dequantize: part of the model is offloaded; load it without")
+        for module in model.modules():
+            unshare_input(module)
+        for name, linear in quantized.items():
+            model.set_submodule(name, linear.dequantized(dtype))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        forget_on_save(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        return state_and_checksums(model)
 
     def is_serializable(self) -> bool:
         return True
@@ -101,6 +198,24 @@ class DuqppQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _without_guard(config: Any) -> Any:
+    """A configuration whose weights are looked for as usual: duqpp is there to read them."""
+    file = getattr(config, GUARD_FIELD, None)
+    if file is not None and not str(file).endswith((".safetensors", ".safetensors.index.json")):
+        delattr(config, GUARD_FIELD)
+    return config
+
+
+def _linears(model: Any, skip: tuple[str, ...]) -> list[str]:
+    """Names of the linears that are quantized."""
+    return [
+        f"{layer_prefix(index)}.{linear}"
+        for index in range(len(model.model.layers))
+        for group in quantized_groups(index, skip)
+        for linear in group.linears
+    ]
 
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")

@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F32": torch.float32}
 _DTYPES |= {"BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LINEAR = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permutation")
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -118,6 +119,42 @@ def shard_files(folder: Path) -> list[Path]:
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise CheckpointError(f"{index} names the shard {shard!r}, which is not in {folder}")
     return [folder / shard for shard in shards]
+
+
+def linear_storage(folder: Path) -> tuple[int, int]:
+    """Size of the quantized linears of a checkpoint, from the headers of its shards.
+
+    Returns: bytes of their codes, scales, rotations and permutations, and how many weights they
+    hold.
+    """
+    size = weights = 0
+    for shard in sorted(folder.glob("*.safetensors")):
+        header, _ = _read_header(shard)
+        for name, entry in header.items():
+            kind = name.rpartition(".")[2]
+            if kind in _LINEAR:
+                begin, end = entry["data_offsets"]
+                size += end - begin
+                weights += 2 * (end - begin) if kind == "weight_packed" else 0
+    return size, weights
+
+
+def settle_metadata(path: Path) -> None:
+    """Put the metadata of a shard in one order, and leave it the checksums of its own tensors.
+
+    The safetensors library writes metadata in an order that differs from run to run, and a model
+    that is saved has one set of metadata for all of its shards. In place: the header keeps its
+    length, and the tensors stay where they are.
+    """
+    header, start = _read_header(path)
+    metadata = header["__metadata__"]
+    checksums = json.loads(metadata[CHECKSUMS_KEY])
+    own = {name: checksums[name] for name in sorted(header) if name in checksums}
+    header["__metadata__"] = {"format": metadata["format"], CHECKSUMS_KEY: json.dumps(own)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(text.ljust(start - 8))
 
 
 def verify_checkpoint(

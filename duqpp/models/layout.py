@@ -147,6 +147,17 @@ def convert_group(
     for name in group.linears:
         linear = layout.empty_linear(block.get_submodule(name), device=device)
         block.set_submodule(name, linear)
+    _share_input(block, group)
+
+
+def share_inputs(model: nn.Module, layout: Layout) -> None:
+    """Let the groups of a model whose linears are all swapped in share their inputs."""
+    for index, block in enumerate(model.model.layers):
+        for group in quantized_groups(index, layout.skip):
+            _share_input(block, group)
+
+
+def _share_input(block: nn.Module, group: LinearGroup) -> None:
     if is_whole(group) and len(group.linears) > 1:
         owner = block.get_submodule(group.owner)
         share_input(owner, [block.get_submodule(name) for name in group.linears])

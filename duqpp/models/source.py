@@ -234,6 +234,16 @@ def download(model: str, **options: Any) -> Path:
         ) from error
 
 
+def base_model(name_or_path: str) -> str:
+    """What to call a model that was read from here: its name on the hub, or that of its folder."""
+    path = Path(name_or_path)
+    # The hub's cache has folders models--OWNER--NAME/snapshots/COMMIT.
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    is_hub_name = name_or_path.count("/") == 1 and not path.is_absolute() and not path.exists()
+    return name_or_path if is_hub_name else path.name
+
+
 def _plain_config(config: Any) -> dict[str, Any]:
     """The configuration without what depends on where and by whom it was read."""
     values = json.loads(config.to_json_string(use_diff=False))

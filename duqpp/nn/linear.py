@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.ops import (
     mxfp4_gemm,
     mxfp4_linear,
@@ -129,6 +129,31 @@ class MXFP4Linear(nn.Module):
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
         if prepared is not None:
             self.prepare()
+
+    def float_weight(self) -> Tensor:
+        """The weight of the linear that this one approximates: float32 [N, K], the rotation undone.
+
+        ``y`` is ``x @ float_weight().T + bias`` but for the rounding of the rotated input.
+        """
+        weight = dequantize(self.weight)
+        if self.rotation is not None:
+            weight = rotate_blocks(weight, self.rotation.float().mT)
+        if self.permutation is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.permutation.long(), weight)
+        if self.pre_rotation is not None:
+            weight = rotate_blocks(weight, self.pre_rotation.float().mT)
+        return weight
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Linear:
+        """A float linear with `float_weight` and the bias, on this one's device."""
+        device = self.weight_packed.device
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
+        )
+        linear.weight = nn.Parameter(self.float_weight().to(device, dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(device, dtype))
+        return linear
 
     def _operand(self) -> tuple[MXFP4Tensor, str]:
         """The weight as a backend's GEMM reads it, and that backend."""

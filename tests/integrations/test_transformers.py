@@ -532,13 +532,13 @@ def test_revision_of_a_hub_name(checkpoint, monkeypatch):
     assert asked == [("someone/out", {"revision": "v2", "cache_dir": "c"})]
 
 
-def test_float_models_are_not_quantized_while_loading(tiny_llama):
+def test_configuration_of_a_checkpoint_for_a_float_model(tiny_llama):
     from duqpp.integrations.transformers import DuqppConfig
 
     config = DuqppConfig(
         **duqpp.models.layout.Layout("rtn", "none", False, "mse", "even").to_dict()
     )
-    with pytest.raises(InputError, match="run `duqpp quantize MODEL OUT` first"):
+    with pytest.raises(InputError, match="describes a quantized checkpoint"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
 
 

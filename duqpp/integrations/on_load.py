@@ -1,0 +1,53 @@
+"""Quantize a float checkpoint while transformers loads it, one weight at a time."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.models.layout import Layout
+from duqpp.quantize_block import quantize_linear
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Puts an MXFP4Linear in the place of a float linear whose weight has just been read.
+
+    failures: errors so far. transformers would wrap them in reports of its own: whoever made this
+        raises the first one when loading is over, and until then nothing more is quantized.
+    """
+
+    def __init__(self, layout: Layout, config: QuantizeConfig) -> None:
+        self.layout, self.config = layout, config
+        self.failures: list[InputError] = []
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *_: Any,
+        model: Any,
+        full_layer_name: str,
+        missing_keys: set[str],
+        **__: Any,
+    ) -> dict[str, Tensor]:
+        """From {"NAME.weight": float [N, K]} to the tensors of NAME by their names in the model."""
+        ((_, value),) = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        if self.failures:
+            return {}
+        try:
+            packed, transform = quantize_linear(name, weight.cpu(), self.config)
+        except InputError as error:
+            self.failures.append(error)
+            return {}
+        linear = model.get_submodule(name)
+        quantized = self.layout.empty_linear(linear, device="meta")
+        quantized.bias = linear.bias  # loaded already, or still to be
+        model.set_submodule(name, quantized)
+        missing_keys.discard(full_layer_name)
+        tensors = {"weight_packed": packed.codes.clone(), "weight_scale": packed.scales.clone()}
+        if transform.rotation is not None:
+            tensors["rotation"] = transform.rotation.matrix.clone()
+        return {f"{name}.{kind}": tensor.to(weight.device) for kind, tensor in tensors.items()}
