@@ -25,7 +25,7 @@ from duqpp.ops import kernels
 from duqpp.ops.dispatch import BACKENDS
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
-COMMANDS = ("quantize", "eval", "generate", "doctor", "selfcheck", "inspect", "compare")
+COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "inspect", "compare")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ ROOT = "duqpp"
 BASE = {"torch"}
 HOSTS = {
     "models": {"safetensors"},
-    "integrations": {"transformers"},
+    "integrations": {"transformers", "vllm"},  # each its own
     "compare": {"safetensors"},
     "options": {"typer"},
     "terminal": {"rich"},

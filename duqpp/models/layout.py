@@ -97,13 +97,16 @@ class Layout:
             provenance=_field({"provenance": {}} | values, "provenance", dict),
         )
 
+    def rotation_shape(self, columns: int) -> tuple[int, ...] | None:
+        """Shape of the rotation of a linear with K = `columns`; None where there is none."""
+        blocks = columns // BLOCK_SIZE
+        return {"none": None, "shared": (32, 32), "per_block": (blocks, 32, 32)}[self.rotation]
+
     def empty_linear(
         self, linear: nn.Linear, *, device: torch.device | str | None = None
     ) -> MXFP4Linear:
         """An MXFP4Linear with the shape of `linear`, its values still to be loaded."""
-        blocks = linear.in_features // BLOCK_SIZE
-        shapes = {"none": None, "shared": (32, 32), "per_block": (blocks, 32, 32)}
-        shape = shapes[self.rotation]
+        shape = self.rotation_shape(linear.in_features)
         return MXFP4Linear(
             linear.in_features,
             linear.out_features,

@@ -1,0 +1,267 @@
+"""compressed-tensors: a duqpp checkpoint in the format that vLLM runs without duqpp.
+
+The weights stay what they are, bit for bit: codes and scale bytes of `mxfp4-pack-quantized` are
+those of duqpp. A rotation becomes a transform of type "random-hadamard": vLLM and
+compressed-tensors both use the matrix stored for it, divided by sqrt(32). What differs is up to the
+engine, which rotates activations in the model's dtype and scales them by a rule of its own.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import duqpp
+from duqpp.errors import CheckpointError, InputError
+from duqpp.format import BLOCK_SIZE
+from duqpp.integrations.serving import check_index, is_quantized, served_layout
+from duqpp.models.checkpoint import (
+    INDEX_FILE,
+    Progress,
+    read_json,
+    read_shard,
+    shard_files,
+    write_json,
+    write_shard,
+)
+from duqpp.models.layout import Layout
+from duqpp.models.llama import GROUPS, layer_prefix
+from duqpp.models.source import download
+
+_NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did: folder, bytes of the shards, number of transforms.
+
+    remarks: how a model differs that is served from it; they are in the model card as well.
+    """
+
+    folder: Path
+    weight_bytes: int
+    transforms: int
+    remarks: tuple[str, ...]
+
+
+def export_compressed_tensors(
+    model: str | Path, out: str | Path, *, progress: Progress | None = None
+) -> ExportReport:
+    """Write a duqpp checkpoint as compressed-tensors `mxfp4-pack-quantized`, for vLLM alone.
+
+    Works in `OUT.partial` and renames it: `out` is either absent or whole.
+
+    Args:
+        model: duqpp checkpoint: local folder, or hub name.
+        out: folder to create; it must not exist, or be empty.
+        progress: called with ("export", shards done, shards in all).
+    Raises: InputError for what the format, or vLLM's reading of it, cannot express: a rotation per
+        block, DuQuant's permutation, a bias behind a rotation, a fused linear that is quantized in
+        part. CheckpointError for a damaged checkpoint.
+    """
+    progress = progress or (lambda stage, done, total: None)
+    folder, out = Path(model).expanduser(), Path(out)
+    folder = folder if folder.exists() else download(str(model))
+    config = read_json(folder / "config.json")
+    values = config.get("quantization_config")
+    if not isinstance(values, dict):
+        raise InputError(f"{folder} is not quantized; run `duqpp quantize` first")
+    layout = served_layout(values)
+    if layout.rotation == "per_block":
+        raise InputError(
+            f"{folder} has one rotation per block, and compressed-tensors has one matrix for all; "
+            "quantize with --rotation shared, or serve it exactly with duqpp's vLLM plugin"
+        )
+    groups, skipped = _groups(config, layout)
+    conversion = _Conversion(frozenset(name for group in groups for name in group))
+    files = shard_files(folder)
+    work = _work_folder(out)
+    try:
+        found, weight_map, size = {}, {}, 0
+        for done, file in enumerate(files):
+            progress("export", done, len(files))
+            tensors = read_shard(file)
+            found |= dict.fromkeys(tensors, file.name)
+            tensors = conversion.convert(tensors)
+            write_shard(work / file.name, tensors)
+            weight_map |= dict.fromkeys(tensors, file.name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        check_index(folder, found)
+        schemes = conversion.schemes(groups) if layout.rotation == "shared" else {}
+        remarks = _remarks(layout)
+        write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        config["quantization_config"] = _quantization_config(skipped, schemes)
+        write_json(work / "config.json", config)
+        (work / "README.md").write_text(_card(out.name, layout, remarks), encoding="utf-8")
+        names = {file.name for file in files}
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name not in names and file.name not in _NOT_COPIED:
+                shutil.copyfile(file, work / file.name)
+        if out.exists():
+            out.rmdir()  # empty, as `_work_folder` has seen
+        os.replace(work, out)
+    except OSError as error:
+        shutil.rmtree(work)
+        raise InputError(f"cannot write to {work}: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    return ExportReport(out, size, len(schemes), remarks)
+
+
+@dataclass
+class _Conversion:
+    """Tensors of duqpp under the names of compressed-tensors; equal rotations are one scheme.
+
+    quantized: names of the quantized linears. scheme_of: name of each one's scheme, once seen.
+    """
+
+    quantized: frozenset[str]
+    scheme_of: dict[str, str] = field(default_factory=dict)
+    _names: dict[bytes, str] = field(default_factory=dict)
+
+    def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a shard."""
+        converted = {}
+        for name, tensor in tensors.items():
+            linear, _, kind = name.rpartition(".")
+            if linear not in self.quantized or kind in ("weight_packed", "weight_scale"):
+                converted[name] = tensor
+            elif kind == "rotation":
+                scheme = self._scheme(tensor)
+                self.scheme_of[linear] = scheme
+                # Divided by sqrt(32) again on load, in the dtype that the model then has.
+                scaled = tensor.float() * math.sqrt(BLOCK_SIZE)
+                converted[f"{linear}.{scheme}_input.weight"] = scaled
+            elif kind == "bias" and f"{linear}.rotation" in tensors:
+                raise InputError(
+                    f"{linear} has a bias, which vLLM refuses behind a compressed-tensors "
+                    "transform; serve the checkpoint with duqpp's vLLM plugin"
+                )
+            else:
+                converted[name] = tensor
+        return converted
+
+    def _scheme(self, rotation: Tensor) -> str:
+        key = rotation.contiguous().view(torch.uint8).numpy().tobytes()
+        return self._names.setdefault(key, f"rotation{len(self._names)}")
+
+    def schemes(self, groups: list[tuple[str, ...]]) -> dict[str, list[str]]:
+        """The linears of each scheme. Raises: CheckpointError where a group's are not one."""
+        members: dict[str, list[str]] = {}
+        for group in groups:
+            found = {self.scheme_of.get(name) for name in group}
+            if len(found) > 1 or None in found:
+                raise CheckpointError(f"{', '.join(group)} share one input but not one rotation")
+            members.setdefault(found.pop(), []).extend(group)
+        return members
+
+
+def _groups(config: dict[str, Any], layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The quantized linears, by the input that they share, and those that are not quantized."""
+    groups, skipped = [], ["lm_head"]
+    for index in range(config["num_hidden_layers"]):
+        for group in GROUPS:
+            names = tuple(f"{layer_prefix(index)}.{name}" for name in group.linears)
+            if is_quantized(names, layout.skip):
+                groups.append(names)
+            else:
+                skipped += names
+    return groups, skipped
+
+
+def _quantization_config(skipped: list[str], schemes: dict[str, list[str]]) -> dict[str, Any]:
+    """As compressed-tensors has it in config.json.
+
+    Source: compressed-tensors 0.20, `QuantizationConfig` and `TransformConfig`.
+    """
+    mxfp4 = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": BLOCK_SIZE,
+        "symmetric": True,
+        "observer": None,
+        "scale_dtype": "torch.uint8",
+    }
+    values: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": skipped,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "mxfp4-pack-quantized",
+                "weights": {**mxfp4, "dynamic": False},
+                "input_activations": {**mxfp4, "dynamic": True},
+            }
+        },
+    }
+    if schemes:
+        values["transform_config"] = {
+            "config_groups": {
+                scheme: {
+                    "type": "random-hadamard",
+                    "head_dim": BLOCK_SIZE,
+                    "precision": "torch.float32",
+                    "apply": [{"targets": linears, "location": "input"}],
+                }
+                for scheme, linears in schemes.items()
+            }
+        }
+    return values
+
+
+def _remarks(layout: Layout) -> tuple[str, ...]:
+    rule = layout.activation_rule
+    remarks = [
+        "For vLLM alone: transformers ignores the transforms of compressed-tensors, and would run "
+        "this model without its rotations, wrongly and without an error.",
+        "Weights are exactly those of the duqpp checkpoint. Activations are approximate: vLLM's "
+        f"kernels round their scales by a rule of their own (FlashInfer's: ceil), not by {rule}, "
+        "for which this model was quantized; its Marlin kernel, for GPUs before Blackwell, does "
+        "not quantize them at all.",
+    ]
+    if layout.rotation != "none":
+        remarks.append(
+            "vLLM applies the rotations in the model's dtype, and only without tensor parallelism."
+        )
+    remarks.append("duqpp's own checkpoint and its vLLM plugin have none of these limits.")
+    return tuple(remarks)
+
+
+def _card(name: str, layout: Layout, remarks: tuple[str, ...]) -> str:
+    base = layout.provenance.get("base_model") or "a float model"
+    return "\n".join(
+        [
+            "---",
+            "library_name: vllm",
+            "tags: [mxfp4, compressed-tensors, duqpp]",
+            "---",
+            f"# {name}",
+            "",
+            f"{base}, quantized to MXFP4 (W4A4) by duqpp, method `{layout.method}`, and exported "
+            f"to compressed-tensors by `duqpp export` of duqpp {duqpp.__version__}.",
+            "",
+            *(f"- {remark}" for remark in remarks),
+            "",
+        ]
+    )
+
+
+def _work_folder(out: Path) -> Path:
+    """`OUT.partial`, new. Raises: InputError where it or `out` is in the way."""
+    work = out.with_name(out.name + ".partial")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise InputError(f"output {out} exists and is not an empty folder")
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {work}: {error.strerror}") from error
+    return work
