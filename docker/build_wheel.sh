@@ -15,7 +15,7 @@
 # as TORCH and TORCH_INDEX of the Makefile. Which kernels are compiled: the variables of docs/settings.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-unset PYTHONPATH PYTHONHOME PYTEST_ADDOPTS
+unset PYTHONPATH PYTHONHOME PYTEST_ADDOPTS DUQPP_CROSSCHECK DUQPP_LM_EVAL
 
 python=python3 torch=torch==2.13.0 torch_index=''
 env=build/wheel-env out=dist venv='' tests=quick
@@ -43,9 +43,10 @@ if [[ -z $venv ]]; then # outside of the source folder, so that nothing of it ca
   venv=$temporary/venv
 fi
 
-# The quick part: everything that reads the compiled library or what lies beside it in the wheel.
-QUICK=(tests/format tests/ops tests/nn tests/cuda/test_kernel_table.py tests/test_selfcheck.py
-  tests/test_cli.py tests/models/test_checkpoint.py)
+# The quick part: the compiled library on every instruction set, the ops over it, models that run on them,
+# and every command from quantize to generate. What is plain Python is the same file in a wheel.
+QUICK=(tests/ops/test_native.py tests/ops/test_library.py tests/ops/test_mxfp4_linear.py tests/nn
+  tests/cuda/test_kernel_table.py tests/test_selfcheck.py tests/test_cli.py)
 
 # venv_with_torch FOLDER: pip takes a CPU and a CUDA build of one version for equal, so torch comes first.
 venv_with_torch() {
@@ -122,13 +123,13 @@ step_test() {
     for name in crosscheck lm_eval; do
       "$interpreter" -m pip install -qq --no-deps --target "$copy/$name" -r "requirements/$name.txt"
     done
+    export DUQPP_CROSSCHECK=$copy/crosscheck DUQPP_LM_EVAL=$copy/lm_eval
   fi
   (
     cd "$copy"
     "$interpreter" -c 'import duqpp, sys; print("tests of", duqpp.__file__)
 sys.exit(0 if "site-packages" in duqpp.__file__ else "duqpp is not the installed one")'
-    DUQPP_CROSSCHECK=$copy/crosscheck DUQPP_LM_EVAL=$copy/lm_eval \
-      "$interpreter" -m pytest -p no:cacheprovider ${selection[@]+"${selection[@]}"}
+    "$interpreter" -m pytest -p no:cacheprovider ${selection[@]+"${selection[@]}"}
     "${interpreter%/*}/duqpp" doctor
   )
   rm -rf "$copy"
