@@ -72,7 +72,7 @@ step_build() {
   if [[ $(uname) == Linux ]]; then
     # torch's libraries are the user's own torch's; CUDA's runtime is linked in; no other is brought along.
     "$env/bin/python" -m auditwheel show "${wheel[0]}"
-    PATH=$(cd "$env/bin" && pwd):$PATH "$env/bin/python" -m auditwheel -v repair \
+    PATH=$(cd "$env/bin" && pwd):$PATH "$env/bin/python" -m auditwheel repair \
       --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir "$out" "${wheel[0]}"
   else
     cp "${wheel[0]}" "$out"
@@ -87,7 +87,11 @@ from pathlib import Path
 wheel = Path(sys.argv[1])
 sources = [*Path("duqpp").rglob("*.py"), Path("duqpp/py.typed")]
 expected = {path.as_posix() for path in sources}
-entries = [entry for entry in zipfile.ZipFile(wheel).infolist() if ".dist-info/" not in entry.filename]
+entries = [
+    entry
+    for entry in zipfile.ZipFile(wheel).infolist()
+    if not entry.is_dir() and ".dist-info/" not in entry.filename
+]
 libraries = [entry for entry in entries if entry.filename.endswith(".so")]
 present = {entry.filename for entry in entries} - {library.filename for library in libraries}
 if present != expected or [entry.filename.split(".")[0] for entry in libraries] != ["duqpp/_C"]:
