@@ -1,8 +1,11 @@
 """Dockerfiles and the script behind them: what can be checked without a container engine."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,25 @@ def test_build_arguments_are_documented(file):
     rows = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", text, re.MULTILINE))))
     declared = {a.partition("=")[0] for name, a in instructions(file) if name == "ARG"}
     assert declared <= rows, declared - rows
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
+    cmake = shutil.which(
+        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if cmake is None:
+        pytest.skip("no cmake: pip install -r requirements/build.txt")
+    found = instructions(file)
+    build = found[: [i for i, (name, _) in enumerate(found) if name == "FROM"][1]]
+    for name, arguments in build:
+        for path in arguments.split()[:-1] if name == "COPY" else ():
+            copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy2
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / path, tmp_path / path)
+    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "build")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_script_parses_and_names_what_is_there():
