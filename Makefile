@@ -32,7 +32,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint format setup clean distclean FORCE
+.PHONY: help demo test gpu lint format wheel setup clean distclean FORCE
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,9 +57,14 @@ gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, selfcheck, benchmark; 
 	$(PY) benchmarks/bench_rotate_quantize.py --device cuda --rows 1 16 256 4096 16384 \
 	  --columns 4096 14336 --out $(GPU_RESULTS)/cuda_rotate_quantize.json
 
-lint: setup ## ruff check and ruff format --check
+lint: setup ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+wheel: setup ## a wheel in dist/, tested where only it is installed
+	$(PIP) install -r requirements/wheel.txt
+	docker/build_wheel.sh build install test --env $(VENV) --python '$(PYTHON)' --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 format: setup ## let ruff fix and format the sources
 	$(PY) -m ruff check --fix .
@@ -68,7 +73,7 @@ format: setup ## let ruff fix and format the sources
 setup: $(STAMPS)/package ## make the environment: torch, pinned dependencies, duqpp (editable)
 
 clean: ## remove build outputs, caches and what the demo wrote
-	rm -rf build dist demo-out *.egg-info duqpp/_C.* .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist demo-out *.egg-info duqpp/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the environment, if this Makefile made it

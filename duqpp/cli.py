@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # typer brings its own copy of click or uses the package, by version; its exceptions derive alike.
-_UsageError = typer.BadParameter.__base__
+_UsageError: Any = typer.BadParameter.__base__
 
 
 def _fail(message: str, code: int) -> int:

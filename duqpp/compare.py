@@ -89,7 +89,7 @@ def compare(
     _check_calibration(tokenizer, methods, calibration)
     progress = progress or (lambda stage, done, total: None)
     on_row = on_row or (lambda row: None)
-    settings = {"seq_len": seq_len, "windows": windows}
+    settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
 
     float_model = _float_model(source)
     staged = _staged(progress, FLOAT)

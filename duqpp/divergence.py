@@ -26,8 +26,10 @@ class Divergence:
     @classmethod
     def of_windows(cls, kl: list[float], agreement: list[float]) -> "Divergence":
         """From the means of each window; windows are equally long."""
-        means = [float(torch.tensor(v, dtype=torch.float64).mean()) for v in (kl, agreement)]
-        return cls(*means, kl, agreement)
+        mean_kl, mean_agreement = (
+            float(torch.tensor(v, dtype=torch.float64).mean()) for v in (kl, agreement)
+        )
+        return cls(mean_kl, mean_agreement, kl, agreement)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Reference:
 
     tokens: Tensor
     hidden: list[Tensor]
-    head: nn.Module
+    head: nn.Linear
 
     def check(self, tokens: Tensor, vocabulary: int) -> None:
         """Raise InputError unless a model with this vocabulary, on these tokens, compares."""

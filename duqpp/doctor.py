@@ -60,7 +60,6 @@ def _op(op: str, machine: Machine, shapes: Sequence[tuple[int, int, int]]) -> di
         backend = kernels.select(op, machine, os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
     except BackendUnavailableError as unavailable:
         error = str(unavailable)
-    chosen = [] if backend is None else shapes
     return {
         "op": op,
         "device": machine.name,
@@ -69,7 +68,8 @@ def _op(op: str, machine: Machine, shapes: Sequence[tuple[int, int, int]]) -> di
         "others": {b.name: kernels.why_not(b, op, machine) for b in BACKENDS if b != backend},
         "kernels": [
             {"M": m, "N": n, "K": k, **asdict(kernels.kernel(op, m, n, k, machine, backend))}
-            for m, n, k in chosen
+            for m, n, k in shapes
+            if backend is not None
         ],
     }
 

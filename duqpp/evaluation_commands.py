@@ -60,7 +60,7 @@ def evaluate(
     lines = []
     with_text = tasks is None or text is not None or reference is not None
     content = read_text(text or BUILTIN, part="evaluation") if with_text else ""
-    settings = {"seq_len": seq_len, "windows": windows}
+    settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
     with Bars() as bars:
         if tasks is not None:
             from duqpp.tasks import Tasks

@@ -128,7 +128,7 @@ def _read_checkpoint(folder: Path) -> Inspection | None:
 
 
 def _describe(config: QuantizeConfig) -> str:
-    parts = [config.method]
+    parts: list[str] = [config.method]
     if config.method != "rtn":
         parts.append("one rotation per group" if config.rotation == "shared" else "per block")
     if config.effective_smooth_alpha > 0:

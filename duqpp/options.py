@@ -73,7 +73,7 @@ def takes_config(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         optional = [p for p in own if p.default is not p.empty]
         parameters = [*required, *(_parameter(name) for name in names), *optional]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
-        run.__signature__ = inspect.Signature(parameters)
+        vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
@@ -84,7 +84,7 @@ def _parameter(name: str) -> inspect.Parameter:
     """The command-line option for a field of QuantizeConfig, with the field's type and default."""
     flag, text = OPTIONS[name]
     kind = get_type_hints(QuantizeConfig)[name]
-    default = next(field.default for field in fields(QuantizeConfig) if field.name == name)
+    default: Any = next(field.default for field in fields(QuantizeConfig) if field.name == name)
     if name == "skip":
         kind, default = list[str], list(default)
     return inspect.Parameter(

@@ -49,7 +49,7 @@ def draw(inspection: Inspection) -> Any:
             "nothing to plot: this quantization read no activations; inspect the float model, "
             "with the same options, instead"
         )
-    figure = Figure(figsize=(14, 13), layout="constrained", facecolor="white")
+    figure: Any = Figure(figsize=(14, 13), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1, 1.05, 1))
     figure.suptitle(

@@ -314,7 +314,7 @@ def _finish(
     tokenizer.save_pretrained(work)
     if (generation := source.generation_config()) is not None:
         generation.save_pretrained(work)
-    report = {"groups": [group.to_dict() for group in done.groups]}
+    report: dict[str, Any] = {"groups": [group.to_dict() for group in done.groups]}
     if done.distilled:
         report["distilled"] = done.distilled.to_dict()
     if done.refined:

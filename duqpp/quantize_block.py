@@ -1,6 +1,6 @@
 """Quantize one decoder block: smooth, build transforms, fold and round the weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -279,7 +279,7 @@ def _hessians(
         }
     accumulators = {name: HessianAccumulator(p.scales.numel()) for name, p in plans.items()}
 
-    def observe(plan: GroupPlan, accumulator: HessianAccumulator):
+    def observe(plan: GroupPlan, accumulator: HessianAccumulator) -> Callable[[Tensor], None]:
         # The block's producers have absorbed the smoothing by now: only the transform is left.
         def update(x: Tensor) -> None:
             rotated = plan.transform.apply(x.flatten(0, -2).float())

@@ -7,8 +7,10 @@ from typing import Any
 
 from duqpp.evaluate import CONVENTION
 
-_DERIVED = ("perplexity", "spread", "ratio", "ratio_spread")
-_DERIVED += ("kl", "kl_spread", "agreement", "agreement_spread")
+_DERIVED = (
+    *("perplexity", "spread", "ratio", "ratio_spread"),
+    *("kl", "kl_spread", "agreement", "agreement_spread"),
+)
 
 
 @dataclass(frozen=True)

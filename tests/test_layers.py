@@ -3,11 +3,12 @@
 import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "duqpp"
+PACKAGE = Path(find_spec("duqpp").origin).parent
 
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.

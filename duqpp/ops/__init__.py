@@ -5,7 +5,7 @@ from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.ops import library
-from duqpp.ops.dispatch import available, select
+from duqpp.ops.dispatch import available, select, warn_of_reference
 
 __all__ = [
     "mxfp4_gemm",
@@ -57,6 +57,8 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     Returns: MXFP4Tensor [..., K] with row-major scales, byte for byte that of the definition.
     """
     backend = "cpu" if "cpu" in available("rotate_quantize", x.device) else "reference"
+    if backend == "reference" and x.device.type == "cpu":
+        warn_of_reference(x.device)
     rows = rotate_quantize(x.float(), None, rule=rule, backend=backend)
     codes = rows.codes.view(*x.shape[:-1], -1)
     return MXFP4Tensor(codes, rows.scales.view(*x.shape[:-1], -1))

@@ -1,6 +1,7 @@
 """Backends: what each can run here, and which one runs an op on a device."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Protocol
@@ -14,6 +15,8 @@ from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
 from duqpp.ops.reference import OPS, ReferenceBackend
 
 ENVIRONMENT_VARIABLE = "DUQPP_BACKEND"
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -77,7 +80,7 @@ def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
     Args:
         op: name of a public op.
         backend: a backend's name, or "auto": what DUQPP_BACKEND names, else the best that can run
-            all ops there.
+            all ops there. A warning is logged, once for a device, where that is the reference.
     Raises: BackendUnavailableError naming the reason and what is available instead.
     """
     if backend == "auto":
@@ -89,7 +92,30 @@ def select(op: str, device: torch.device, backend: str = "auto") -> Backend:
 def _select(op: str, device_type: str, device_index: int | None, backend: str) -> Backend:
     # Index 0 is a device of its own; None is whichever is current.
     device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
-    return choose(op, device_type, lambda b, o: b.unavailable_reason(o, device), backend)
+    chosen = choose(op, device_type, lambda b, o: b.unavailable_reason(o, device), backend)
+    if backend == "auto" and chosen.name == ReferenceBackend.name:
+        warn_of_reference(device)
+    return chosen
+
+
+@functools.cache
+def warn_of_reference(device: torch.device) -> None:
+    """Log, once for a device, that no kernel of duqpp's runs there, and why none of those meant."""
+    reasons = {
+        b.name: reason
+        for b in BACKENDS
+        if b.name.startswith(device.type)
+        for op in OPS
+        if (reason := b.unavailable_reason(op, device))
+    }
+    why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
+    logger.warning(
+        "duqpp runs on %s by its reference, which is slow (%s). `duqpp doctor` says more; "
+        "%s=reference asks for it without this warning.",
+        device,
+        why or f"there are no kernels for {device.type}",
+        ENVIRONMENT_VARIABLE,
+    )
 
 
 def choose(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from duqpp.format import BLOCK_SIZE
-from duqpp.ops import dispatch
+from duqpp.ops import dispatch, reference
 from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
 
 # Each with the op whose backend it runs on, and its prologue's number in the compiled library.
@@ -77,7 +77,7 @@ def why_not(backend: dispatch.Backend, op: str, machine: Machine) -> str:
     reason = unavailable(backend, op, machine)
     if reason is not None:
         return reason
-    for other in dispatch.OPS:
+    for other in reference.OPS:
         reason = unavailable(backend, other, machine)
         if reason is not None:
             return f"could, but for {other}, which must read what it writes, it {reason}"

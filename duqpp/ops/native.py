@@ -1,5 +1,7 @@
 """The ops over the compiled library `duqpp._C`, or why it is absent."""
 
+import functools
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +17,8 @@ try:
 except ImportError as error:
     _C = None
     _ABSENT = f"the compiled library is not there ({error}); reinstall duqpp"
+
+logger = logging.getLogger(__name__)
 
 _RULES = {ScaleRule.FLOOR: 0, ScaleRule.EVEN: 1, ScaleRule.CEIL: 2, ScaleRule.MSE: 3}
 
@@ -135,6 +139,15 @@ class _SwizzledReference(ReferenceBackend):
 _FLOAT32 = _SwizzledReference()
 
 
+@functools.cache
+def _warn_of_float32(backend: str) -> None:
+    logger.warning(
+        "duqpp runs on float32 activations by its reference, which is slow: the kernels of %s take "
+        "bfloat16 and float16. Load the model with dtype=torch.bfloat16.",
+        backend,
+    )
+
+
 class CudaBackend(_NativeBackend):
     """CUDA kernels; scales are swizzled, for activations and for prepared weights alike.
 
@@ -179,27 +192,29 @@ class CudaBackend(_NativeBackend):
         built = _C.build_info()["cuda_architectures"].split(",")
         return next((name for name in self._code.get(capability, ()) if name in built), None)
 
+    def _form(self, dtype: torch.dtype) -> Any:
+        """What runs an op on activations of a dtype: the kernels, or the reference."""
+        if dtype != torch.float32:
+            return super()
+        _warn_of_float32(self.name)
+        return _FLOAT32
+
     def rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
-        form = _FLOAT32 if x.dtype == torch.float32 else super()
-        return form.rotate_quantize(x, *others)
+        return self._form(x.dtype).rotate_quantize(x, *others)
 
     def rmsnorm_rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
-        form = _FLOAT32 if x.dtype == torch.float32 else super()
-        return form.rmsnorm_rotate_quantize(x, *others)
+        return self._form(x.dtype).rmsnorm_rotate_quantize(x, *others)
 
     def silu_mul_rotate_quantize(self, gate: Tensor, *others: Any) -> MXFP4Tensor:
-        form = _FLOAT32 if gate.dtype == torch.float32 else super()
-        return form.silu_mul_rotate_quantize(gate, *others)
+        return self._form(gate.dtype).silu_mul_rotate_quantize(gate, *others)
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
-        form = _FLOAT32 if out_dtype == torch.float32 else super()
-        return form.mxfp4_gemm(a, b, bias, out_dtype)
+        return self._form(out_dtype).mxfp4_gemm(a, b, bias, out_dtype)
 
     def mxfp4_linear(self, x: Tensor, *others: Any) -> Tensor:
-        form = _FLOAT32 if x.dtype == torch.float32 else super()
-        return form.mxfp4_linear(x, *others)
+        return self._form(x.dtype).mxfp4_linear(x, *others)
 
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return (swizzled_size(rows, columns // BLOCK_SIZE),)

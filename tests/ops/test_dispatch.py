@@ -5,7 +5,14 @@ import torch
 
 from duqpp.errors import BackendUnavailableError, DuqppError
 from duqpp.format import MXFP4Tensor, ScaleRule
-from duqpp.ops import dispatch, mxfp4_gemm, mxfp4_linear, prepare_weight, rotate_quantize
+from duqpp.ops import (
+    dispatch,
+    mxfp4_gemm,
+    mxfp4_linear,
+    prepare_weight,
+    quantize,
+    rotate_quantize,
+)
 from duqpp.ops.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -33,6 +40,7 @@ def install(monkeypatch):
     def replace(*backends: Partial) -> None:
         monkeypatch.setattr(dispatch, "BACKENDS", (*backends, ReferenceBackend()))
         dispatch._select.cache_clear()
+        dispatch.warn_of_reference.cache_clear()
 
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     yield replace
@@ -153,6 +161,42 @@ def test_a_backend_is_asked_about_the_device_that_is_meant(install):
         asked.clear()
         dispatch.select("mxfp4_gemm", device)
         assert set(asked) == {device}
+
+
+def test_the_reference_where_a_kernel_is_to_be_expected_warns_once(install, caplog):
+    install(Partial("cpu", ()), Partial("cuda-sm100", ()))
+    for _ in range(2):
+        for op in OPS:
+            assert dispatch.select(op, CPU).name == "reference"
+        quantize(torch.ones(1, 32), rule=ScaleRule.EVEN)
+    assert [(r.levelname, r.name) for r in caplog.records] == [("WARNING", "duqpp.ops.dispatch")]
+    assert caplog.messages[0].startswith(
+        "duqpp runs on cpu by its reference, which is slow (not cpu: needs a cpu machine, not cpu)."
+    )
+    dispatch.select("mxfp4_gemm", torch.device("cuda"))
+    assert "on cuda by its reference" in caplog.messages[1]
+    assert "(not cuda-sm100: needs a cuda-sm100 machine, not cuda)" in caplog.messages[1]
+    dispatch.select("mxfp4_gemm", torch.device("xpu"))
+    assert "(there are no kernels for xpu)" in caplog.messages[2]
+    assert len(caplog.messages) == 3
+
+
+def test_quantizing_a_weight_by_the_reference_warns_too(install, caplog):
+    install()
+    quantize(torch.ones(1, 32), rule=ScaleRule.EVEN)
+    assert len(caplog.messages) == 1
+
+
+def test_no_warning_for_a_kernel_or_for_a_reference_that_was_asked_for(
+    install, caplog, monkeypatch
+):
+    install(Partial("cpu", OPS))
+    dispatch.select("mxfp4_gemm", CPU)
+    install()
+    dispatch.select("mxfp4_gemm", CPU, "reference")
+    monkeypatch.setenv("DUQPP_BACKEND", "reference")
+    dispatch.select("mxfp4_gemm", CPU)
+    assert caplog.messages == []
 
 
 def test_capability_table_has_a_row_for_each_backend(install):

@@ -11,7 +11,7 @@ import torch
 
 import duqpp._C as _C
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
-from duqpp.ops import dispatch, mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
+from duqpp.ops import dispatch, mxfp4_gemm, native, prepare_weight, restore_weight, rotate_quantize
 from duqpp.ops import quantize as fast_quantize
 from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
 from duqpp.ops.reference import ReferenceBackend
@@ -167,6 +167,17 @@ def test_float32_on_cuda_is_the_reference_in_its_layout(backend):
     oracle.assert_same(y, expected, "mxfp4_gemm")
     y = backend.mxfp4_linear(x, rotation, even, prepared, bias)
     oracle.assert_same(y, expected, "mxfp4_linear")
+
+
+def test_float32_on_cuda_kernels_warns_once(caplog):
+    native._warn_of_float32.cache_clear()
+    backend = native.CudaBackend("cuda-sm100", {(10, 0): ("100f",)}, gemm=True)
+    x = inputs.gaussian(2, 64, seed=0)
+    for _ in range(2):
+        backend.rotate_quantize(x, None, ScaleRule.EVEN)
+    assert len(caplog.messages) == 1
+    assert "on float32 activations by its reference" in caplog.messages[0]
+    assert "the kernels of cuda-sm100 take bfloat16 and float16" in caplog.messages[0]
 
 
 # The same problems in a process for each instruction set; the results are compared as bytes.

@@ -1,0 +1,128 @@
+"""Dockerfiles and the script behind them: what can be checked without a container engine."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "docker" / "build_wheel.sh"
+DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile*"))
+
+
+def instructions(file: Path) -> list[tuple[str, str]]:
+    """(instruction, its arguments), continuation lines joined and comments left out."""
+    text = re.sub(r"^#.*\n", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [(w[0], w[1]) for line in lines if len(w := line.split(None, 1)) == 2]
+
+
+def script_calls(arguments: str) -> list[list[str]]:
+    """Arguments of each call of the script in a RUN."""
+    commands = re.split(r"&&|\|\||>", arguments)
+    return [
+        shlex.split(c.partition("docker/build_wheel.sh")[2])
+        for c in commands
+        if "build_wheel.sh" in c
+    ]
+
+
+def test_there_are_two():
+    assert [file.name for file in DOCKERFILES] == ["Dockerfile", "Dockerfile.cpu"]
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_bases_are_pinned_and_the_user_is_not_root(file):
+    found = instructions(file)
+    defaults = dict(a.split("=", 1) for name, a in found if name == "ARG" and "=" in a)
+    stages = {"scratch"}
+    for _, arguments in (entry for entry in found if entry[0] == "FROM"):
+        image, _, stage = arguments.partition(" AS ")
+        if image not in stages:
+            image = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], image)
+            assert re.fullmatch(r"[\w/]+:[\w.-]*\d[\w.-]*", image), f"{image}: no version"
+        stages.add(stage)
+    last = max(i for i, (name, _) in enumerate(found) if name == "FROM")
+    users = [arguments for name, arguments in found[last:] if name == "USER"]
+    assert users and users[-1].isdecimal() and int(users[-1]) > 0
+    assert ("CMD", '["doctor"]') in found[last:]
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_what_is_copied_exists_and_the_script_has_the_logic(file):
+    calls = []
+    for name, arguments in instructions(file):
+        if name == "COPY" and not arguments.startswith("--from"):
+            paths = [word for word in arguments.split()[:-1] if not word.startswith("--")]
+            assert all((ROOT / path).exists() for path in paths), arguments
+        if name == "RUN":
+            calls += script_calls(arguments)
+            words = set(shlex.split(arguments))
+            assert not words & {"cmake", "pip", "pytest"}, f"not in {SCRIPT.name}"
+    assert [call[0] for call in calls] == ["setup", "build", "install", "test"]
+    options = set(re.findall(r"--[a-z-]+", SCRIPT.read_text(encoding="utf-8")))
+    assert {word for call in calls for word in call if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_build_arguments_are_documented(file):
+    text = (ROOT / "docs" / "packaging.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", text, re.MULTILINE))))
+    declared = {a.partition("=")[0] for name, a in instructions(file) if name == "ARG"}
+    assert declared <= rows, declared - rows
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
+    cmake = shutil.which(
+        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if cmake is None:
+        pytest.skip("no cmake: pip install -r requirements/build.txt")
+    found = instructions(file)
+    build = found[: [i for i, (name, _) in enumerate(found) if name == "FROM"][1]]
+    for name, arguments in build:
+        for path in arguments.split()[:-1] if name == "COPY" else ():
+            copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy2
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / path, tmp_path / path)
+    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "build")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script_parses_and_names_what_is_there():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=60)
+    text = SCRIPT.read_text(encoding="utf-8")
+    quick = re.search(r"^QUICK=\((.*?)\)", text, re.MULTILINE | re.DOTALL)[1].split()
+    copied = re.search(r"^  cp -R (.*?) \"\$copy\"", text, re.MULTILINE | re.DOTALL)[1]
+    for path in (*quick, *copied.replace("\\", " ").split()):
+        assert list(ROOT.glob(path)), path
+    assert "duqpp" not in copied.split(), "the tests are of the installed package"
+    for name in re.findall(r"requirements/[\w.]+txt", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nope"], "no step or option --nope"),
+        (["build", "--out"], "--out needs a value"),
+        (["test", "--tests", "some"], "--tests is quick or all"),
+        (["test"], "test needs install, or --venv"),
+    ],
+)
+def test_a_wrong_call_of_the_script_is_an_error(arguments, message):
+    done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_continuous_integration_tests_the_wheel():
+    assert "make wheel" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "docker/build_wheel.sh build" in (ROOT / "Makefile").read_text(encoding="utf-8")
