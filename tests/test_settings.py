@@ -12,7 +12,7 @@ import duqpp
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "settings.md"
 # Not duqpp's own: every program reads them.
-FOREIGN = {"PATH", "COLUMNS"}
+FOREIGN = {"PATH", "PYTHONPATH", "COLUMNS"}
 FOLDERS = ("benchmarks", "csrc", "duqpp", "examples", "tests")
 
 

@@ -82,7 +82,9 @@ def export_compressed_tensors(
     files = shard_files(folder)
     work = _work_folder(out)
     try:
-        found, weight_map, size = {}, {}, 0
+        found: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
+        size = 0
         for done, file in enumerate(files):
             progress("export", done, len(files))
             tensors = read_shard(file)
@@ -155,8 +157,8 @@ class _Conversion:
         """The linears of each scheme. Raises: CheckpointError where a group's are not one."""
         members: dict[str, list[str]] = {}
         for group in groups:
-            found = {self.scheme_of.get(name) for name in group}
-            if len(found) > 1 or None in found:
+            found = {self.scheme_of[name] for name in group if name in self.scheme_of}
+            if len(found) != 1 or not all(name in self.scheme_of for name in group):
                 raise CheckpointError(f"{', '.join(group)} share one input but not one rotation")
             members.setdefault(found.pop(), []).extend(group)
         return members

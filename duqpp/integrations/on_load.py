@@ -32,7 +32,7 @@ class QuantizeOnLoad(ConversionOps):
         **__: Any,
     ) -> dict[str, Tensor]:
         """From {"NAME.weight": float [N, K]} to the tensors of NAME by their names in the model."""
-        ((_, value),) = input_dict.items()
+        (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
         if self.failures:

@@ -148,7 +148,7 @@ class DuqppQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._on_load is not None:
-            self._check_quantized(model)
+            self._check_quantized(model, self._on_load.failures)
             share_inputs(model, self.quantization_config.layout)
             self._on_load, self._weights = None, frozenset()
         for module in model.modules():
@@ -161,10 +161,10 @@ class DuqppQuantizer(HfQuantizer):
                 unshare_input(module)
         complete_on_save(model)
 
-    def _check_quantized(self, model: Any) -> None:
+    def _check_quantized(self, model: Any, failures: list[InputError]) -> None:
         """Raise InputError unless every linear that was to be quantized has been."""
-        if self._on_load.failures:
-            raise self._on_load.failures[0]
+        if failures:
+            raise failures[0]
         for weight in sorted(self._weights):
             if not isinstance(model.get_submodule(weight.removesuffix(".weight")), MXFP4Linear):
                 raise InputError(f"{model.config.name_or_path} has no tensor {weight}")

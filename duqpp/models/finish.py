@@ -51,7 +51,8 @@ def write_card(folder: Path, repository: str | None = None) -> None:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    path, tags = folder / CARD, []
+    path = folder / CARD
+    tags: list[str] = []
     if path.exists():
         text = path.read_text(encoding="utf-8")
         if CARD_MARK not in text and _PLACEHOLDER not in text:

@@ -112,7 +112,7 @@ def learn_rotations(
 def _start(
     block: nn.Module, group: LinearGroup, config: QuantizeConfig, generator: torch.Generator
 ) -> Rotation:
-    shape = (BLOCK_SIZE,)
+    shape: tuple[int, ...] = (BLOCK_SIZE,)
     if config.rotation == "per-block":
         shape = (block.get_submodule(group.linears[0]).in_features // BLOCK_SIZE, BLOCK_SIZE)
     signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
