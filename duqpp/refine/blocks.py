@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from duqpp.config import QuantizeConfig
 from duqpp.models.llama import BlockInputs, quantized_groups
-from duqpp.refine.latent import forget_inputs, to_codes, to_latents
+from duqpp.refine.latent import to_codes, to_latents
 from duqpp.refine.schedule import LatentOptimizer, held_back
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
@@ -94,7 +94,6 @@ def refine_block(
             optimizer.step()
         after = held_loss()
     report = RefineReport(before, min(before, after), held.start)
-    forget_inputs(block)
     to_codes(block, groups, changed=report.improved)
     if not report.improved:
         return report, dict(latents)

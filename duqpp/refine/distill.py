@@ -13,7 +13,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.divergence import kl_and_agreement
 from duqpp.models.checkpoint import read_shard, write_shard
 from duqpp.models.llama import BlockInputs, quantized_groups
-from duqpp.refine.latent import forget_inputs, to_codes, to_latents
+from duqpp.refine.latent import to_codes, to_latents
 from duqpp.refine.schedule import LatentOptimizer, held_back
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M a rate of 0.001 raised
@@ -110,7 +110,6 @@ def distill(
     progress("distill", len(order), len(order))
     report = DistillReport(before, min(before, held_divergence()), len(order))
     for block, own in zip(blocks, groups, strict=True):
-        forget_inputs(block)
         to_codes(block, own, changed=report.improved)
     return report
 

@@ -36,12 +36,21 @@ def round_straight_through(x: Tensor, rule: ScaleRule) -> Tensor:
 
 
 class RoundedInput:
-    """Rotates and rounds what the linears of a group read, once for all that read one tensor."""
+    """Rotates and rounds what the linears of a group read, once for all that read one tensor.
 
-    def __init__(self, rotation: Tensor | Callable[[], Tensor] | None, rule: ScaleRule) -> None:
-        """rotation: [32, 32] or [K/32, 32, 32]; or what gives it anew for each input."""
+    Args:
+        rotation: [32, 32] or [K/32, 32, 32]; or what gives it anew for each input.
+        rule: scale rule of the input.
+        readers: linears in the group. When the last one has read an input it is let go of, and
+            the graph behind it with it.
+    """
+
+    def __init__(
+        self, rotation: Tensor | Callable[[], Tensor] | None, rule: ScaleRule, readers: int
+    ) -> None:
         self._rotation = rotation.detach().float() if isinstance(rotation, Tensor) else rotation
         self._rule = rule
+        self._readers, self._reads = readers, 0
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,12 +60,12 @@ class RoundedInput:
             if self._rotation is not None:
                 given = isinstance(self._rotation, Tensor)
                 y = rotate_blocks(y, self._rotation if given else self._rotation())
-            self._last = x, round_straight_through(y, self._rule)
-        return self._last[1]
-
-    def forget(self) -> None:
-        """Let go of the last input, and of the graph behind it."""
-        self._last = None
+            self._last, self._reads = (x, round_straight_through(y, self._rule)), 0
+        rounded = self._last[1]
+        self._reads += 1
+        if self._reads == self._readers:
+            self._last = None
+        return rounded
 
 
 class LatentLinear(nn.Module):
@@ -105,7 +114,7 @@ def to_latents(
     parameters = {}
     for group in groups:
         first = block.get_submodule(group.linears[0])
-        rounded_input = RoundedInput(first.rotation, first.rule)
+        rounded_input = RoundedInput(first.rotation, first.rule, len(group.linears))
         for name in group.linears:
             linear = LatentLinear(block.get_submodule(name), latents[name], rounded_input, rule)
             block.set_submodule(name, linear)
@@ -125,10 +134,3 @@ def to_codes(block: nn.Module, groups: list[LinearGroup], *, changed: bool) -> N
         if is_whole(group) and len(group.linears) > 1:
             owner = block.get_submodule(group.owner)
             share_input(owner, [block.get_submodule(name) for name in group.linears])
-
-
-def forget_inputs(block: nn.Module) -> None:
-    """Free what the last forward pass left in the LatentLinears of a module."""
-    for module in block.modules():
-        if isinstance(module, LatentLinear):
-            module.rounded_input.forget()

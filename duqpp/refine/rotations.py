@@ -84,7 +84,7 @@ def learn_rotations(
     floats = {name: block.get_submodule(name) for g in groups for name in g.linears}
     for group in groups:
         rotation = rotations[group.name]
-        rounded_input = RoundedInput(rotation, config.activation_rule)
+        rounded_input = RoundedInput(rotation, config.activation_rule, len(group.linears))
         for name in group.linears:
             linear = RotatedLinear(floats[name], rotation, rounded_input, config.weight_rule)
             block.set_submodule(name, linear)

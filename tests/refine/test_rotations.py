@@ -124,7 +124,8 @@ def test_a_model_quantized_with_learned_rotations(options, tiny_llama, tmp_path)
         gram = linear.rotation.double() @ linear.rotation.double().mT
         # Rounded to bfloat16, 32 products at a relative error of 2^-8 at most, of either sign.
         assert (gram - torch.eye(32).double()).abs().max() < 2**-5
-    assert math.isfinite(float(model(tokens[:1, :48]).logits.square().mean()))
+    with torch.no_grad():
+        assert model(tokens[:1, :48]).logits.isfinite().all()
 
 
 def test_skipped_linears_stay_exact(job):
