@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-VENV=${VENV:-.venv-vllm}
+VENV=$(realpath -m "${VENV:-.venv-vllm}")
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check -qq)
 export DUQPP_CUDA=${DUQPP_CUDA:-off} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=1
 
@@ -24,4 +24,10 @@ if [ ! -e "$VENV/.vllm" ]; then
 fi
 "${pip[@]}" install . # a wheel, as a user has it; its entry point is what vLLM finds
 
+# Beside the sources, those would be imported, which have no compiled library: so in a copy without them.
+[ -z "${DUQPP_VLLM_RESULTS:-}" ] || DUQPP_VLLM_RESULTS=$(realpath -m "$DUQPP_VLLM_RESULTS")
+rm -rf "$VENV/run"
+mkdir "$VENV/run"
+cp -r tests pyproject.toml "$VENV/run"
+cd "$VENV/run"
 exec "$VENV/bin/python" -m pytest -s tests/vllm "$@"
