@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # duqpp in vLLM, for real, on the CPU: makes an environment beside the others, and runs the tests of this
-# folder in it. Some 4 GB and a quarter of an hour on two idle cores; repeated, the environment is there.
+# folder in it. Some 4 GB, and ten minutes on two busy cores to make it; a row of the equality table took one
+# to nine minutes of such. Repeated, the environment is there, and duqpp is built and installed again.
 #
-#   tests/vllm/run.sh [pytest's arguments]
+#   tests/vllm/run.sh [pytest's arguments]      such as -k 'tp1 and eager'
 #
 # VENV (default .venv-vllm) is the environment, PYTHON (default python3) makes it. Without a GPU nothing here
 # needs CUDA kernels: DUQPP_CUDA is off unless set. DUQPP_VLLM_RESULTS names a file for the equality table.
