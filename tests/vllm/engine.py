@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -86,19 +87,32 @@ def run(
     if stock:
         env["VLLM_PLUGINS"] = "none"  # the name of no plugin
     arguments = [str(ranks), str(asked), str(answered), *(["stock"] if stock else [])]
+    command = [sys.executable, "-m", "tests.vllm.engine", *arguments]
     with open(log, "w", encoding="utf-8") as output:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.vllm.engine", *arguments],
-            cwd=ROOT,
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
         )
-    if done.returncode:
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            print(f"no answer within {timeout} seconds", file=output)
+        finally:
+            end(process)
+    if process.returncode:
         raise EngineError(log.read_text(encoding="utf-8"))
     return read_answers(answered)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process that leads its session, and those that it started: the ranks."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read_answers(file: Path) -> list[Answer]:

@@ -1,8 +1,6 @@
 """vLLM's server answers an HTTP client in OpenAI's protocol from a duqpp checkpoint."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vllm.engine import KV_CACHE, LENGTH, ROOT, environment
+from tests.vllm.engine import KV_CACHE, LENGTH, ROOT, end, environment
 from tests.vllm.reference import Reference
 
 START, ANSWER = 900, 300  # seconds to wait for
@@ -75,17 +73,6 @@ class Server:
             assert answer.status == 200
             return answer.read().decode()
 
-    def stop(self) -> None:
-        """End the server and the processes that it started."""
-        if self.process.poll() is not None:
-            return
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
 
 @pytest.fixture(scope="module")
 def model(served) -> Path:
@@ -99,7 +86,7 @@ def server(model, tmp_path_factory):
         running.wait()
         yield running
     finally:
-        running.stop()
+        end(running.process)
 
 
 @pytest.fixture(scope="module")
