@@ -46,8 +46,8 @@ struct GemmKernels {
   void (*expand_tile)(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int index,
                       uint8_t* weight_panel);
 
-  // sums [rows, 16 panel_tiles] of products, as mxfp4_gemm.h defines them; multiply_tile writes 16
-  // columns of it.
+  // Adds the sums of a segment (format/block_sum.h) to sums [rows, 16 panel_tiles]; multiply_tile
+  // to 16 columns of it.
   void (*multiply_panel)(const uint8_t* row_panel, int rows, const uint8_t* weight_panel,
                          int64_t blocks, float* sums);
   void (*multiply_tile)(const uint8_t* row_panel, int rows, const uint8_t* codes,

@@ -8,6 +8,7 @@
 
 #include "cpu/gemm_kernels.h"
 #include "cpu/scratch.h"
+#include "format/block_sum.h"
 #include "format/mx_block.h"
 #include "format/narrow_float.h"
 
@@ -172,12 +173,16 @@ class Gemm {
       const int64_t tile = std::min(first_column / kTileRows + i, last_tile);  // the last one twice
       kernels.expand_tile(weight_.codes(tile), weight_.scales(tile), blocks, i, weight_panel);
     }
-    alignas(64) float sums[kMaxRows * kMaxPanelColumns];
     for (int64_t panel = 0; panel < split.panels; ++panel) {
       const int64_t row = split.begin(panel);
       const int rows = split.size(panel);
-      kernels.multiply_panel(row_panels + row * blocks * kRowPanelBytes, rows, weight_panel, blocks,
-                             sums);
+      const uint8_t* const row_panel = row_panels + row * blocks * kRowPanelBytes;
+      alignas(64) float sums[kMaxRows * kMaxPanelColumns] = {};
+      for_each_segment([&](int64_t block, int64_t count) {
+        kernels.multiply_panel(row_panel + block * rows * kRowPanelBytes, rows,
+                               weight_panel + block * kernels.panel_tiles * kWeightPanelBytes,
+                               count, sums);
+      });
       store(kernels, sums, first_row + row, rows, first_column);
     }
   }
@@ -188,12 +193,24 @@ class Gemm {
     const int64_t tile = first_column / kTileRows;
     const int64_t tiles =
         std::min<int64_t>(kernels.panel_tiles, ceil_div(problem_.N - first_column, kTileRows));
-    alignas(64) float sums[kMaxRows * kMaxPanelColumns];
+    alignas(64) float sums[kMaxRows * kMaxPanelColumns] = {};
     for (int64_t i = 0; i < tiles; ++i) {
-      kernels.multiply_tile(row_panel, rows, weight_.codes(tile + i), weight_.scales(tile + i),
-                            weight_.blocks(), sums + i * kTileRows);
+      for_each_segment([&](int64_t block, int64_t count) {
+        kernels.multiply_tile(row_panel + block * rows * kRowPanelBytes, rows,
+                              weight_.codes(tile + i) + block * kTileBlockBytes,
+                              weight_.scales(tile + i) + block * kTileRows, count,
+                              sums + i * kTileRows);
+      });
     }
     store(kernels, sums, first_row, rows, first_column);
+  }
+
+  // Calls act(first block, blocks) for the segments of K.
+  template <typename Act>
+  void for_each_segment(const Act& act) const {
+    for (int64_t block = 0; block < weight_.blocks(); block += kSegmentBlocks) {
+      act(block, std::min<int64_t>(kSegmentBlocks, weight_.blocks() - block));
+    }
   }
 
   void store(const GemmKernels& kernels, const float* sums, int64_t row, int rows,

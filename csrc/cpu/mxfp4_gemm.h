@@ -19,11 +19,10 @@ void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint
 // a row-major with row-major scales, b as prepare_weight left it.
 //
 // An output is, in float32 and rounding to nearest even,
-//   sum = 0; for each block of 32 along K, in order: sum = round(sum + d 2^(ea - 127) 2^(eb - 127))
-//   out = round_to_out_dtype(round(round(sum * alpha) + bias))        without a bias, no addition
-// where d is the exact dot product of the block's E2M1 values: one rounding a block, whatever the
-// scales. A scale byte of 255 makes its row or column NaN, the quiet NaN with a clear sign. The
-// bytes are the same on every instruction set, for every division into tasks and whatever other
+//   out = round_to_out_dtype(round(round(total * alpha) + bias))      without a bias, no addition
+// where `total` is as format/block_sum.h defines it: one rounding a block, whatever the scales, and
+// one a segment. A scale byte of 255 makes its row or column NaN, the quiet NaN with a clear sign.
+// The bytes are the same on every instruction set, for every division into tasks and whatever other
 // rows there are. The processor must not flush subnormals to zero.
 void mxfp4_gemm(const MXFP4GemmProblem& problem, Isa isa, const ParallelFor& parallel_for);
 

@@ -1,9 +1,9 @@
 // mxfp4_gemm in C++17: for machines without vector kernels, and for rows whose scales those
 // exclude.
-#include <cmath>
 #include <cstring>
 
 #include "cpu/gemm_kernels.h"
+#include "format/block_sum.h"
 #include "format/e2m1.h"
 #include "format/e8m0.h"
 #include "format/mx_block.h"
@@ -12,17 +12,7 @@
 namespace duqpp::cpu {
 namespace {
 
-// sum + d 2^(ea - 127) 2^(eb - 127), rounded once to float32. quadruple_dot = 4 d is an integer,
-// a_scale = 2^(ea - 127) / 4 and b_scale = 2^(eb - 127), all exact (a NaN scale is a NaN), and
-// their product with the sum is one fused multiply-add.
-float add_block_product(float sum, int32_t quadruple_dot, float a_scale, float b_scale) {
-  const float dot = static_cast<float>(quadruple_dot);
-  if (!(a_scale >= 0x1p105f)) return std::fma(dot * a_scale, b_scale, sum);
-  // |4 d| is below 2^13, so that dot * a_scale may overflow though the sum does not: 2^32 changes
-  // sides. Where b_scale cannot take it, a d other than 0 gives 2^200 or more, as 2^127 still does.
-  const float raised = b_scale >= 0x1p95f ? 0x1p127f : b_scale * 0x1p32f;
-  return std::fma(dot * (a_scale * 0x1p-32f), raised, sum);
-}
+constexpr int kMaxRows = 4;
 
 struct DoubledTable {
   int8_t values[16];
@@ -80,7 +70,7 @@ int32_t integer_dot(const int8_t* a, const int8_t* b) {
 
 void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_panel, int64_t blocks,
                     float* sums) {
-  for (int i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
+  float segment[kMaxRows * kTileRows] = {};
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* const activations = row_panel + block * rows * kRowPanelBytes;
     const uint8_t* const weights = weight_panel + block * kWeightPanelBytes;
@@ -92,11 +82,12 @@ void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_pa
       for (int lane = 0; lane < kTileRows; ++lane) {
         const int32_t dot = integer_dot(reinterpret_cast<const int8_t*>(activations) + row * 32,
                                         reinterpret_cast<const int8_t*>(weights) + lane * 32);
-        float& sum = sums[row * kTileRows + lane];
+        float& sum = segment[row * kTileRows + lane];
         sum = add_block_product(sum, dot, a_scale, b_scales[lane]);
       }
     }
   }
+  for (int i = 0; i < rows * kTileRows; ++i) sums[i] += segment[i];
 }
 
 void store(const float* sums, int rows, int columns, float alpha, const float* bias, void* out,
@@ -122,10 +113,10 @@ void store(const float* sums, int rows, int columns, float alpha, const float* b
 const GemmKernels& portable_gemm_kernels() {
   static constexpr GemmKernels kernels = {
       /*max_row_scale=*/254,
-      /*max_panel_rows=*/4,
-      /*max_tile_rows=*/0,       expand_rows,
-      /*panel_tiles=*/1,         expand_tile, multiply_panel,
-      /*multiply_tile=*/nullptr, store};
+      /*max_panel_rows=*/kMaxRows,
+      /*max_tile_rows=*/0,         expand_rows,
+      /*panel_tiles=*/1,           expand_tile, multiply_panel,
+      /*multiply_tile=*/nullptr,   store};
   return kernels;
 }
 

@@ -2,6 +2,7 @@
 // at a time, from the row-major tensors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -47,10 +48,17 @@ inline float add_rounded_once(float a, double b) {
   return static_cast<float>(__builtin_bit_cast(double, bits));
 }
 
+// Sixteen blocks at a time in order, then those sums in order.
 inline float dot_in_order(const Matrix& a, const Matrix& b, int64_t m, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < a.K / 32; ++i) sum = add_rounded_once(sum, block_product(a, b, m, n, i));
-  return sum;
+  float total = 0;
+  for (int64_t first = 0; first < a.K / 32; first += 16) {
+    float sum = 0;
+    for (int64_t i = first; i < std::min(first + 16, a.K / 32); ++i) {
+      sum = add_rounded_once(sum, block_product(a, b, m, n, i));
+    }
+    total += sum;
+  }
+  return total;
 }
 
 // `value` on the grid of a binary format with `digits` significant bits, smallest normal

@@ -152,6 +152,12 @@ void test_definition_on_every_shape() {
   }
   check_against_definition(random_matrix(7, 4096, kNear, 3), random_matrix(19, 4096, kNear, 4),
                            "long");
+  for (const int64_t K : {512, 544, 1120}) {  // a whole segment, one and a block, two and three
+    check_against_definition(random_matrix(20, K, kNear, 3), random_matrix(35, K, kNear, 4),
+                             "segments");
+    check_against_definition(random_matrix(9, K, kAll, 3), random_matrix(19, K, kAll, 4),
+                             "segments of any scales");
+  }
   check_against_definition(random_matrix(5, 0, kNear, 3), random_matrix(19, 0, kNear, 4), "K = 0");
 }
 

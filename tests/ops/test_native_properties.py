@@ -9,7 +9,7 @@ from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.ops import mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
 from tests import inputs, oracle
 
-shapes = st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 9))  # M, N, K / 32
+shapes = st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 36))  # M, N, K / 32
 seeds = st.integers(0, 2**32 - 1)
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -21,15 +21,19 @@ def operand(rows: int, blocks: int, generator, lowest: int, highest: int) -> MXF
 
 
 def in_block_order(a: MXFP4Tensor, b: MXFP4Tensor) -> np.ndarray:
-    """The definition: block products, exact, added to a float32 sum in order, rounded each time.
+    """The definition: exact block products, added in float32, rounded each time: the 16 blocks of a
+    segment in order, then the segments in order.
 
     In float64 each addition is exact before it is rounded, while exponents are within 2**29.
     """
     x, w = oracle.dequantize(a.codes, a.scales), oracle.dequantize(b.codes, b.scales)
     total = np.zeros((len(x), len(w)), dtype=np.float32)
-    for first in range(0, x.shape[1], 32):
-        block = x[:, first : first + 32] @ w[:, first : first + 32].T
-        total = (total.astype(np.float64) + block).astype(np.float32)
+    for segment in range(0, x.shape[1], 512):
+        sums = np.zeros_like(total)
+        for first in range(segment, min(segment + 512, x.shape[1]), 32):
+            block = x[:, first : first + 32] @ w[:, first : first + 32].T
+            sums = (sums.astype(np.float64) + block).astype(np.float32)
+        total += sums
     return total
 
 

@@ -32,6 +32,10 @@ inline __m512 load_scales(const uint8_t* scales) {
   return _mm512_castsi512_ps(bits);
 }
 
+inline void add_to(float* sums, __m512 segment) {
+  _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), segment));
+}
+
 // The eight vectors of a tile's block: even columns of each word, then odd ones.
 inline void unpack_block(const uint8_t* codes, __m512i (&weights)[8]) {
   const __m512i table = _mm512_broadcast_i32x4(offset_e2m1_table());
@@ -95,8 +99,8 @@ void multiply_panel_rows(const uint8_t* row_panel, const uint8_t* weight_panel, 
   }
 #pragma GCC unroll 6
   for (int row = 0; row < kRows; ++row) {
-    _mm512_store_ps(sums + row * kPanelColumns, total[row][0]);
-    _mm512_store_ps(sums + row * kPanelColumns + 16, total[row][1]);
+    add_to(sums + row * kPanelColumns, total[row][0]);
+    add_to(sums + row * kPanelColumns + 16, total[row][1]);
   }
 }
 
@@ -150,7 +154,7 @@ void multiply_tile_rows(const uint8_t* row_panel, const uint8_t* codes, const ui
     scales += kTileRows;
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) _mm512_store_ps(sums + row * kPanelColumns, total[row]);
+  for (int row = 0; row < kRows; ++row) add_to(sums + row * kPanelColumns, total[row]);
 }
 
 using MultiplyRows = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);

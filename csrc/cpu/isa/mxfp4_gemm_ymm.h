@@ -52,6 +52,10 @@ inline __m256 load_scales(const uint8_t* scales) {
   return _mm256_castsi256_ps(bits);
 }
 
+inline void add_to(float* sums, __m256 segment) {
+  _mm256_store_ps(sums, _mm256_add_ps(_mm256_load_ps(sums), segment));
+}
+
 struct WordWeights {
   __m256i even, odd;
 };
@@ -126,8 +130,8 @@ void multiply_panel_rows(const uint8_t* row_panel, const uint8_t* weight_panel, 
   }
 #pragma GCC unroll 3
   for (int row = 0; row < kRows; ++row) {
-    _mm256_store_ps(sums + row * kTileRows, total[row][0]);
-    _mm256_store_ps(sums + row * kTileRows + 8, total[row][1]);
+    add_to(sums + row * kTileRows, total[row][0]);
+    add_to(sums + row * kTileRows + 8, total[row][1]);
   }
 }
 
@@ -170,8 +174,8 @@ void multiply_tile_rows(const uint8_t* row_panel, const uint8_t* codes, const ui
   }
 #pragma GCC unroll 3
   for (int row = 0; row < kRows; ++row) {
-    _mm256_store_ps(sums + row * kTileRows, total[row][0]);
-    _mm256_store_ps(sums + row * kTileRows + 8, total[row][1]);
+    add_to(sums + row * kTileRows, total[row][0]);
+    add_to(sums + row * kTileRows + 8, total[row][1]);
   }
 }
 
