@@ -137,7 +137,7 @@ def judge(status: int | None, lines: list[str]) -> tuple[str, tuple[str, ...]]:
     if status == INCOMPLETE:
         return LEFT, tuple(line for line in lines if "rows are left" in line)
     if status:
-        wrong = [line for line in lines if re.match(r"(FAILED|ERROR|\w*Error)", line)]
+        wrong = [line for line in lines if re.match(r"(FAILED|ERROR|[\w.]*Error)", line)]
         return FAILED, tuple(wrong[:5] or lines[-1:])
     last = lines[-1] if lines else ""
     none = last.startswith("skipped: ") or ("skipped" in last and "passed" not in last)

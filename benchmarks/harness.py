@@ -268,8 +268,7 @@ class Run:
         """
         cases = list(cases)
         todo = [case for case in cases if not self._has(case)]
-        if len(todo) < len(cases):
-            self._say(f"{len(cases) - len(todo)} of {len(cases)} rows are there already")
+        self._say(f"{len(todo)} rows to measure, {len(cases) - len(todo)} are there already")
         budget = Budget(self._options.budget, len(todo), self._options.seconds, self._now)
         table = Table(self._columns, self._options)
         index = len(self._result["runs"]) - 1

@@ -193,7 +193,7 @@ AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, dict[str, str]]] = 
         ("model", "linear"),
         ("cache",),
         "times as fast as bfloat16",
-        {"vs_bf16": "linear", "gemm_vs_bf16": "product alone"},
+        {"vs_bf16": "linear", "gemm_vs_bf16": "product alone", "fp8_vs_bf16": "FP8 product"},
     ),
     "rotate_quantize": (
         ("K",),
@@ -237,6 +237,8 @@ def draw(name: str, result: Row) -> Any:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
+        if y.startswith("times"):
+            axes.axhline(1, color=INK, linewidth=0.8, gid="one")
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -260,6 +262,10 @@ def _draw_panel(axes: Any, lines: dict[tuple, list[Row]], fields: dict[str, str]
             style = {"color": colour, "linewidth": 1.3, "markersize": 2.5, "label": text}
             axes.plot(*zip(*points, strict=True), ":" if "warm" in line else "o-", **style)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    measured = sorted({row["M"] for rows in lines.values() for row in rows})
+    axes.set_xticks(measured[:: -(-len(measured) // 5)], minor=False)
+    axes.minorticks_off()
     axes.set_xlabel("M", fontsize=8, color=INK)
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.tick_params(labelsize=7, colors=INK)

@@ -35,7 +35,7 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, capsys):
         CASES, lambda **case: asked.append(case["M"]) or square(**case)
     )
     assert asked == [3]
-    assert "2 of 3 rows are there already" in capsys.readouterr().out
+    assert "1 rows to measure, 2 are there already" in capsys.readouterr().out
     assert [(row["M"], row["run"]) for row in result["rows"]] == [(1, 0), (2, 0), (3, 1)]
     assert [run["peaks"] for run in result["runs"]] == [1, 2]
     assert result["complete"] and json.loads(file.read_text()) == result
