@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     ]
     run.measure(cases, measured)
+    for name, why in peaks.absent.items():
+        run.say(f"not measured: {name}: {why}")
     run.finish()
 
 

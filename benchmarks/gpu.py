@@ -131,7 +131,7 @@ def follow(
 
 def judge(status: int | None, lines: list[str]) -> tuple[str, tuple[str, ...]]:
     """State of a part, and why, from how its command ended and what it printed."""
-    skips = [line for line in lines if re.match(r"(SKIPPED \[|skipped: )", line)]
+    skips = [line for line in lines if re.match(r"(SKIPPED \[|skipped: |not measured: )", line)]
     if status is None:
         return TIMED_OUT, (f"after: {lines[-1] if lines else 'nothing'}",)
     if status == INCOMPLETE:

@@ -115,7 +115,12 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 
 def _described() -> str:
-    """The commit, and whether sources were changed since: results and pages are written here."""
+    """The commit, and whether sources were changed since: results and pages are written here.
+
+    "" where there is no git, or no repository.
+    """
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -253,10 +258,11 @@ class Run:
             if earlier.get("environment") == self._result["environment"]:
                 self._result |= {name: earlier[name] for name in ("rows", "runs")}
             else:
-                self._say(f"{out} is of another machine or commit: all rows are measured anew")
+                self.say(f"{out} is of another machine or commit: all rows are measured anew")
         self._result["runs"].append(facts)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, unless JSON was asked for."""
         if not self._options.json:
             print(text, flush=True)
 
@@ -268,7 +274,7 @@ class Run:
         """
         cases = list(cases)
         todo = [case for case in cases if not self._has(case)]
-        self._say(f"{len(todo)} rows to measure, {len(cases) - len(todo)} are there already")
+        self.say(f"{len(todo)} rows to measure, {len(cases) - len(todo)} are there already")
         budget = Budget(self._options.budget, len(todo), self._options.seconds, self._now)
         table = Table(self._columns, self._options)
         index = len(self._result["runs"]) - 1
@@ -283,13 +289,14 @@ class Run:
                 figures = measured(seconds=seconds, **case)
             except torch.OutOfMemoryError as error:
                 self._skip(case, f"out of memory: {str(error).splitlines()[0]}")
+                self.say(f"not measured: {case}: out of memory")
                 torch.cuda.empty_cache()
                 continue
             table.add({**case, **figures, "run": index})
             self._result["rows"].append(table.rows[-1])
             self._write(complete=False)
         if left:
-            self._say(f"{left} of {len(cases)} rows are left: run it again with --resume")
+            self.say(f"{left} of {len(cases)} rows are left: run it again with --resume")
         self._write(complete=not left)
         return self._result
 

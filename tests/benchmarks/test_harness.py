@@ -65,7 +65,7 @@ def test_each_row_is_kept_as_soon_as_it_is_there(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["rows.json"]
 
 
-def test_no_memory_for_a_row_is_said_and_the_others_are_measured(tmp_path):
+def test_no_memory_for_a_row_is_said_and_the_others_are_measured(tmp_path, capsys):
     def measured(*, seconds: float, M: int) -> dict:
         if M == 2:
             raise torch.OutOfMemoryError("tried to allocate 80 GiB\nmore")
@@ -74,6 +74,7 @@ def test_no_memory_for_a_row_is_said_and_the_others_are_measured(tmp_path):
     result = Run("b", {}, options(tmp_path / "rows.json"), {}).measure(CASES, measured)
     assert [row["M"] for row in result["rows"]] == [1, 3]
     assert result["skipped"] == [{"M": 2, "why": "out of memory: tried to allocate 80 GiB"}]
+    assert "not measured: {'M': 2}: out of memory\n" in capsys.readouterr().out
     assert result["complete"]
 
 
@@ -168,6 +169,9 @@ def test_the_driver_is_what_nvidia_smi_says(monkeypatch):
 
 
 def test_the_commit_and_whether_sources_changed(tmp_path, monkeypatch):
+    if harness.shutil.which("git") is None:
+        pytest.skip("no git")
+
     def git(*words: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.example")
         done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], capture_output=True)
@@ -188,6 +192,8 @@ def test_the_commit_and_whether_sources_changed(tmp_path, monkeypatch):
     assert harness._described() == commit
     (tmp_path / "a.py").write_text("two")
     assert harness._described() == f"{commit}-dirty"
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    assert harness._described() == ""
 
 
 def test_the_environment_reads_back_as_it_is():

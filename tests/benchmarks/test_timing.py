@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import timing
+import torch
 from timing import COLD_BYTES, MOST_CALLS, WARM_UPS, CudaClock, HostClock, alternate, copies_for
 
 
@@ -70,6 +71,27 @@ def test_a_sample_lasts_a_millisecond_and_starts_cold_or_warm(graph, seconds, ca
             assert timer() == pytest.approx(seconds)
             before = ["flush"] if cold else ["a"] * calls
             assert cuda.log == [*before, "|", *["a"] * calls, "|"]
+
+
+def test_the_flush_writes_twice_what_the_l2_holds(monkeypatch):
+    empty, made = torch.empty, []
+
+    def on_the_host(size: int, *, dtype: torch.dtype, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        made.append(empty(size, dtype=dtype).fill_(1))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", on_the_host)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    facts = {3: SimpleNamespace(L2_cache_size=1024)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", facts.__getitem__)
+    CudaClock(cold=True, cuda=None)._flush()
+    assert made[0].nbytes == 2048 and not made[0].any()
+
+
+def test_the_clock_of_a_device():
+    assert isinstance(timing.clock_for("cpu", cold=True), HostClock)
+    assert isinstance(timing.clock_for("cuda", cold=False), CudaClock)
 
 
 def test_candidates_share_one_pool_and_take_turns():
