@@ -187,8 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
     # What is measured small says nothing, and must not replace what is committed.
     options.results = options.results or (options.logs / "smoke" if options.smoke else RESULTS)
     options.plots = options.plots or (options.results if options.smoke else ROOT / "docs")
-    for folder in (options.logs, options.results, options.plots):
+    for name in ("logs", "results", "plots"):
+        folder = getattr(options, name).resolve()  # commands run in ROOT, wherever this does
         folder.mkdir(parents=True, exist_ok=True)
+        setattr(options, name, folder)
     about = environment(options.commit)
     machine = {name: about[name] for name in ("gpus", "driver", "versions", "commit")}
     print(f"on {machine}; compiled for {about['library'].get('cuda_architectures') or 'the CPU'}")

@@ -131,6 +131,13 @@ def test_a_part_that_passed_is_not_run_again(tmp_path, monkeypatch):
     assert (tmp_path / "tests.log").read_text().startswith("SKIPPED")
 
 
+def test_folders_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = options(Path("a"), "--results", "b", "--plots", "c")
+    assert (chosen.logs, chosen.results, chosen.plots) == tuple(tmp_path / name for name in "abc")
+    assert all((tmp_path / name).is_dir() for name in "abc")
+
+
 @pytest.mark.usefixtures("_h100")
 def test_nothing_to_render_is_said(tmp_path):
     outcome = gpu.run("render", options(tmp_path, "--results", str(tmp_path)), MACHINE)
