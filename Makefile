@@ -15,8 +15,9 @@ TORCH_INDEX ?=
 DUQPP_CUDA ?= auto
 export DUQPP_CUDA
 
-# Where `make gpu` writes JSON that names its device.
-GPU_RESULTS ?= build/gpu
+# Parts of `make gpu`, each under nine minutes (default: all; benchmarks/gpu.py names them), and its options.
+GPU_PARTS ?=
+GPU_ARGS ?=
 
 # make's built-in default is g++, which macOS and clang-only machines lack.
 ifeq ($(origin CXX),default)
@@ -40,6 +41,7 @@ help: ## print this list
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) CXX=$(CXX) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "  DUQPP_CUDA=$(DUQPP_CUDA)"
 	@echo '  PYTEST_ARGS=$(PYTEST_ARGS)'
+	@echo '  GPU_PARTS=$(GPU_PARTS) GPU_ARGS=$(GPU_ARGS)'
 
 demo: setup ## quantize a 135M model, compare methods, generate text, plot; up to 10 minutes
 	$(PY) examples/demo.py
@@ -48,14 +50,9 @@ test: setup $(STAMPS)/crosscheck $(STAMPS)/lm_eval ## run the tests; PYTEST_ARGS
 	venv="$$(cd $(VENV) && pwd)" && DUQPP_CROSSCHECK="$$venv/crosscheck" \
 	  DUQPP_LM_EVAL="$$venv/lm_eval" $(PY) -m pytest $(PYTEST_ARGS)
 
-# Each part skips, and says why, where there is no GPU that torch can use.
-gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, selfcheck, benchmark; JSON in build/gpu
-	@mkdir -p $(GPU_RESULTS)
-	$(PY) -m pytest tests/ops/test_cuda.py tests/ops/test_rotate_quantize.py tests/ops/test_fused_forms.py \
-	  $(PYTEST_ARGS)
-	$(PY) -m duqpp selfcheck --report $(GPU_RESULTS)/selfcheck.json
-	$(PY) benchmarks/bench_rotate_quantize.py --device cuda --rows 1 16 256 4096 16384 \
-	  --columns 4096 14336 --out $(GPU_RESULTS)/cuda_rotate_quantize.json
+# Says why where there is no GPU that torch can use.
+gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, benchmarks, plots; GPU_PARTS="tests bench-gemm" selects
+	$(PY) benchmarks/gpu.py $(if $(GPU_PARTS),--parts $(GPU_PARTS)) $(GPU_ARGS)
 
 lint: setup ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

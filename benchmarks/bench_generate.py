@@ -3,7 +3,8 @@
 python benchmarks/bench_generate.py FLOAT_MODEL QUANTIZED_MODEL
 """
 
-from harness import Table, alternate, parser, report, start
+from harness import Table, parser, report, start
+from timing import alternate
 
 from duqpp.integrations.transformers import load_model
 
@@ -11,12 +12,12 @@ COLUMNS = {"model": "s", "dtype": "s", "tokens/s": ".1f", "vs_float": ".2f"}
 PROMPT = "The capital of France is"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("float_model", help="model folder, .gguf file or hub name")
     options.add_argument("quantized_model", help="what `duqpp quantize` wrote of it")
     options.add_argument("--tokens", type=int, default=32)
-    options, _ = start(options)
+    options, _ = start(options, arguments)
     models = {}
     for name, source in (("float", options.float_model), ("duqpp", options.quantized_model)):
         models[name], tokenizer = load_model(source)

@@ -21,13 +21,13 @@ COLUMNS |= {"seconds/block": ".1f", "CPU s/block": ".1f", "peak GB": ".2f", "mod
 BLOCKS, VOCABULARY = 2, 2048
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--widths", nargs="+", default=["1024x3584"], help="hidden x intermediate")
     options.add_argument("--methods", nargs="+", default=["duquant++", "duqpp"])
     options.add_argument("--samples", type=int, default=4)
     options.add_argument("--seq-len", type=int, default=1024)
-    options, _ = start(options)
+    options, _ = start(options, arguments)
     table = Table(COLUMNS, options)
     with tempfile.TemporaryDirectory() as folder:
         for index, width in enumerate(options.widths):

@@ -7,7 +7,8 @@ Source of the claim, half the online cost: arXiv 2604.17789.
 """
 
 import torch
-from harness import Table, add_shapes, alternate, parser, report, start
+from harness import Table, add_shapes, parser, report, start
+from timing import alternate
 from torch import Tensor
 
 from duqpp.format import ScaleRule
@@ -26,10 +27,10 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     add_shapes(options)
-    options, generator = start(options)
+    options, generator = start(options, arguments)
     first, second = random_orthogonal(32, generator, count=2).bfloat16().contiguous()
     rule, table = ScaleRule.EVEN, Table(COLUMNS, options)
 

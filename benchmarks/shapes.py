@@ -1,15 +1,40 @@
-"""The linears that benchmarks multiply: (name, K, N) of x [M, K] and a weight [N, K]."""
+"""The models whose shapes are measured, and the bytes that their products move."""
 
-# LLaMA-3 8B; qkv and gate_up are read by one input each, so that they are one product.
-LLAMA_3_8B = (
-    ("qkv", 4096, 6144),
-    ("o", 4096, 4096),
-    ("gate_up", 4096, 28672),
-    ("down", 14336, 4096),
-)
-ROWS = (1, 4, 16, 64, 512, 2048)
+from dataclasses import dataclass
+
+HEAD_DIM = 128
+POWERS = tuple(2**i for i in range(15))  # M from 1 to 16384
+
+
+@dataclass(frozen=True)
+class Model:
+    """Widths of a decoder layer of the LLaMA family, heads of HEAD_DIM."""
+
+    title: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(K, N) of x [M, K] and a weight [N, K]; linears that read one input are one product."""
+        attention = self.heads * HEAD_DIM
+        return {
+            "qkv": (self.hidden, attention + 2 * self.kv_heads * HEAD_DIM),
+            "o": (attention, self.hidden),
+            "gate_up": (self.hidden, 2 * self.intermediate),
+            "down": (self.intermediate, self.hidden),
+        }
+
+
+MODELS = {
+    "8b": Model("LLaMA-3 8B", 4096, 14336, 32, 8),
+    "70b": Model("LLaMA-3 70B", 8192, 28672, 64, 8),
+    "tiny": Model("tiny", 256, 352, 2, 1),  # for tests of the benchmarks
+}
 
 
 def mxfp4_bytes(n: int, k: int) -> int:
-    """Of a weight [N, K]: 4 bits a value and a scale byte for each 32."""
+    """Of a tensor [N, K]: 4 bits a value and a scale byte for each 32."""
     return n * k // 2 + n * k // 32

@@ -256,17 +256,3 @@ def test_the_format_page_shows_what_is_written(quantized):
     assert {k: written[k] for k in shown if k != "provenance"} == {
         k: shown[k] for k in shown if k != "provenance"
     }
-
-
-def test_the_speed_table_is_the_measurement():
-    results = json.loads((ROOT / "benchmarks/results/cpu_mxfp4_gemm.json").read_text())["rows"]
-    measured = {(row["linear"], row["M"]): row for row in results}
-    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) (\d+)x(\d+) \| (.+) \|$", text, re.MULTILINE)
-    assert len(rows) == 4
-    for linear, n, k, cells in rows:
-        for m, cell in zip((1, 16, 512, 2048), cells.split(" | "), strict=True):
-            row = measured[linear, m]
-            assert (row["N"], row["K"]) == (int(n), int(k))
-            figures = [row[name] for name in ("vs_bf16", "vs_fp32", "vs_ggml")]
-            assert cell == " / ".join(f"{value:.1f}" for value in figures), (linear, m)

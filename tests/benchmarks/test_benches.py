@@ -1,0 +1,232 @@
+"""The benchmarks run, and write what their readers parse: small, on the CPU."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench_decoder_layer
+import bench_gemm_routes
+import pytest
+import torch
+from bench_decoder_layer import FixedCache, Layers
+from bench_gemm_routes import thresholds
+from roofline import Peaks
+from shapes import MODELS
+
+from duqpp.format import MXFP4Tensor, dequantize
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SMALL = {
+    "bench_mxfp4_gemm": "--models tiny --rows 1 16 --linears o --fp8 --fp32 --cache cold warm",
+    "bench_rotate_quantize": "--rows 1 16 --columns 64 --cache cold warm",
+    "bench_decoder_layer": "--models tiny --decode 2 --prefill 32 --context 32 --cache cold warm",
+    "bench_gemm_routes": "--models tiny --rows 1 4 --route one=r:one --route two=r:two",
+    "bench_rotation_cost": "--rows 16 32 --columns 64",
+}
+COLUMNS = {
+    "bench_mxfp4_gemm": "model linear cache M N K time_us time_q25_us time_q75_us gemm_us bf16_us "
+    "vs_bf16 gemm_vs_bf16 vs_fp32 roof %roof gemm_roof gemm_%roof turns run",
+    "bench_rotate_quantize": "form rotation cache M K time_us time_q25_us vs_copy %roof run",
+    "bench_decoder_layer": "model phase launch cache M time_us time_q25_us bf16_us vs_bf16 run",
+    "bench_gemm_routes": "model linear cache M N K one_us two_us auto_us best routes run",
+    "bench_rotation_cost": "variant M K plain_us duquant_us duqpp_us half",
+}
+ROWS = {
+    "bench_mxfp4_gemm": 4,
+    "bench_rotate_quantize": 20,
+    "bench_decoder_layer": 4,
+    "bench_gemm_routes": 8,
+    "bench_rotation_cost": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Peaks that are not measured, and routes to compare."""
+    peaks = Peaks({"read": 1e10}, {"int8": 1e12})
+    monkeypatch.setattr("bench_mxfp4_gemm.measured_peaks", lambda *_: peaks)
+    monkeypatch.setattr("timing.MOST_CALLS", 3)  # no more copies than that are made
+    monkeypatch.setattr("bench_rotate_quantize.copy_bandwidth", lambda *_: 1e10)
+    routes = SimpleNamespace(one=product, two=lambda a, b: product(a, b))
+    monkeypatch.setitem(sys.modules, "r", routes)
+
+
+def product(a: MXFP4Tensor, b: MXFP4Tensor) -> torch.Tensor:
+    from duqpp.ops import mxfp4_gemm
+
+    return mxfp4_gemm(a, b, out_dtype=torch.bfloat16)
+
+
+def run(name: str, *options: str) -> None:
+    words = ["--seconds", "0.001", "--threads", "1", *SMALL[name].split(), *options]
+    import_module(name).main(words)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmark_prints_and_writes_one_json_object(name, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    run(name, "--json", "--out", str(file))
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(file.read_text())
+    assert result["environment"]["versions"]["torch"]
+    assert result["environment"]["library"]["cpu_isa"]
+    assert len(result["rows"]) == ROWS[name]
+    for row in result["rows"]:
+        assert set(COLUMNS[name].split()) <= set(row)
+        assert all(v > 0 for k, v in row.items() if k.endswith("_us"))
+
+
+def test_formats_without_a_product_are_named(monkeypatch, capsys):
+    peaks = Peaks({"read": 1e10}, absent={"fp4": "not available: too old"})
+    monkeypatch.setattr("bench_mxfp4_gemm.measured_peaks", lambda *_: peaks)
+    run("bench_mxfp4_gemm")
+    head, *_, last = capsys.readouterr().out.splitlines()
+    assert head == "4 rows to measure, 0 are there already"
+    assert last == "not measured: fp4: not available: too old"
+
+
+def test_benchmark_runs_as_a_script_and_prints_a_table():
+    command = [sys.executable, str(FOLDER / "bench_rotation_cost.py"), "--seconds", "0.001"]
+    command += SMALL["bench_rotation_cost"].split()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == COLUMNS["bench_rotation_cost"].split()
+    assert len(lines) == 4
+
+
+def test_the_roof_is_that_of_the_peaks(capsys):
+    run("bench_mxfp4_gemm", "--json")
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        m, n, k = row["M"], row["N"], row["K"]
+        moved = 2 * m * (k + n) + n * k * 17 / 32
+        least = {"read": moved / 1e10, "int8": 2 * m * n * k / 1e12}
+        assert row["roof"] == max(least, key=least.get)
+        assert row["%roof"] == pytest.approx(100 * max(least.values()) / row["time_us"] * 1e6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "bench_rotation_cost"])
+def test_benchmark_of_a_gpu_is_skipped_without_one(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--device", "cuda")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "skipped: torch sees no CUDA device\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["bench_mxfp4_gemm", "bench_rotate_quantize", "bench_decoder_layer"]
+)
+def test_a_gpu_without_a_kernel_is_skipped(name, monkeypatch, capsys):
+    """The reference's time on a GPU is nobody's question."""
+    monkeypatch.setattr("harness.why_no_gpu", lambda: None)
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    reference = SimpleNamespace(name="reference")
+    monkeypatch.setattr(f"{name}.select", lambda op, device: reference)
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--device", "cuda")
+    assert ended.value.code == 0
+    assert "no kernel of" in capsys.readouterr().out
+
+
+def test_one_route_is_nothing_to_compare(capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench_gemm_routes.main(["--models", "tiny", "--route", "one=r:one"])
+    assert ended.value.code == 0
+    assert "skipped: routes are compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["one", "one=r", "=r:one", "one=r:three", "one=absent.module:f"])
+def test_a_route_that_is_not_there(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench_gemm_routes.main(["--route", text])
+    assert ended.value.code == 2
+    assert "--route" in capsys.readouterr().err
+
+
+def test_a_wrong_route_is_noticed(monkeypatch):
+    monkeypatch.setattr(sys.modules["r"], "two", lambda a, b: product(a, b) * 1.1)
+    with pytest.raises(AssertionError, match="two: relative error"):
+        run("bench_gemm_routes")
+
+
+def test_thresholds_are_where_the_large_route_stays_ahead():
+    def rows(cache: str, small: list[float], large: list[float]) -> list[dict]:
+        return [
+            {"model": "8b", "linear": "o", "cache": cache, "M": 2**i, "s_us": s, "l_us": l_}
+            for i, (s, l_) in enumerate(zip(small, large, strict=True))
+        ]
+
+    found = thresholds(
+        [
+            *rows("cold", [1, 5, 3, 9, 9], [4, 4, 4, 4, 4]),  # ahead at 2, not at 4
+            *rows("warm", [1, 1, 1], [2, 2, 2]),
+            *rows("none", [3, 3], [2, 2]),
+        ],
+        "s",
+        "l",
+    )
+    assert [(t["cache"], t["from_M"]) for t in found] == [("cold", 8), ("warm", None), ("none", 1)]
+
+
+@pytest.fixture(scope="module")
+def layers() -> Layers:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timing.MOST_CALLS", 2)
+        return Layers(MODELS["tiny"], "cpu", seed=0)
+
+
+def test_a_layer_over_the_fixed_cache_is_one_over_that_of_transformers(layers):
+    from transformers import DynamicCache
+
+    x, arguments = layers.inputs("decode", 3, 32)
+    fixed = arguments["past_key_values"]
+    growing = DynamicCache()
+    growing.update(fixed._keys[:, :, :-1], fixed._values[:, :, :-1], 0)
+    with torch.no_grad():
+        expected = layers.floats[0](x, **arguments | {"past_key_values": growing}) - x
+    assert growing.get_seq_length() == 32
+    for _ in range(2):  # the second finds its own keys in the last place
+        assert torch.equal(layers.calls(x, arguments, cold=False)["bf16"](), expected)
+
+
+def test_the_fixed_cache_replaces_the_last_tokens():
+    cache = FixedCache(1, 1, 4, torch.zeros(1))
+    before = cache._keys.clone()
+    new = torch.ones(1, 1, 2, before.shape[-1])
+    keys, values = cache.update(new, 2 * new, 0, {})
+    assert torch.equal(keys[:, :, :2], before[:, :, :2])
+    assert (keys[:, :, 2:] == 1).all() and (values[:, :, 2:] == 2).all()
+
+
+def test_layers_turn_when_cold_and_a_wrong_one_is_noticed(layers):
+    assert len(layers.floats) == len(layers.quantized) == 2
+    calls = layers.calls(*layers.inputs("prefill", 16, 32), cold=True)
+    bench_decoder_layer.check(calls)
+    assert torch.equal(calls["duqpp"](), calls["duqpp"]())  # another copy, the same weights
+    for wrong in (lambda: calls["bf16"](), lambda: -calls["duqpp"](), lambda: calls["duqpp"]() * 0):
+        with pytest.raises(AssertionError, match="relative error"):
+            bench_decoder_layer.check({**calls, "duqpp": wrong})
+
+
+def test_the_quantized_weights_are_folded(layers):
+    linear, q_proj = layers.quantized[0].self_attn.q_proj, layers.floats[0].self_attn.q_proj
+    error = (linear.float_weight() - q_proj.weight.float()).norm() / q_proj.weight.float().norm()
+    assert 0.05 < error < 0.2
+    unfolded = dequantize(linear.weight) - q_proj.weight.float()
+    assert unfolded.norm() > q_proj.weight.float().norm()
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*.json")), ids=lambda f: f.stem)
+def test_committed_results_name_their_machine(file):
+    result = json.loads(file.read_text())
+    assert result["environment"]["cpu"]
+    assert result["environment"]["commit"]
+    assert "/" not in result["environment"]["commit"]
+    assert result["rows"]
+    if result.get("device") == "cuda":
+        assert result["environment"]["gpus"] and result["environment"]["driver"]
+        assert result["complete"], "measured in part"
