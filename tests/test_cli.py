@@ -23,6 +23,7 @@ from duqpp.evaluate import CONVENTION, perplexity, perplexity_and_reference
 from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.dispatch import BACKENDS
+from tests.cuda.library import full_extension
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
 COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "inspect", "compare")
@@ -258,6 +259,7 @@ def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
 
 
 def test_doctor_names_the_kernels_of_a_shape(run):
+    full_extension()
     shapes = ("--shape", "1,4096,4096", "--shape", "4096,28672,4096")
     ops = json.loads(run("doctor", *shapes, "--arch", "100", "--json")[0])["ops"]
     assert [entry["op"] for entry in ops] == list(kernels.OPS)
@@ -273,6 +275,17 @@ def test_doctor_names_the_kernels_of_a_shape(run):
     assert "reference" in text
     text, _ = run("doctor", "--shape", "64,4100,4096", "--arch", "100")
     assert "N must be a multiple of 8" in text
+
+
+def test_doctor_of_a_build_without_cuda(run, monkeypatch):
+    """Every op of a GPU falls to the reference, and each backend that has kernels for it says why."""
+    library = importlib.import_module("duqpp._C")
+    without = {**library.build_info(), "cuda_architectures": ""}
+    monkeypatch.setattr(library, "build_info", lambda: without)
+    text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "100")
+    for op in kernels.OPS:
+        assert f"{op} on sm_100 (148 SMs): reference" in text
+    assert "not cuda-sm100 for any op on sm_100 (148 SMs): this build has no kernels for" in text
 
 
 @pytest.mark.parametrize("shape", ["16", "16,0,32", "a,b,c", "1,2,3,4"])

@@ -40,7 +40,7 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
     Returns: GptqResult.
     Raises: InputError when H is not finite, or not positive definite even after more damping.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
         raise InputError("GPTQ: the Hessian has NaN or infinite values")
     dead = hessian.diagonal() == 0
     remaining = weight.clone()
@@ -69,18 +69,26 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
 
 
 def _inverse_cholesky(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U.T U the inverse of the damped Hessian, float32 [K, K]."""
+    """Upper triangular U with U.T U the inverse of the damped Hessian, float32 [K, K].
+
+    One float64 matrix holds in turn the damped Hessian, its factor, the inverse and that one's
+    factor. Its columns are contiguous, as LAPACK wants them: of other matrices torch makes copies.
+    """
     diagonal = hessian.diagonal()
     mean = diagonal[~dead].double().mean() if (~dead).any() else torch.ones(())
+    matrix = torch.empty_like(
+        hessian, dtype=torch.float64, memory_format=torch.contiguous_format
+    ).mT
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(_DAMPING_ATTEMPTS):
-        damped = hessian.double()
-        damped.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix.copy_(hessian)
+        matrix.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
             if not failed:
-                return upper.float()
+                return matrix.float()
     raise InputError(
         f"GPTQ: the Hessian is not positive definite with damping up to "
         f"{damping * 10.0 ** (_DAMPING_ATTEMPTS - 1):g}; give more calibration text"

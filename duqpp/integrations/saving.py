@@ -1,8 +1,8 @@
 """What transformers leaves out when it saves a duqpp model: the guard, the model card, an order."""
 
 import json
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,7 @@ from duqpp.models.checkpoint import CHECKSUMS_KEY, INDEX_FILE, checksum
 from duqpp.models.finish import finish_folder
 
 
-# Each takes the place of a method of one model, and is named as it is, so that pickle finds one by
-# that name.
+# Each takes the place of a method of one model, by its name.
 def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`; the folder is then completed."""
     folder = Path(save_directory)
@@ -47,9 +46,12 @@ _METHODS = (save_pretrained, _upload_modified_files)
 
 
 def complete_on_save(model: Any) -> None:
-    """Let this model complete what transformers saves of it, on disk or to the hub."""
+    """Let this model complete what transformers saves of it, on disk or to the hub.
+
+    So do its copies and what is unpickled of it: not methods, which pickle looks up in the class.
+    """
     for method in _METHODS:
-        setattr(model, method.__name__, MethodType(method, model))
+        setattr(model, method.__name__, partial(method, model))
 
 
 def forget_on_save(model: Any) -> None:

@@ -228,6 +228,26 @@ class MXFP4Linear(nn.Module):
         )
 
 
+class _QuantizeOnce:
+    """The hook of `share_input`.
+
+    An object, not a function that remembers a linear: copied or pickled with its module, it goes
+    with the linear of the copy.
+    """
+
+    def __init__(self, linear: MXFP4Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        if isinstance(x, SharedInput) or (torch.is_grad_enabled() and x.requires_grad):
+            return args, kwargs
+        shared = self._linear.quantize_input(x)
+        if args:
+            return (shared, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": shared}
+
+
 def share_input(owner: nn.Module, linears: list[MXFP4Linear]) -> None:
     """Quantize the input of `owner` once for all linears that read it.
 
@@ -240,17 +260,9 @@ def share_input(owner: nn.Module, linears: list[MXFP4Linear]) -> None:
     itself, with the same result, because integer codes carry no gradient.
     """
 
-    def quantize_once(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        x = args[0] if args else kwargs["hidden_states"]
-        if isinstance(x, SharedInput) or (torch.is_grad_enabled() and x.requires_grad):
-            return args, kwargs
-        shared = linears[0].quantize_input(x)
-        if args:
-            return (shared, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": shared}
-
     unshare_input(owner)
-    owner.shared_input_hook = owner.register_forward_pre_hook(quantize_once, with_kwargs=True)
+    hook = _QuantizeOnce(linears[0])
+    owner.shared_input_hook = owner.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def unshare_input(owner: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """GPTQ: round-to-nearest where it must be, better where it can be, and a textbook in float64."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +250,40 @@ def test_the_compensated_weight_is_what_was_rounded(rule):
     torch.testing.assert_close(made, nearest)
     assert torch.equal(found.compensated[:, 0], weight[:, 0])
     assert ((found.compensated - weight)[:, 1:] != 0).float().mean() > 0.99
+
+
+def peak_growth(run: Callable[[], object]) -> int:
+    """Bytes by which a call's highest resident memory is above that before it; Linux only."""
+
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest is what is now
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_one_matrix_in_float64_and_one_in_float32():
+    """12 K^2 bytes beside the Hessian: 8 and 4. Copies that torch makes would be 8 each.
+
+    K is so large that allocations of it are the system's own, and freed at once.
+    """
+    k = 2048
+    H, weight = correlated(k, seed=1, rows=256), inputs.gaussian(1, k, seed=2)
+    gptq(weight[:, :64], H[:64, :64], rule=ScaleRule.EVEN, damping=0.01)  # what libraries keep
+    grown = peak_growth(lambda: gptq(weight, H, rule=ScaleRule.EVEN, damping=0.01))
+    assert 10 * k**2 < grown < 15 * k**2
+
+
+def test_factors_are_those_of_separate_matrices():
+    """Bit by bit: working in place changes no result."""
+    k, damping = 96, 0.01
+    H, dead = correlated(k, seed=3), torch.zeros(k, dtype=torch.bool)
+    damped = H.double()
+    damped.diagonal().add_(damping * H.diagonal().double().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    expected = torch.linalg.cholesky(inverse, upper=True).float()
+    oracle.assert_same(module._inverse_cholesky(H, dead, damping), expected, "U")

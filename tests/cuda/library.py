@@ -26,6 +26,15 @@ def cuda_extension() -> ModuleType:
     return module
 
 
+def full_extension() -> ModuleType:
+    """`duqpp._C` with kernels for every architecture that is built by default; skips elsewhere."""
+    module = cuda_extension()
+    built = module.build_info()["cuda_architectures"]
+    if built != "80,90a,100f,120f":
+        pytest.skip(f"the extension is built for {built} only")
+    return module
+
+
 @functools.cache
 def compiled_kernels() -> dict[str, sass.Kernel]:
     """Every GEMM kernel in the library by its demangled name; skips where there is no cuobjdump."""

@@ -1,6 +1,7 @@
 """What is on disk after saving, and on its way to the hub: bytes, model card, guard."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import duqpp
 from duqpp.models.finish import CARD_MARK, GUARD, GUARD_FIELD, finish_folder, write_card
+from duqpp.nn import MXFP4Linear
 from tests import decoder, oracle
 from tests.models import damage
 
@@ -132,11 +134,42 @@ def test_folders_of_other_models_stay_as_they_are(make_tiny, tmp_path):
     assert files(folder) == before and not files(tmp_path / "empty")
 
 
-def test_a_copy_completes_its_own_folders(hadamard, tmp_path):
-    model = copy.deepcopy(duqpp.from_pretrained(hadamard))
-    assert model.save_pretrained.__self__ is model
-    model.save_pretrained(tmp_path / "out", is_main_process=True)
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+both_copies = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickled], ids=["deepcopy", "torch.save"]
+)
+
+
+@both_copies
+def test_a_copy_completes_its_own_folders(copied, hadamard, tmp_path):
+    model = duqpp.from_pretrained(hadamard)
+    other = copied(model)
+    model.model.norm.weight.data *= 2
+    other.save_pretrained(tmp_path / "out", is_main_process=True)
     assert (tmp_path / "out" / "README.md").exists()
+    saved = duqpp.from_pretrained(tmp_path / "out")
+    oracle.assert_same(logits(saved), logits(other), "logits")
+    assert not torch.equal(logits(other), logits(model))
+
+
+@both_copies
+def test_a_copy_is_a_model_of_its_own(copied, hadamard):
+    model = duqpp.from_pretrained(hadamard)
+    expected, other = logits(model), copied(model)
+    oracle.assert_same(logits(other), expected, "logits of the copy")
+    for module in model.modules():
+        if isinstance(
+            module, MXFP4Linear
+        ):  # also those that quantize for the others of their group
+            module.rotation.data.zero_()
+    oracle.assert_same(logits(other), expected, "logits of the copy of what is no more")
+    assert not torch.equal(logits(model), expected)
 
 
 # To the hub, up to the upload.

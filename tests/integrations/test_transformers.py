@@ -1,6 +1,5 @@
 """Loading through transformers: what comes back, and that nothing damaged or foreign does."""
 
-import copy
 import importlib
 import json
 import os
@@ -195,12 +194,6 @@ def test_cached_generation_is_that_of_the_whole_sequence(checkpoint):
     cached = model.generate(PROMPT[:1], **options)
     whole = model.generate(PROMPT[:1], use_cache=False, **options)
     assert torch.equal(cached, whole)
-
-
-def test_model_can_be_copied(checkpoint):
-    model = duqpp.from_pretrained(checkpoint)
-    expected = logits(model)
-    oracle.assert_same(logits(copy.deepcopy(model)), expected, "logits of a copy")
 
 
 def test_load_model(checkpoint, tiny_llama):

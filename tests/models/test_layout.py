@@ -65,7 +65,7 @@ def test_newer_format(version):
         *[("modules_to_not_convert", v) for v in (MISSING, None, "lm_head", [5], [["a"]], {})],
         *[("provenance", v) for v in (None, "text", [])],
     ],
-    ids=str,
+    ids=lambda value: "missing" if value is MISSING else str(value),
 )
 def test_bad_field(field, value):
     with pytest.raises(CheckpointError, match=field.split(".")[-1]):

@@ -1,6 +1,7 @@
 """MXFP4Linear: its definition, its parameters, and inputs that are quantized once."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -238,6 +239,35 @@ def test_sharing_can_be_undone(owner):
     for made, wanted in zip(owner(x), expected, strict=True):
         oracle.assert_same(made, wanted, "y")
     assert owner.seen == [SharedInput, torch.Tensor]
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "torch.save"])
+def test_a_copy_shares_an_input_of_its_own(copied, owner):
+    """Changed, it follows its own linears; undone, it leaves the original as it was."""
+    x = inputs.outliers(6, K, seed=9)
+    before, other = owner(x), copied(owner)
+    for made, wanted in zip(other(x), before, strict=True):
+        oracle.assert_same(made, wanted, "y of the copy")
+    for linear in other.linears:
+        linear.rotation.data = -linear.rotation.data.flip(0)
+        linear.rule = ScaleRule.FLOOR
+    expected = [linear(x) for linear in other.linears]
+    assert not torch.equal(expected[0], before[0])
+    for made, wanted in zip(other(x), expected, strict=True):
+        oracle.assert_same(made, wanted, "y of the changed copy")
+    unshare_input(other)
+    other(x)
+    assert other.seen[-2:] == [SharedInput, torch.Tensor]
+    for made, wanted in zip(owner(x), before, strict=True):
+        oracle.assert_same(made, wanted, "y of the original")
+    assert owner.seen == [SharedInput] * 2
 
 
 # A prepared linear holds its weight as the backend's GEMM reads it; nothing else may show it.

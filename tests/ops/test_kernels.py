@@ -7,7 +7,7 @@ import torch
 
 from duqpp.ops import dispatch, kernels
 from duqpp.ops.kernels import Machine
-from tests.cuda.library import cuda_extension
+from tests.cuda.library import cuda_extension, full_extension
 
 SHAPE = (16, 4096, 4096)
 
@@ -82,8 +82,7 @@ GPUS = {
 @pytest.mark.parametrize("capability", GPUS)
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_gpus_that_are_not_here(capability, op):
-    if cuda_extension().build_info()["cuda_architectures"] != "80,90a,100f,120f":
-        pytest.skip("not a build for all architectures")
+    full_extension()
     backend, code = GPUS[capability]
     name, kernel = chosen(op, Machine(capability, 148))
     assert name == backend
@@ -96,7 +95,7 @@ def test_gpus_that_are_not_here(capability, op):
 
 
 def test_hopper_is_told_what_its_kernel_lacks():
-    cuda_extension()
+    full_extension()
     hopper = Machine((9, 0), 132)
     backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
     assert kernels.why_not(backend, "mxfp4_gemm", hopper) == "has no GEMM of its own yet"
@@ -117,6 +116,6 @@ def test_shapes_that_are_refused():
     assert chosen("mxfp4_gemm", Machine(), (1, 8, 48))[1] == kernels.Kernel(
         None, "K must be a multiple of 32, got 48"
     )
-    cuda_extension()
+    full_extension()
     _, kernel = chosen("mxfp4_gemm", Machine((10, 0), 148), (1, 4100, 32))
     assert kernel.name is None and "N must be a multiple of 8, got 4100" in kernel.why
