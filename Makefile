@@ -52,6 +52,7 @@ test: setup $(STAMPS)/crosscheck $(STAMPS)/lm_eval ## run the tests; PYTEST_ARGS
 gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, selfcheck, benchmark; JSON in build/gpu
 	@mkdir -p $(GPU_RESULTS)
 	$(PY) -m pytest tests/ops/test_cuda.py tests/ops/test_rotate_quantize.py tests/ops/test_fused_forms.py \
+	  tests/ops/test_large_gemm.py \
 	  $(PYTEST_ARGS)
 	$(PY) -m duqpp selfcheck --report $(GPU_RESULTS)/selfcheck.json
 	$(PY) benchmarks/bench_rotate_quantize.py --device cuda --rows 1 16 256 4096 16384 \
