@@ -110,6 +110,7 @@ def large_gemm(
     """
     route = route_on(a.codes.device) if route is None else route
     rows, k = a.shape
+    bias = None if bias is None else bias.contiguous()
     out = a.codes.new_empty((rows, b.shape[0]), dtype=out_dtype)
     if rows == 0:
         return out
