@@ -48,4 +48,21 @@ struct MXFP4GemmProblem {
   Dtype out_dtype;
 };
 
+// Wider formats that MXFP4 is expanded to, for tensor cores without block scales; format/expand.h
+// defines both.
+enum class WideFormat : int32_t { kE4M3 = 0, kBFloat16 = 1 };
+
+// values = an MXFP4 matrix, or rows of it, in a wider format; with kE4M3 row r of `values` times
+// row_scales[r].
+struct ExpandProblem {
+  int64_t rows, K;      // of values
+  int64_t first_row;    // of the matrix, that is row 0 of values
+  int64_t matrix_rows;  // rows of values that are beyond the matrix become zeros
+  WideFormat format;
+  const uint8_t* codes;   // of the whole matrix
+  const uint8_t* scales;
+  void* values;       // [rows, K]
+  float* row_scales;  // [rows] with kE4M3, else null
+};
+
 }  // namespace duqpp

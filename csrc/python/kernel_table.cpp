@@ -58,6 +58,9 @@ void bind_kernel_table(py::module_& module) {
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,
              "Bytes of device memory that a launch of the plan needs.");
+  module.def("large_gemm_rows", &cuda::large_gemm_rows, "N"_a, "K"_a, py::kw_only(), "arch"_a,
+             "Rows of x from which on torch multiplies expanded operands on compute capability "
+             "arch / 10; None where it never does.");
   module.def(
       "rotate_quantize_grid",
       [](int64_t M, int64_t K, int prologue, int sm_count) {

@@ -1,6 +1,5 @@
 // The CUDA kernels as torch ops (namespace duqpp_native): check, allocate, fill a problem, launch
 // on torch's current stream. Workspaces come from torch's allocator; nothing waits for the device.
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +14,7 @@
 #include "cuda/mxfp4_gemm.h"
 #include "cuda/rotate_quantize.h"
 #include "format/scale_layout.h"
+#include "torch/cuda_device.h"
 #include "torch/problems.h"
 
 namespace duqpp {
@@ -22,35 +22,8 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-// torch's current stream. The function is in libtorch_cuda, which a CPU build of torch lacks: it is
-// looked up in the library that is loaded already, so that this one loads under either.
-void* current_stream(int device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol =
-        library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
-    return reinterpret_cast<Function>(symbol);
-  }();
-  STD_TORCH_CHECK(function != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
-
 constexpr const char* kQuantize = "rotate_quantize";
 constexpr const char* kGemm = "mxfp4_gemm";
-
-void check_aligned(const char* op, const char* name, const void* pointer) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, op, ": ", name,
-                  " must start at a multiple of 16 bytes; pass a copy");
-}
-
-void check_same_device(const char* op, const char* name, const Tensor& tensor,
-                       const Tensor& other) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), op,
-                  ": ", name, " must be on the CUDA device of the first argument");
-}
 
 void check_status(const std::string& message) { STD_TORCH_CHECK(message.empty(), message); }
 

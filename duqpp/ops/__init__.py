@@ -139,7 +139,9 @@ def mxfp4_gemm(
 ) -> Tensor:
     """Multiply quantized matrices: ``dequantize(a) @ dequantize(b).T + bias``.
 
-    Every product and every 32-term block sum is exact; the sum over blocks is in float32.
+    Every product and every 32-term block sum is exact; the sum over blocks is in float32. The
+    exception is many rows on a GPU without block-scaled tensor cores: `duqpp.ops.large_gemm` says
+    how near it is.
 
     Args:
         a: [M, K], from `rotate_quantize` on the same backend.

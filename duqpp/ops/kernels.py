@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from duqpp.format import BLOCK_SIZE
-from duqpp.ops import dispatch, reference
+from duqpp.ops import dispatch, large_gemm, reference
 from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
 
 # Each with the op whose backend it runs on, and its prologue's number in the compiled library.
@@ -129,6 +129,9 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
         return Kernel(None, f"N must be a multiple of 8, got {n}; pad the weight with zero rows")
     library = compiled_library()
     major, minor = machine.capability
+    rows = library.large_gemm_rows(n, k, arch=10 * major + minor)
+    if rows is not None and m >= rows:
+        return _large_gemm(m, n, k, machine, rows)
     plan = library.select_gemm(m, n, k, arch=10 * major + minor, sm_count=machine.sm_count)
     row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
     name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, row['tile']))}"
@@ -136,3 +139,16 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
         workspace = library.gemm_workspace_size(plan, m, n)
         name += f", K in {plan.splits} parts, {workspace} bytes of workspace"
     return Kernel(name, row["reason"])
+
+
+def _large_gemm(m: int, n: int, k: int, machine: Machine, rows: int) -> Kernel:
+    """Many rows on a GPU without block-scaled tensor cores, for a result in bfloat16."""
+    route = large_gemm.route_for(machine.capability, torch.version.cuda)
+    in_place = route is not large_gemm.Route.CUTLASS
+    row_bytes = large_gemm.bytes_per_row(route, m, k, in_place=in_place)
+    parts = list(large_gemm.chunks(n, row_bytes, large_gemm.WORKSPACE_BYTES))
+    name = (
+        f"{route.value}, operands expanded to {str(route.dtype).removeprefix('torch.')}, weight in "
+        f"{len(parts)} parts, {parts[0].stop * row_bytes} bytes of workspace"
+    )
+    return Kernel(name, f"from {rows} rows of x on, by a model and not a measurement")

@@ -102,3 +102,13 @@ def test_products_name_what_is_on_another_device():
         call_on_cuda("mxfp4_gemm", CODES, SCALES, CODES, SCALES, None, torch.bfloat16)
     with pytest.raises(RuntimeError, match=rf"mxfp4_gemm: weight\.codes {ONE_DEVICE}"):
         call_on_cuda("mxfp4_linear", X, None, 0, CODES, SCALES, None)
+
+
+def test_expansion_names_what_is_not_on_the_device():
+    row_scales = torch.zeros(16, dtype=torch.uint8)
+    for name, *arguments in (
+        ("expand_activation", CODES, SCALES, torch.bfloat16),
+        ("expand_weight", CODES, row_scales, 0, 8, torch.bfloat16),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name}: codes {ONE_DEVICE}"):
+            call_on_cuda(name, *arguments)

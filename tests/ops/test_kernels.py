@@ -119,3 +119,31 @@ def test_shapes_that_are_refused():
     full_extension()
     _, kernel = chosen("mxfp4_gemm", Machine((10, 0), 148), (1, 4100, 32))
     assert kernel.name is None and "N must be a multiple of 8, got 4100" in kernel.why
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)])
+def test_many_rows_without_block_scaled_tensor_cores(capability, monkeypatch):
+    """Operands are expanded, from as many rows on as the table says: more for a small weight."""
+    library = cuda_extension()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
+    rows = {
+        n: library.large_gemm_rows(n, 4096, arch=10 * capability[0] + capability[1])
+        for n in (1024, 28672)
+    }
+    assert 64 < rows[28672] < rows[1024] < 1024
+    for n, least in rows.items():
+        machine = Machine(capability, 108)
+        kernel = kernels.kernel("mxfp4_gemm", least, n, 4096, machine, backend)
+        wide = "float8_e4m3fn" if capability in ((8, 9), (9, 0)) else "bfloat16"
+        way = {(8, 9): "torch._scaled_mm, CUTLASS", (9, 0): "torch._scaled_mm, cuBLASLt"}
+        assert kernel.name.startswith(f"{way.get(capability, 'torch.mm')}, operands expanded")
+        assert f"to {wide}, weight in" in kernel.name
+        assert int(kernel.name.split()[-4]) <= 64 << 20
+        assert kernel.why.startswith(f"from {least} rows of x on")
+
+
+def test_no_other_gpu_expands_its_operands():
+    library = cuda_extension()
+    for arch in (75, 100, 103, 110, 120, 121):
+        assert library.large_gemm_rows(4096, 4096, arch=arch) is None
