@@ -3,8 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,15 @@ from duqpp.calibration.tokens import BUILTIN
 from duqpp.config import QuantizeConfig
 from duqpp.errors import DuqppError, InputError
 from duqpp.evaluation_commands import compare, evaluate
-from duqpp.options import OPTIONS, CalibrationOption, JsonOption, ModelArgument, takes_config
+from duqpp.options import (
+    OPTIONS,
+    CalibrationOption,
+    JsonOption,
+    ModelArgument,
+    ResumableError,
+    resumable,
+    takes_config,
+)
 from duqpp.terminal import (
     Bars,
     doctor_lines,
@@ -38,10 +45,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class ResumableError(Exception):
-    """Ctrl-C, and the job can be resumed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +110,7 @@ def quantize(
     from duqpp.quantize import quantize_model
     from duqpp.quantize_group import mean_errors
 
-    with Bars() as bars, _resumable(out):
+    with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
         bars.wait("opening the model")
         report = quantize_model(model, out, config, calibration=calib, resume=resume, progress=bars)
     linear_bytes, weights = linear_storage(out)
@@ -323,17 +326,6 @@ def inspect(
 
 
 app.command()(compare)
-
-
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Tell a Ctrl-C that leaves a job to resume from one that leaves nothing."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if out.with_name(out.name + ".partial").exists():
-            raise ResumableError from None
-        raise
 
 
 def _print_table(table: Any) -> None:

@@ -1,9 +1,9 @@
 """compare: quantize one model by several methods, and set their evaluations side by side."""
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.compare_folder import ComparisonFolder, Finished, comparison_job
 from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
 from duqpp.divergence import Reference
 from duqpp.errors import InputError
@@ -58,14 +59,16 @@ def compare(
     windows: int | None = None,
     seeds: Sequence[int] = (0,),
     keep: Mapping[str, Path] | None = None,
+    work: Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
     """Evaluate the float model, then quantize it by each method and evaluate that on every text.
 
     One model is in memory at a time, besides the source and, for each text, the float model's final
-    hidden states. Quantized models live in a temporary folder and are removed after their
-    evaluation, whatever happens.
+    hidden states. Quantized models live in a temporary folder, or in `work`, and are removed after
+    their evaluation; a temporary folder goes whatever happens.
 
     Args:
         methods: by name, as from `parse_methods`; their seeds are replaced by `seeds`.
@@ -74,6 +77,12 @@ def compare(
         seq_len, windows: of the evaluation; see `perplexity`.
         seeds: a method that uses no randomness runs once.
         keep: folders for the models of some methods, those of the first seed.
+        work: folder, new or empty, that keeps the results of finished quantizations and the blocks
+            of the one in progress, so that an interrupted comparison can be resumed; its size in
+            the end is that of the results.
+        resume: go on with the comparison in `work`, if there is one: of the same model, texts and
+            windows, though perhaps of other methods and seeds. The float model is evaluated again.
+            Seconds of a quantization that was interrupted are those of its last part.
         progress: called with (method and stage, done, total).
         on_row: called with each row as soon as it is complete.
     Raises: InputError, before any work where that is possible.
@@ -86,10 +95,16 @@ def compare(
     check_architecture(source.config, skip)
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in texts}
-    _check_calibration(tokenizer, methods, calibration)
+    calibration_text = _check_calibration(tokenizer, methods, calibration)
     progress = progress or (lambda stage, done, total: None)
     on_row = on_row or (lambda row: None)
     settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
+    if work is None and resume:
+        raise InputError("resume needs the folder of the comparison to go on with: work")
+    if work is not None:
+        progress("fingerprint", 0, 1)
+        job = comparison_job(source, tokens, settings)
+        folder = ComparisonFolder(work, job, calibration_text, resume=resume)
 
     float_model = _float_model(source)
     staged = _staged(progress, FLOAT)
@@ -97,38 +112,36 @@ def compare(
     on_row(float_row)
     del float_model
     rows = [float_row]
-    with tempfile.TemporaryDirectory(prefix="duqpp-compare-") as scratch:
+    with ExitStack() as stack:
+        if work is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
+            folder = ComparisonFolder(Path(scratch, "work"), {}, "")
         for name, config in methods.items():
             runs: dict[str, list[Run]] = {text: [] for text in texts}
             for index, seed in enumerate(seeds if _uses_seed(config) else seeds[:1]):
+                own = replace(config, seed=seed)
                 kept = (keep or {}).get(name) if index == 0 else None
-                folder = kept or Path(scratch, "model")
-                title = name if len(seeds) == 1 else f"{name}, seed {seed}"
-                staged = _staged(progress, title)
-                report = quantize_model(
-                    source,
-                    folder,
-                    replace(config, seed=seed),
-                    calibration=calibration,
-                    progress=staged,
-                )
-                quantized = from_pretrained(folder, progress=staged).eval()
+                finished = folder.finished(own)
+                if finished is None or (kept and not kept.exists()):
+                    title = name if len(seeds) == 1 else f"{name}, seed {seed}"
+                    staged = _staged(progress, title)
+                    out = kept or folder.model(own)
+                    if (seconds := folder.quantized(own, out)) is None:
+                        seconds = quantize_model(
+                            source,
+                            out,
+                            own,
+                            calibration=calibration,
+                            resume=resume,
+                            progress=staged,
+                        ).seconds
+                        folder.record_quantized(own, seconds)
+                    finished = _evaluated(out, seed, seconds, tokens, settings, references, staged)
+                    folder.record(own, finished)
                 for text in texts:
-                    result = perplexity(
-                        quantized,
-                        tokens[text],
-                        **settings,
-                        reference=references[text],
-                        progress=staged,
-                    )
-                    runs[text].append(_run(seed, report.seconds, result))
-                del quantized
-                gc.collect()  # a model's modules refer to each other
-                weight_bytes, weights = linear_storage(folder)
-                if not kept:
-                    shutil.rmtree(folder)
+                    runs[text].append(finished.runs[text])
             scores = (replace(own, runs=tuple(runs[own.text])) for own in float_row.texts)
-            rows.append(Row(name, tuple(scores), weight_bytes, weights))
+            rows.append(Row(name, tuple(scores), finished.weight_bytes, finished.weights))
             on_row(rows[-1])
     sample = next(iter(methods.values()))
     return Comparison(
@@ -166,6 +179,25 @@ def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
         raise InputError(f"--methods {spec or repr(spec)}: {error}") from error
 
 
+def _evaluated(
+    folder: Path,
+    seed: int,
+    quantize_seconds: float,
+    tokens: Mapping[str, Tensor],
+    settings: dict[str, Any],
+    references: Mapping[str, Reference],
+    progress: Progress,
+) -> Finished:
+    """A quantized model on every text."""
+    model, runs = from_pretrained(folder, progress=progress).eval(), {}
+    for text, own in tokens.items():
+        result = perplexity(model, own, **settings, reference=references[text], progress=progress)
+        runs[text] = _run(seed, quantize_seconds, result)
+    del model
+    gc.collect()  # a model's modules refer to each other
+    return Finished(runs, *linear_storage(folder))
+
+
 def _staged(progress: Progress, title: str) -> Progress:
     """Progress of one method: its name goes before each stage."""
     return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
@@ -177,14 +209,19 @@ def _uses_seed(config: QuantizeConfig) -> bool:
 
 def _check_calibration(
     tokenizer: Any, methods: Mapping[str, QuantizeConfig], calibration: str
-) -> None:
-    """Raise InputError now if the calibration text is missing or too short for some method."""
+) -> str:
+    """The calibration text, empty where no method reads it.
+
+    Raises: InputError now, if it is missing or too short for some method.
+    """
     calibrated = [config for config in methods.values() if config.needs_activations]
     if not calibrated:
-        return
-    tokens = tokenize(tokenizer, read_text(calibration))
+        return ""
+    text = read_text(calibration)
+    tokens = tokenize(tokenizer, text)
     for samples, seq_len in {(config.sequences, config.seq_len) for config in calibrated}:
         sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
+    return text
 
 
 def _float_model(source: Source) -> nn.Module:

@@ -11,7 +11,14 @@ import typer
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.options import OPTIONS, CalibrationOption, JsonOption, ModelArgument, takes_config
+from duqpp.options import (
+    OPTIONS,
+    CalibrationOption,
+    JsonOption,
+    ModelArgument,
+    resumable,
+    takes_config,
+)
 from duqpp.terminal import (
     Bars,
     comparison_header,
@@ -127,6 +134,13 @@ def compare(
     seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
     windows: WindowsOption = None,
     seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2.")] = "0",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps the results, so that --resume can go on with it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted comparison in --work.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL by several methods, and set their evaluations side by side.
@@ -137,15 +151,18 @@ def compare(
     """
     from duqpp.compare import FLOAT, parse_methods
     from duqpp.compare import compare as run
+    from duqpp.compare_folder import COMPARISON_FILE
     from duqpp.models.source import open_source
     from duqpp.scores import Row
 
+    if resume and work is None:
+        raise InputError("--resume needs --work, the folder of the comparison to continue")
     configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
     numbers = _parse_seeds(seeds)
     names = list(configs)
     texts = text or [BUILTIN]
     out = sys.stderr if as_json else sys.stdout
-    with Bars() as bars:
+    with Bars() as bars, resumable(work and work / COMPARISON_FILE):
 
         def show(row: Row) -> None:
             bars.stop()
@@ -162,6 +179,8 @@ def compare(
             seq_len=seq_len,
             windows=windows,
             seeds=numbers,
+            work=work,
+            resume=resume,
             progress=bars,
             on_row=show,
         )

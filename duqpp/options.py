@@ -1,12 +1,14 @@
-"""Command-line options that several commands have.
+"""What several commands have: options, and jobs that can be resumed.
 
-Those made from QuantizeConfig have their defaults and choices from there.
+Options made from QuantizeConfig have their defaults and choices from there.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -93,3 +95,18 @@ def _parameter(name: str) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, typer.Option(flag, help=text)],
     )
+
+
+class ResumableError(Exception):
+    """Ctrl-C, and the job can be resumed."""
+
+
+@contextmanager
+def resumable(kept: Path | None) -> Iterator[None]:
+    """Tell a Ctrl-C that leaves a job to resume, with `kept` on disk, from one that leaves none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is not None and kept.exists():
+            raise ResumableError from None
+        raise

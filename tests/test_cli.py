@@ -278,7 +278,7 @@ def test_doctor_names_the_kernels_of_a_shape(run):
 
 
 def test_doctor_of_a_build_without_cuda(run, monkeypatch):
-    """Every op of a GPU falls to the reference, and each backend that has kernels for it says why."""
+    """Every op of a GPU falls to the reference, and the backend with kernels for it says why."""
     library = importlib.import_module("duqpp._C")
     without = {**library.build_info(), "cuda_architectures": ""}
     monkeypatch.setattr(library, "build_info", lambda: without)
@@ -342,6 +342,29 @@ def test_compare_table_and_json_agree(tiny_llama, run):
         assert spread == (row["method"] not in ("float", "rtn"))
     assert found["seeds"] == [0, 1]
     assert found["calibration_seq_len"] == 64 and found["seq_len"] == 64
+
+
+def test_compare_is_interrupted_and_resumed(tiny_llama, tmp_path, run, monkeypatch, capsys):
+    work = tmp_path / "kept work"
+    arguments = [*compare_arguments(tiny_llama, "rtn,hadamard"), "--work", str(work)]
+    expected = json.loads(run(*compare_arguments(tiny_llama, "rtn,hadamard"), "--json")[0])
+    module = importlib.import_module("duqpp.compare")
+
+    def stop_at_the_second(source, out, config, **options):
+        if config.method == "hadamard":
+            raise KeyboardInterrupt
+        return quantize_model(source, out, config, **options)
+
+    quantize_model = module.quantize_model
+    monkeypatch.setattr(module, "quantize_model", stop_at_the_second)
+    assert main(arguments) == 130
+    again = shlex.join(["duqpp", *arguments, "--resume"])
+    assert f"go on at the last whole block with {again}" in capsys.readouterr().err
+    monkeypatch.setattr(module, "quantize_model", quantize_model)
+    found = json.loads(run(*arguments, "--resume", "--json")[0])
+    for made, wanted in zip(found["rows"], expected["rows"], strict=True):
+        for name in ("method", "perplexity", "kl", "agreement", "weight_bytes"):
+            assert made[name] == wanted[name]
 
 
 def test_compare_on_several_texts(tiny_llama, tmp_path, run):
@@ -413,6 +436,7 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["compare", "MODEL", "--samples", "9999"], "lower --samples or --seq-len"),
         (["compare", "MODEL", "--seeds", "0,x"], "--seeds must be whole numbers"),
         (["compare", "MODEL", "--text", "builtin", "--text", "builtin"], "text is named twice"),
+        (["compare", "MODEL", "--resume"], "--resume needs --work"),
         (["compare", "MODEL", "--seeds", "0,0"], "--seeds names a seed twice"),
     ],
 )

@@ -2,8 +2,11 @@
 
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +164,7 @@ def test_kept_models_stay_and_load(tiny_llama, tmp_path, scratch):
 def test_nothing_is_left_after_a_failure(tiny_llama, scratch):
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "rtn: evaluate":
-            assert list(scratch.glob("*/model/config.json"))
+            assert list(scratch.glob("*/work/model-*/config.json"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -314,3 +317,157 @@ def test_storage_equals_the_tensors_in_the_files(tiny_llama, tmp_path):
             if name.endswith(kinds):
                 size += tensor.view(torch.uint8).numel()
     assert linear_storage(tmp_path / "out")[0] == size
+
+
+# A comparison in a folder goes on where it was.
+
+METHODS = "rtn,random,duquant++"
+# What the subprocess runs: it stops in the second block of duquant++ with seed 1 for good, so that
+# a kill finds it there however slow the machine is.
+JOB = """
+import sys, time
+import torch
+from pathlib import Path
+from duqpp.models.source import open_source
+from tests.test_compare import METHODS, SETTINGS, SMALL, compare, parse_methods
+def progress(stage, done, total):
+    if (stage, done) == ("duquant++, seed 1: quantize", 1):
+        print("there", flush=True)
+        while True:
+            time.sleep(60)
+torch.set_num_threads(1)
+compare(open_source(sys.argv[1]), parse_methods(METHODS, SMALL), seeds=[0, 1],
+        work=Path(sys.argv[2]), progress=progress, **SETTINGS)
+"""
+
+
+def results(found) -> list:
+    """Everything in the rows of a comparison but its times."""
+    timed = {"quantize_seconds": 0.0, "evaluate_seconds": 0.0}
+    return [
+        replace(
+            row,
+            texts=tuple(
+                replace(own, runs=tuple(replace(run, **timed) for run in own.runs))
+                for own in row.texts
+            ),
+        )
+        for row in found.rows
+    ]
+
+
+@pytest.fixture
+def reports(monkeypatch) -> list:
+    """What is quantized from now on: (method, seed, blocks that were there)."""
+    found = []
+
+    def quantize(source, out, config, **options):
+        report = quantize_model(source, out, config, **options)
+        found.append((config.method, config.seed, report.resumed_blocks))
+        return report
+
+    monkeypatch.setattr("duqpp.compare.quantize_model", quantize)
+    return found
+
+
+def resumed(model, methods: str, work: Path, **options):
+    call = {"seeds": [0, 1], "resume": True} | SETTINGS | options
+    return compare(open_source(str(model)), parse_methods(methods, SMALL), work=work, **call)
+
+
+def test_killed_in_a_quantization_it_goes_on_at_the_last_block(tiny_llama, tmp_path, reports):
+    work = tmp_path / "work"
+    expected = resumed(tiny_llama, METHODS, tmp_path / "other", resume=False)
+    reports.clear()
+    command = [sys.executable, "-c", JOB, str(tiny_llama), str(work)]
+    job = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout.readline() == "there\n"
+    job.kill()
+    job.wait()
+    assert len(list(work.glob("run-*.json"))) == 4
+    (partial,) = work.glob("model-*.partial")
+    assert len(list(partial.glob("*.safetensors"))) == 2
+    found = resumed(tiny_llama, METHODS, work)
+    assert reports == [("duquant++", 1, 1)]
+    assert results(found) == results(expected)
+    assert not list(work.glob("model-*")) and not list(work.glob("quantized-*"))
+    assert found.rows[1].seconds > 0
+    assert results(resumed(tiny_llama, METHODS, work)) == results(expected)
+    assert len(reports) == 1
+
+
+def test_stopped_in_an_evaluation_it_does_not_quantize_again(tiny_llama, tmp_path, reports):
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.endswith("random, seed 1: evaluate"):
+            raise KeyboardInterrupt
+
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tiny_llama, "rtn,random", work, progress=stop)
+    assert len(list(work.glob("model-*/config.json"))) == 1
+    del reports[:]
+    found = resumed(tiny_llama, "rtn,random", work)
+    assert reports == []
+    assert [run.seed for run in found.rows[2].headline.runs] == [0, 1]
+    assert found.rows[2].headline.runs[1].quantize_seconds > 0
+    assert not list(work.glob("model-*"))
+
+
+def test_methods_and_seeds_can_be_added(tiny_llama, tmp_path, reports):
+    work = tmp_path / "work"
+    resumed(tiny_llama, "random", work, resume=False)
+    assert reports == [("random", 0, 0), ("random", 1, 0)]
+    found = resumed(tiny_llama, "rtn,random,duquant++", work, seeds=[1, 2])
+    assert reports[2:] == [
+        ("rtn", 1, 0),
+        ("random", 2, 0),
+        ("duquant++", 1, 0),
+        ("duquant++", 2, 0),
+    ]
+    alone = resumed(tiny_llama, "rtn,random,duquant++", tmp_path / "alone", seeds=[1, 2])
+    assert results(found) == results(alone)
+
+
+def test_another_calibration_text_is_another_run(tiny_llama, tmp_path, reports):
+    text, work = tmp_path / "a.txt", tmp_path / "work"
+    text.write_text(builtin_text()[:20000], encoding="utf-8")
+    before = resumed(tiny_llama, "rtn,duquant++", work, seeds=[0])
+    found = resumed(tiny_llama, "rtn,duquant++", work, seeds=[0], calibration=str(text))
+    assert reports == [("rtn", 0, 0), ("duquant++", 0, 0), ("duquant++", 0, 0)]
+    assert results(found)[:2] == results(before)[:2]
+    assert results(found)[2] != results(before)[2]
+
+
+def test_a_folder_of_something_else_is_refused(tiny_llama, make_tiny, tmp_path):
+    work, text = tmp_path / "work", tmp_path / "a.txt"
+    text.write_text(builtin_text()[:20000], encoding="utf-8")
+    resumed(tiny_llama, "rtn", work)
+    before = sorted(work.iterdir())
+    for model, options, message in [
+        (tiny_llama, {"resume": False}, "holds a comparison: continue it with --resume"),
+        (tiny_llama, {"windows": 1}, "is the comparison of another windows; choose"),
+        (tiny_llama, {"seq_len": 32}, "is the comparison of another windows; choose"),
+        (tiny_llama, {"texts": [str(text)]}, "is the comparison of another texts; choose"),
+        (make_tiny("llama", rms_norm_eps=1e-4), {}, "is the comparison of another model; choose"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            resumed(model, "rtn", work, **options)
+    assert sorted(work.iterdir()) == before
+    with pytest.raises(InputError, match="is not empty, and holds no comparison"):
+        resumed(tiny_llama, "rtn", tmp_path)
+    with pytest.raises(InputError, match=r"a\.txt is not a folder"):
+        resumed(tiny_llama, "rtn", text)
+    with pytest.raises(InputError, match="resume needs the folder"):
+        resumed(tiny_llama, "rtn", None)
+
+
+def test_an_error_before_the_first_run_leaves_a_folder_to_use(tiny_llama, tmp_path):
+    for seq_len in (10**7, 64):
+        options = {"seq_len": seq_len, "resume": False}
+        if seq_len > 64:
+            with pytest.raises(InputError, match="fewer than one window"):
+                resumed(tiny_llama, "rtn", tmp_path / "work", **options)
+        else:
+            assert len(resumed(tiny_llama, "rtn", tmp_path / "work", **options).rows) == 2

@@ -25,6 +25,7 @@ LAYERS = (
     ("quantize_block", "sequential", "refine"),
     ("quantize", "evaluate", "tasks"),
     ("integrations", "scores"),
+    ("compare_folder",),
     ("compare", "inspection", "generate", "doctor"),
     ("selfcheck",),
     ("options", "plot", "terminal"),
