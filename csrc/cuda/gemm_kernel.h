@@ -58,6 +58,9 @@ struct GemmPlan {
   GemmKernel kernel;
   int splits;    // parts of K that a tile's sum is made of; 1 but for stream-K
   int sm_count;  // of the device: CUTLASS divides by it, so it is never left for CUTLASS to query
+  // Whether W may be read before the kernel just before this one has ended: that one must not be
+  // what writes it. Of the kernels here those for sm_80 make use of it.
+  bool early_weights = false;
 };
 
 }  // namespace duqpp::cuda

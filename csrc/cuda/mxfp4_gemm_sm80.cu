@@ -12,7 +12,13 @@ namespace {
 
 constexpr const char* kOp = "mxfp4_gemm";
 
-// W is a model's constant, and read before the wait; x, and what out replaces, are not.
+// The wait for the kernel before, which names no memory; code for sm_80 has none.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads)
     gemm_sm80_kernel(const __grid_constant__ GemmSm80Params params) {
@@ -28,12 +34,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   GpuGemmWarp::Lanes<LaneScales<Traits>> scales;
   GpuGemmWarp::Lanes<LaneActivations<Traits>> activations{};
   make_constants<Traits, GpuGemmWarp>(params, task, constants);
+  if (!params.early_weights) wait_for_kernel_before();
   load_first_codes<Traits, GpuGemmWarp>(task, warp, constants, weights);
   GpuGemmWarp::for_each_lane([&](int lane) {
     load_weight_scales<Traits, GpuGemmWarp>(params, task, warp, lane, scales[lane]);
   });
+  wait_for_kernel_before();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   GpuGemmWarp::for_each_lane([&](int lane) {
@@ -74,11 +81,12 @@ struct GemmSm80 {
   static_assert(sizeof(WarpMemory<Traits>) == 1024 * (kRowTiles + kColumnTiles));
   static_assert(kSharedMemory <= 99 * 1024, "what a CTA of sm_86 and sm_89 can have");
 
-  static void launch(const MXFP4GemmProblem& problem, cudaStream_t stream) {
+  static void launch(const MXFP4GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
     const auto ceil_div = [](int64_t a, int64_t b) {
       return static_cast<unsigned>((a + b - 1) / b);
     };
-    GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), 1};
+    GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles),
+                          plan.early_weights, 1};
     // More than 48 KiB must be asked for.
     DUQPP_CHECK_CUDA(
         kOp, cudaFuncSetAttribute(gemm_sm80_kernel<Traits>,
@@ -106,9 +114,10 @@ struct GemmSm80 {
   static std::string clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {
     return {};
   }
-  static std::string run(const MXFP4GemmProblem& problem, const GemmPlan&, void*, void* stream) {
+  static std::string run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*,
+                         void* stream) {
     try {
-      launch(problem, as_stream(stream));
+      launch(problem, plan, as_stream(stream));
     } catch (const std::runtime_error& error) {
       return error.what();
     }

@@ -54,6 +54,7 @@ struct GemmSm80Traits {
 struct GemmSm80Params {
   MXFP4GemmProblem problem;
   GemmSm80Plan plan;
+  bool early_weights;
   int row_parts;  // CTAs side by side that share rows of W: parts of the rows of x
 };
 

@@ -189,8 +189,9 @@ Tensor mxfp4_linear_cuda(const Tensor& x, std::optional<Tensor> rotation, int64_
   const DeviceGuard guard(x.get_device_index());
   void* stream = current_stream(x.get_device_index());
   const Quantization a = prepare_quantization(x, problem, rotation);
-  const Product product = prepare_product(a.codes, a.scales, weight_codes, weight_scales, bias,
-                                          x.scalar_type(), stream);
+  Product product = prepare_product(a.codes, a.scales, weight_codes, weight_scales, bias,
+                                    x.scalar_type(), stream);
+  product.plan.early_weights = true;  // rotate_quantize is just before it
   a.launch(stream);
   product.launch(stream);
   return product.out;

@@ -158,8 +158,8 @@ MUTATIONS = (
     Mutation(
         "x read before the wait",
         LAUNCH,
-        'asm volatile("griddepcontrol.wait;" ::: "memory");',
-        'asm volatile("" ::: "memory");',
+        "  wait_for_kernel_before();\n#if __CUDA_ARCH__",
+        "#if __CUDA_ARCH__",
         f"{SASS_TESTS}::test_waits_before_it_reads_x",
         library=True,
     ),
