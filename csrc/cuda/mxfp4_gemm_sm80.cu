@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   GpuGemmWarp::Lanes<LaneScales<Traits>> scales;
   GpuGemmWarp::Lanes<LaneActivations<Traits>> activations{};
   make_constants<Traits, GpuGemmWarp>(params, task, constants);
-  if (!params.early_weights) wait_for_kernel_before();
   load_first_codes<Traits, GpuGemmWarp>(task, warp, constants, weights);
   GpuGemmWarp::for_each_lane([&](int lane) {
     load_weight_scales<Traits, GpuGemmWarp>(params, task, warp, lane, scales[lane]);
@@ -85,8 +84,7 @@ struct GemmSm80 {
     const auto ceil_div = [](int64_t a, int64_t b) {
       return static_cast<unsigned>((a + b - 1) / b);
     };
-    GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles),
-                          plan.early_weights, 1};
+    GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), 1};
     // More than 48 KiB must be asked for.
     DUQPP_CHECK_CUDA(
         kOp, cudaFuncSetAttribute(gemm_sm80_kernel<Traits>,
@@ -102,7 +100,10 @@ struct GemmSm80 {
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = current_device(kOp).capability_major >= 9 && has_wait<Traits>() ? 1 : 0;
+    // W is read before the wait: a kernel that may have written it must have ended.
+    config.numAttrs =
+        plan.early_weights && current_device(kOp).capability_major >= 9 && has_wait<Traits>() ? 1
+                                                                                              : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 

@@ -54,7 +54,6 @@ struct GemmSm80Traits {
 struct GemmSm80Params {
   MXFP4GemmProblem problem;
   GemmSm80Plan plan;
-  bool early_weights;
   int row_parts;  // CTAs side by side that share rows of W: parts of the rows of x
 };
 

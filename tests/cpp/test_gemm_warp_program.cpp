@@ -106,7 +106,7 @@ void run_kernel(const MXFP4GemmProblem& problem) {
     HostGemmWarp::Lanes<LaneScales<Traits>> scales;
     HostGemmWarp::Lanes<LaneActivations<Traits>> activations;
   };
-  GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), false, 1};
+  GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), 1};
   params.row_parts = static_cast<int>(ceil_div(problem.M, 8 * kColumnTiles));
   const int warps = params.plan.warps, threads = warps * kWarpLanes;
   CHECK(threads <= Traits::kMaxThreads, "%d threads", threads);
