@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from duqpp.doctor import doctor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
+from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
 from duqpp.models.checkpoint import Progress
 from duqpp.ops import (
     mxfp4_gemm,
@@ -150,7 +151,19 @@ def _rotations(k: int, generator: torch.Generator) -> dict[str, Tensor | None]:
 
 def _row_major(quantized: MXFP4Tensor, backend: Backend) -> MXFP4Tensor:
     """An op's result with row-major scales, on the CPU."""
-    return _on(backend.restore_weight(quantized) if _swizzles(backend) else quantized, "cpu")
+    if not _swizzles(backend):
+        return _on(quantized, "cpu")
+    rows, columns = quantized.shape
+    scales = unswizzle_scales(quantized.scales, rows, columns // BLOCK_SIZE)
+    return _on(MXFP4Tensor(quantized.codes, scales), "cpu")
+
+
+def _as_activation(operand: MXFP4Tensor, backend: Backend, device: str) -> MXFP4Tensor:
+    """A row-major operand as this backend's rotate_quantize leaves activations."""
+    operand = _on(operand, device)
+    if not _swizzles(backend):
+        return operand
+    return MXFP4Tensor(operand.codes, swizzle_scales(operand.scales))
 
 
 def _swizzles(backend: Backend) -> bool:
@@ -241,8 +254,7 @@ def _check_gemm(backend: Backend, device: str) -> Check:
         a, b = _operand(m, k, generator), _operand(n, k, generator)
         bias = _integers(1, n, generator)[0] / 4
         exact = dequantize(a).double() @ dequantize(b).double().T + bias.double()
-        # Activations as this backend's rotate_quantize leaves them: only scales may be reordered.
-        prepared = backend.prepare_weight(_on(a, device)) if _swizzles(backend) else _on(a, device)
+        prepared = _as_activation(a, backend, device)
         weight = prepare_weight(_on(b, device), backend=backend.name)
         for dtype in _dtypes(device):
             actual = mxfp4_gemm(
@@ -259,7 +271,7 @@ def _check_nan(backend: Backend, device: str) -> Check:
     generator, failures = torch.Generator().manual_seed(4), []
     a, b = _operand(40, 96, generator), _operand(136, 96, generator)
     a.scales[33, 1] = b.scales[130, 2] = 255
-    prepared = backend.prepare_weight(_on(a, device)) if _swizzles(backend) else _on(a, device)
+    prepared = _as_activation(a, backend, device)
     weight = prepare_weight(_on(b, device), backend=backend.name)
     actual = mxfp4_gemm(prepared, weight, out_dtype=torch.bfloat16, backend=backend.name)
     expected = torch.zeros(40, 136, dtype=torch.bool)

@@ -269,8 +269,8 @@ def test_doctor_names_the_kernels_of_a_shape(run):
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "120", "--sm-count", "170")
     assert "sm120_128x128" in text
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "90")
-    assert "not cuda-sm80 for mxfp4_gemm on sm_90 (148 SMs): has no GEMM of its own yet" in text
-    assert "reference" in text
+    assert "sm80_32x32 of N x M, 256 CTAs of 8 warps, K in 8 segments, 1 rounds" in text
+    assert "more than 16 rows of x, 32 at a time" in text
     text, _ = run("doctor", "--shape", "64,4100,4096", "--arch", "100")
     assert "N must be a multiple of 8" in text
 

@@ -1,4 +1,4 @@
-// The kernels of mxfp4_gemm on Blackwell, and a plan to launch one. Apart from kernel_table.h, so
+// The kernels of mxfp4_gemm, and a plan to launch one. Apart from kernel_table.h, so
 // that a change to the choice among them compiles no kernel again.
 #pragma once
 
@@ -15,12 +15,19 @@ enum class GemmKernel : int32_t {
   kSm100Tile256x192 = 3,
   kSm100Tile256x256 = 4,
   kSm120Tile128x128 = 5,
+  kSm80Tile16x8 = 6,  // rows of W x rows of x
+  kSm80Tile32x8 = 7,
+  kSm80Tile64x8 = 8,
+  kSm80Tile16x16 = 9,
+  kSm80Tile32x16 = 10,
+  kSm80Tile64x16 = 11,
+  kSm80Tile32x32 = 12,
 };
-inline constexpr int kGemmKernels = 6;
+inline constexpr int kGemmKernels = 13;
 
 struct GemmKernelInfo {
   const char* name;
-  int arch;                    // the first of the architectures that run it: 100 or 120
+  int arch;                    // the first of the architectures that run it: 80, 100 or 120
   int tile_m, tile_n, tile_k;  // GEMM tile; with `swapped`, tile_m counts rows of W
   int sms;                     // SMs that work on a tile together
   bool swapped;                // computes (W x^T)^T
@@ -33,6 +40,13 @@ inline constexpr std::array<GemmKernelInfo, kGemmKernels> kGemmKernelInfo = {{
     {"sm100_256x192", 100, 256, 192, 256, 2, false},
     {"sm100_256x256", 100, 256, 256, 256, 2, false},
     {"sm120_128x128", 120, 128, 128, 128, 1, false},
+    {"sm80_16x8", 80, 16, 8, 512, 1, true},
+    {"sm80_32x8", 80, 32, 8, 512, 1, true},
+    {"sm80_64x8", 80, 64, 8, 512, 1, true},
+    {"sm80_16x16", 80, 16, 16, 512, 1, true},
+    {"sm80_32x16", 80, 32, 16, 512, 1, true},
+    {"sm80_64x16", 80, 64, 16, 512, 1, true},
+    {"sm80_32x32", 80, 32, 32, 512, 1, true},
 }};
 
 constexpr const GemmKernelInfo& gemm_kernel_info(GemmKernel kernel) {

@@ -1,9 +1,9 @@
 // Which mxfp4_gemm kernel multiplies [M, K] by [N, K] on a device, and with which arguments. Host
 // code without CUDA, so that tests and `duqpp doctor` ask the same table as a launch does.
 //
-// The choice comes from a model of a B200, not from a measurement: a 256-row tile spends its time
-// on filling shared memory, so one wave of tiles costs in proportion to the rows of A and B that
-// each SM loads for it, and the kernel with the least waves x cost is the fastest.
+// On Blackwell the choice comes from a model of a B200, not from a measurement: a 256-row tile
+// spends its time on filling shared memory, so one wave of tiles costs in proportion to the rows of
+// A and B that each SM loads for it, and the kernel with the least waves x cost is the fastest.
 #pragma once
 
 #include <algorithm>
@@ -40,10 +40,25 @@ constexpr int streamk_splits(int64_t M, int64_t N, int64_t K, int sm_count) {
   return static_cast<int>(std::clamp<int64_t>(std::min(by_sms, by_k), 1, 4));
 }
 
+// For sm_80 to sm_90: the fewest columns of MMAs that hold the rows of x, at most 32 of them, then
+// as many rows of W for a CTA as leave CTAs enough: each reads all of its rows of x, for W to pay.
+constexpr GemmKernel select_gemm_sm80(int64_t M, int64_t N, int sm_count) {
+  if (M > 16) return GemmKernel::kSm80Tile32x32;
+  const bool narrow = M <= 8;
+  if (ceil_div(N, 64) >= 2 * sm_count) {
+    return narrow ? GemmKernel::kSm80Tile64x8 : GemmKernel::kSm80Tile64x16;
+  }
+  if (4 * ceil_div(N, 32) >= 3 * sm_count) {
+    return narrow ? GemmKernel::kSm80Tile32x8 : GemmKernel::kSm80Tile32x16;
+  }
+  return narrow ? GemmKernel::kSm80Tile16x8 : GemmKernel::kSm80Tile16x16;
+}
+
 // The kernel for a device of compute capability arch / 10; none where these kernels do not run.
 constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, int arch,
                                               int sm_count) {
   if (arch == 120 || arch == 121) return GemmPlan{GemmKernel::kSm120Tile128x128, 1, sm_count};
+  if (arch >= 80 && arch <= 90) return GemmPlan{select_gemm_sm80(M, N, sm_count), 1, sm_count};
   if (arch != 100 && arch != 103) return std::nullopt;
 
   const int splits = streamk_splits(M, N, K, sm_count);
@@ -107,6 +122,17 @@ constexpr const char* gemm_kernel_reason(GemmKernel kernel) {
       return "few tiles for so many SMs: K is split over those that would idle";
     case GemmKernel::kSm120Tile128x128:
       return "the one tile shape for this architecture";
+    case GemmKernel::kSm80Tile16x8:
+    case GemmKernel::kSm80Tile16x16:
+      return "few rows of W for so many SMs: the fewest for a CTA";
+    case GemmKernel::kSm80Tile32x8:
+    case GemmKernel::kSm80Tile32x16:
+      return "rows of W for a CTA such that most SMs have one";
+    case GemmKernel::kSm80Tile64x8:
+    case GemmKernel::kSm80Tile64x16:
+      return "many rows of W: few reads of x for each";
+    case GemmKernel::kSm80Tile32x32:
+      return "more than 16 rows of x, 32 at a time";
     default:
       return "least waves of tiles x cost of a wave, in a model of a B200";
   }

@@ -6,6 +6,7 @@
 #include "cuda/mxfp4_gemm_instance.h"
 #include "format/mx_block.h"
 #include "format/scale_layout.h"
+#include "format/weight_fragment.h"
 
 namespace duqpp::cuda {
 
@@ -16,13 +17,22 @@ extern const GemmInstance kSm100Tile256x128 __attribute__((weak));
 extern const GemmInstance kSm100Tile256x192 __attribute__((weak));
 extern const GemmInstance kSm100Tile256x256 __attribute__((weak));
 extern const GemmInstance kSm120Tile128x128 __attribute__((weak));
+extern const GemmInstance kSm80Tile16x8 __attribute__((weak));
+extern const GemmInstance kSm80Tile32x8 __attribute__((weak));
+extern const GemmInstance kSm80Tile64x8 __attribute__((weak));
+extern const GemmInstance kSm80Tile16x16 __attribute__((weak));
+extern const GemmInstance kSm80Tile32x16 __attribute__((weak));
+extern const GemmInstance kSm80Tile64x16 __attribute__((weak));
+extern const GemmInstance kSm80Tile32x32 __attribute__((weak));
 
 namespace {
 
 const GemmInstance* instance(GemmKernel kernel) {
   static const std::array<const GemmInstance*, kGemmKernels> instances = {
-      &kSm100Swapped,     &kSm100SwappedStreamK, &kSm100Tile256x128,
-      &kSm100Tile256x192, &kSm100Tile256x256,    &kSm120Tile128x128,
+      &kSm100Swapped,     &kSm100SwappedStreamK, &kSm100Tile256x128, &kSm100Tile256x192,
+      &kSm100Tile256x256, &kSm120Tile128x128,    &kSm80Tile16x8,     &kSm80Tile32x8,
+      &kSm80Tile64x8,     &kSm80Tile16x16,       &kSm80Tile32x16,    &kSm80Tile64x16,
+      &kSm80Tile32x32,
   };
   return instances[static_cast<size_t>(kernel)];
 }
@@ -46,10 +56,18 @@ std::string check_scales(const char* argument, int64_t rows, int64_t K, int64_t 
                  std::to_string(size));
 }
 
+std::string check_weight_scales(int64_t N, int64_t K, int64_t size, WeightLayout layout) {
+  if (layout == WeightLayout::kSwizzledScales) return check_scales("b.scales", N, K, size);
+  const int64_t expected = fragment_scales_size(N, K);
+  if (size == expected) return {};
+  return refusal("b.scales", "hold " + std::to_string(expected) + " bytes (fragment order)",
+                 std::to_string(size));
+}
+
 }  // namespace
 
 std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_size,
-                             int64_t b_scales_size) {
+                             int64_t b_scales_size, WeightLayout layout) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // CUTLASS holds sizes as int
   const auto [M, N, K] = std::array<int64_t, 3>{problem.M, problem.N, problem.K};
   const std::string range = " and at most " + std::to_string(kMost);
@@ -75,7 +93,7 @@ std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_s
            check_alignment("bias", problem.bias, bias_alignment),
            check_alignment("out", problem.out, 16),
            check_scales("a.scales", M, K, a_scales_size),
-           check_scales("b.scales", N, K, b_scales_size),
+           check_weight_scales(N, K, b_scales_size, layout),
        }) {
     if (!message.empty()) return message;
   }

@@ -1,4 +1,4 @@
-// mxfp4_gemm on Blackwell: argument checks, and the launch of the kernel that a plan names. Needs
+// mxfp4_gemm on a GPU: argument checks, and the launch of the kernel that a plan names. Needs
 // no CUDA header, and nothing here but `clear_workspace` and `run` needs a GPU.
 //
 //   plan = select_gemm(M, N, K, arch, sm_count)        kernel_table.h
@@ -15,10 +15,18 @@
 
 namespace duqpp::cuda {
 
+// How a kernel reads W: row-major codes and swizzled scales, or both in fragment order
+// (format/weight_fragment.h). x is always as rotate_quantize leaves it.
+enum class WeightLayout : int32_t { kSwizzledScales = 0, kFragments = 1 };
+
+constexpr WeightLayout weight_layout(int arch) {
+  return arch >= 80 && arch <= 90 ? WeightLayout::kFragments : WeightLayout::kSwizzledScales;
+}
+
 // Why the kernels of gemm_kernel.h cannot compute the problem, naming the argument and what it
 // should be, or an empty string. `*_scales_size` are the bytes behind the scale pointers.
 std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_size,
-                             int64_t b_scales_size);
+                             int64_t b_scales_size, WeightLayout layout);
 
 // Whether the build holds the kernel: it may leave out architectures. What follows is for those
 // that it holds.

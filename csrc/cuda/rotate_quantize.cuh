@@ -25,20 +25,12 @@
 #include <cstdint>
 
 #include "cuda/rotate_quantize_plan.h"
+#include "cuda/warp_program.h"
 #include "format/e8m0.h"
 #include "format/error_change.h"
 #include "format/fragment.h"
 #include "format/mx_block.h"
 #include "problem.h"
-
-// The qualifier of functions that call a warp policy.
-#if defined(__CUDACC__)
-#define DUQPP_WARP_PROGRAM __device__ __forceinline__
-#define DUQPP_UNROLL _Pragma("unroll")
-#else
-#define DUQPP_WARP_PROGRAM inline
-#define DUQPP_UNROLL
-#endif
 
 namespace duqpp::cuda {
 

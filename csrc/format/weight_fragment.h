@@ -1,10 +1,11 @@
 // The weight layout of the sm_80 GEMM: in the order in which the lanes of a warp multiply it.
 //
 // mma.m16n8k32 multiplies 16 rows of W by one block of 32 columns, and lane 4 r + q holds eight of
-// the block's columns for row r and for row r + 8. Which eight is ours to choose, since a dot product
-// does not see the order of its terms: lane q takes columns 8 q .. 8 q + 7, so that its codes are one
-// word of the row-major codes, for W and for activations alike. Preparing a weight then moves whole
-// words of four bytes, and scale bytes; it is a permutation, and nothing is padded.
+// the block's columns for row r and for row r + 8. Which eight is ours to choose, since a dot
+// product does not see the order of its terms: lane q takes columns 8 q .. 8 q + 7, so that its
+// codes are one word of the row-major codes, for W and for activations alike. Preparing a weight
+// then moves whole words of four bytes, and scale bytes; it is a permutation, and nothing is
+// padded.
 //
 // A tile is 16 rows of W, 8 in the last one where N % 16 = 8. Tiles follow each other.
 //   Codes: pairs of blocks follow each other; in a pair, lanes; in a lane, words
@@ -23,9 +24,9 @@
 
 namespace duqpp {
 
-inline constexpr int kFragmentRows = 16;        // of a tile
-inline constexpr int kPairBlocks = 2;           // blocks whose codes are one 128-bit load
-inline constexpr int kWordColumns = 8;          // codes in a word
+inline constexpr int kFragmentRows = 16;  // of a tile
+inline constexpr int kPairBlocks = 2;     // blocks whose codes are one 128-bit load
+inline constexpr int kWordColumns = 8;    // codes in a word
 inline constexpr int kWordsPerBlock = kBlockSize / kWordColumns;
 
 // Sizes in bytes: those of the row-major weight.
@@ -40,20 +41,27 @@ DUQPP_HOST_DEVICE constexpr int fragment_tile_rows(int64_t row, int64_t N) {
   return left < kFragmentRows ? static_cast<int>(left) : kFragmentRows;
 }
 
+// Offset in its tile, in words of four bytes, of what a lane multiplies of a block, for row r or,
+// with half = 1, r + 8 of a tile of 16 rows.
+DUQPP_HOST_DEVICE constexpr uint32_t fragment_lane_word(uint32_t lane, uint32_t half,
+                                                        uint32_t block, uint32_t rows,
+                                                        uint32_t blocks) {
+  const uint32_t halves = rows / 8;
+  const uint32_t first = block / kPairBlocks * kPairBlocks;  // of the pair
+  const uint32_t in_pair = blocks - first < kPairBlocks ? 1 : kPairBlocks;
+  return first * rows * kWordsPerBlock + lane * in_pair * halves + (block - first) * halves + half;
+}
+
 // Offset, in words of four bytes, of columns 8 word .. 8 word + 7 of a row; word < K/8. The nibble
 // of column c is number c % 8 of its word, the lowest first, as in the row-major codes.
 DUQPP_HOST_DEVICE constexpr int64_t fragment_word_offset(int64_t row, int64_t word, int64_t N,
                                                          int64_t K) {
-  const int64_t blocks = K / kBlockSize;
-  const int rows = fragment_tile_rows(row, N);
-  const int halves = rows / 8;
-  const int64_t block = word / kWordsPerBlock;
-  const int64_t first = block / kPairBlocks * kPairBlocks;  // of the pair
-  const int64_t in_pair = blocks - first < kPairBlocks ? blocks - first : kPairBlocks;
   const int64_t tile_row = row % kFragmentRows;
   const int64_t lane = 4 * (tile_row % 8) + word % kWordsPerBlock;
-  return (row - tile_row) * blocks * kWordsPerBlock + first * rows * kWordsPerBlock +
-         lane * in_pair * halves + (block - first) * halves + tile_row / 8;
+  return (row - tile_row) * (K / kWordColumns) +
+         fragment_lane_word(static_cast<uint32_t>(lane), static_cast<uint32_t>(tile_row / 8),
+                            static_cast<uint32_t>(word / kWordsPerBlock),
+                            fragment_tile_rows(row, N), static_cast<uint32_t>(K / kBlockSize));
 }
 
 // Offset, in nibbles, of the code of (row, column).

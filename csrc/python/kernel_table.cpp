@@ -5,7 +5,9 @@
 #include <optional>
 #include <utility>
 
+#include "cuda/mxfp4_gemm_sm80_plan.h"
 #include "cuda/rotate_quantize_plan.h"
+#include "format/weight_fragment.h"
 #include "python/mxfp4_gemm.h"
 
 namespace duqpp::python {
@@ -51,8 +53,22 @@ void bind_kernel_table(py::module_& module) {
         return kernels;
       },
       "The kernels of mxfp4_gemm: name, arch, tile (M, N, K), sms per tile, swapped, and the "
-      "reason "
-      "for which one is chosen.");
+      "reason for which one is chosen.");
+  module.def(
+      "gemm_sm80_launch",
+      [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
+        const cuda::GemmKernelInfo& info = cuda::gemm_kernel_info(plan.kernel);
+        if (info.arch != 80) throw py::value_error(std::string(info.name) + " is not for sm_80");
+        const int rows = info.tile_m / 16, columns = info.tile_n / 8;
+        const cuda::GemmSm80Plan split = cuda::plan_gemm_sm80(K, rows, columns);
+        return py::dict(
+            "ctas"_a = cuda::gemm_tiles(plan.kernel, M, N), "warps"_a = split.warps,
+            "rounds"_a = split.rounds, "segments"_a = split.segments,
+            "shared_memory"_a = cuda::gemm_sm80_shared_memory(split.warps, rows, columns));
+      },
+      "plan"_a, "M"_a, "N"_a, "K"_a,
+      "How a kernel for sm_80 is launched: ctas, warps of each, rounds in which these take the "
+      "segments of K, and bytes of shared memory of a CTA.");
   module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "sm_count"_a,
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
@@ -61,6 +77,10 @@ void bind_kernel_table(py::module_& module) {
   module.def("large_gemm_rows", &cuda::large_gemm_rows, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "Rows of x from which on torch multiplies expanded operands on compute capability "
              "arch / 10; None where it never does.");
+  module.def("fragment_nibble_offset", &fragment_nibble_offset, "row"_a, "column"_a, "N"_a, "K"_a,
+             "Where fragment order has the code of (row, column), in nibbles.");
+  module.def("fragment_scale_offset", &fragment_scale_offset, "row"_a, "block"_a, "N"_a, "K"_a,
+             "Where fragment order has the scale of (row, block), in bytes.");
   module.def(
       "rotate_quantize_grid",
       [](int64_t M, int64_t K, int prologue, int sm_count) {

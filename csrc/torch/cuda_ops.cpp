@@ -105,9 +105,9 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
   Tensor out = torch::stable::new_empty(a_codes, {problem.M, problem.N}, out_dtype);
   problem.out_dtype = float_dtype("out", out);
   problem.out = out.mutable_data_ptr();
-  check_status(cuda::check_mxfp4_gemm(problem, a_scales.numel(), b_scales.numel()));
-
   const cuda::DeviceInfo info = cuda::device_info(a_codes.get_device_index());
+  check_status(cuda::check_mxfp4_gemm(problem, a_scales.numel(), b_scales.numel(),
+                                      cuda::weight_layout(info.arch)));
   const std::optional<cuda::GemmPlan> plan =
       cuda::select_gemm(problem.M, problem.N, problem.K, info.arch, info.sm_count);
   STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel), kGemm,

@@ -28,7 +28,10 @@ class Backend(Protocol):
         """Why `op` cannot run on `device` here, in a few words; None when it can."""
 
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of a [rows, columns] tensor in the layout that this GEMM reads."""
+        """Shape of the scales of an activation [rows, columns] that this GEMM reads."""
+
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of a prepared weight [rows, columns]."""
 
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         """See `duqpp.ops.rotate_quantize`; scales in the layout that this backend's GEMM reads."""

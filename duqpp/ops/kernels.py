@@ -134,6 +134,14 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
         return _large_gemm(m, n, k, machine, rows)
     plan = library.select_gemm(m, n, k, arch=10 * major + minor, sm_count=machine.sm_count)
     row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
+    if row["arch"] == 80:
+        launch = library.gemm_sm80_launch(plan, m, n, k)
+        warps, rounds, segments = (launch[key] for key in ("warps", "rounds", "segments"))
+        return Kernel(
+            f"{plan.kernel} of N x M, {launch['ctas']} CTAs of {warps} warps, "
+            f"K in {segments} segments, {rounds} rounds",
+            row["reason"],
+        )
     name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, row['tile']))}"
     if plan.splits > 1:
         workspace = library.gemm_workspace_size(plan, m, n)

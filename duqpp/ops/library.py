@@ -109,7 +109,7 @@ def prepare_weight(codes: Tensor, scales: Tensor, backend: str) -> tuple[Tensor,
 @prepare_weight.register_fake
 def _(codes, scales, backend):
     chosen = select_shapes("mxfp4_gemm", codes.device, backend)
-    shape = chosen.scales_shape(codes.shape[0], codes.shape[1] * 2)
+    shape = chosen.weight_scales_shape(codes.shape[0], codes.shape[1] * 2)
     return torch.empty_like(codes), scales.new_empty(shape)
 
 

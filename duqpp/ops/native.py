@@ -10,6 +10,8 @@ from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
+from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
 from duqpp.ops.reference import OPS, ReferenceBackend
 
 try:
@@ -115,6 +117,9 @@ class CpuBackend(_NativeBackend):
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return rows, columns // BLOCK_SIZE
 
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return rows, columns // BLOCK_SIZE
+
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.prepare_weight
         return MXFP4Tensor(*op(weight.codes.contiguous(), weight.scales.contiguous()))
@@ -123,8 +128,11 @@ class CpuBackend(_NativeBackend):
         return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
 
 
-class _SwizzledReference(ReferenceBackend):
-    """The reference in the layouts of the CUDA kernels."""
+class _ReferenceInLayoutOf(ReferenceBackend):
+    """The reference in the layouts of a CUDA backend."""
+
+    def __init__(self, backend: "CudaBackend"):
+        self._backend = backend
 
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         quantized = super().rotate_quantize(x, rotation, rule)
@@ -133,10 +141,7 @@ class _SwizzledReference(ReferenceBackend):
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
-        return super().mxfp4_gemm(_unswizzled(a), _unswizzled(b), bias, out_dtype)
-
-
-_FLOAT32 = _SwizzledReference()
+        return super().mxfp4_gemm(_unswizzled(a), self._backend.restore_weight(b), bias, out_dtype)
 
 
 @functools.cache
@@ -149,7 +154,7 @@ def _warn_of_float32(backend: str) -> None:
 
 
 class CudaBackend(_NativeBackend):
-    """CUDA kernels; scales are swizzled, for activations and for prepared weights alike.
+    """CUDA kernels; scales are swizzled, for activations and, on Blackwell, prepared weights alike.
 
     The kernels read and write 16-bit floats. Float32 activations and results are the reference's,
     on the same device and in the same layouts: slow, but what the op promises.
@@ -162,6 +167,7 @@ class CudaBackend(_NativeBackend):
 
     def __init__(self, name: str, code: dict[tuple[int, int], tuple[str, ...]], *, gemm: bool):
         self.name, self._code, self._gemm = name, code, gemm
+        self._float32 = _ReferenceInLayoutOf(self)
 
     def unavailable_reason(self, op: str, device: torch.device) -> str | None:
         if op not in OPS:
@@ -197,7 +203,7 @@ class CudaBackend(_NativeBackend):
         if dtype != torch.float32:
             return super()
         _warn_of_float32(self.name)
-        return _FLOAT32
+        return self._float32
 
     def rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
         return self._form(x.dtype).rotate_quantize(x, *others)
@@ -219,6 +225,9 @@ class CudaBackend(_NativeBackend):
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return (swizzled_size(rows, columns // BLOCK_SIZE),)
 
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return self.scales_shape(rows, columns)
+
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return MXFP4Tensor(weight.codes.contiguous(), swizzle_scales(weight.scales))
 
@@ -226,15 +235,65 @@ class CudaBackend(_NativeBackend):
         return _unswizzled(weight)
 
 
+class Sm80Backend(CudaBackend):
+    """CUDA kernels for GPUs whose tensor cores do not know MXFP4.
+
+    Weights are in fragment order, in the bytes that they have in a checkpoint. Products of many
+    rows are those of `duqpp.ops.large_gemm`.
+    """
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        if out_dtype == torch.float32 or not _is_large(a.shape[0], b):
+            return super().mxfp4_gemm(a, b, bias, out_dtype)
+        return large_gemm(a, b, bias, out_dtype)
+
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if x.dtype == torch.float32 or not _is_large(x.shape[0], weight):
+            return super().mxfp4_linear(x, rotation, rule, weight, bias)
+        return large_gemm(self.rotate_quantize(x, rotation, rule), weight, bias, x.dtype)
+
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return rows, columns // BLOCK_SIZE
+
+    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        if weight.scales.is_cuda:
+            report_inexact_rows(weight, route_on(weight.scales.device))
+        return to_fragments(weight)
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        return from_fragments(weight)
+
+
+def _is_large(rows: int, weight: MXFP4Tensor) -> bool:
+    """Whether a product of so many rows of x is one for `large_gemm`."""
+    n, k = weight.shape
+    return rows >= _C.large_gemm_rows(n, k, arch=_arch(weight.codes.device))
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 # Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on
 # its own capability only.
 CUDA_BACKENDS = (
     CudaBackend("cuda-sm100", {(10, 0): ("100f", "100a"), (10, 3): ("100f",)}, gemm=True),
     CudaBackend("cuda-sm120", {(12, 0): ("120f", "120a"), (12, 1): ("120f",)}, gemm=True),
-    CudaBackend(
+    Sm80Backend(
         "cuda-sm80",
         {**{(8, minor): ("80",) for minor in (0, 6, 7, 9)}, (9, 0): ("90a",)},
-        gemm=False,
+        gemm=True,
     ),
 )
 

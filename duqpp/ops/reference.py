@@ -20,6 +20,9 @@ class ReferenceBackend:
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return rows, columns // BLOCK_SIZE
 
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return rows, columns // BLOCK_SIZE
+
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         rotated = x.float() if rotation is None else rotate_blocks(x.float(), rotation.float())
         return quantize(rotated, rule=rule)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib
+import re
 from types import ModuleType
 
 import pytest
@@ -31,6 +32,18 @@ def compiled_kernels() -> dict[str, sass.Kernel]:
     """Every GEMM kernel in the library by its demangled name; skips where there is no cuobjdump."""
     kernels = sass.read_kernels(cuda_extension().cuda_library())
     return {demangle(kernel.name): kernel for kernel in kernels if "CutlassGemm" in kernel.name}
+
+
+@functools.cache
+def compiled_sm80_kernels() -> dict[tuple[str, str], sass.Kernel]:
+    """Every GEMM kernel for sm_80 to sm_90 by its architecture and name in the kernel table."""
+    found = {}
+    for kernel in sass.read_kernels(cuda_extension().cuda_library()):
+        if "gemm_sm80_kernel" in kernel.name:
+            tiles = re.search(r"GemmSm80Traits<(\d+), (\d+)>", demangle(kernel.name))
+            rows, columns = map(int, tiles.groups())
+            found[kernel.arch, f"sm80_{16 * rows}x{8 * columns}"] = kernel
+    return found
 
 
 def demangle(name: str) -> str:

@@ -89,7 +89,41 @@ def test_one_kernel_serves_sm_120(arch):
         assert (plan.kernel, plan.splits) == ("sm120_128x128", 1)
 
 
-@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 110, 130])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_older_gpus_have_as_many_columns_as_rows_of_x_and_ctas_for_their_sms(arch):
+    def chosen(M: int, N: int) -> str:
+        plan = extension().select_gemm(M, N, 4096, arch=arch, sm_count=132)
+        assert plan.splits == 1
+        assert extension().gemm_workspace_size(plan, M, N) == 0
+        return plan.kernel.removeprefix("sm80_")
+
+    assert [chosen(m, 4096) for m in (1, 8, 9, 16)] == ["32x8", "32x8", "32x16", "32x16"]
+    assert [chosen(m, 4096) for m in (17, 32, 33, 64, 65, 8192)] == ["32x32"] * 6
+    assert [chosen(8, n) for n in (8, 1024, 3136, 3168, 16824, 16840, 57344)] == [
+        *["16x8"] * 3,
+        *["32x8"] * 2,
+        *["64x8"] * 2,
+    ]
+    assert [chosen(16, n) for n in (1024, 4096, 28672)] == ["16x16", "32x16", "64x16"]
+
+
+KERNELS_SM80 = ("16x8", "32x8", "64x8", "16x16", "32x16", "64x16", "32x32")
+
+
+@pytest.mark.parametrize("kernel", KERNELS_SM80)
+def test_rounds_take_every_segment_once_and_their_ctas_fit(kernel):
+    module = extension()
+    plan = module.GemmPlan(f"sm80_{kernel}", sm_count=132)
+    for k in (32, 512, 544, 4096, 8192, 14336, 28672, 53248):
+        launch = module.gemm_sm80_launch(plan, 1, 4096, k)
+        assert launch["segments"] == -(-k // 512)
+        assert launch["warps"] * launch["rounds"] >= launch["segments"]
+        assert launch["warps"] * (launch["rounds"] - 1) < launch["segments"]
+        assert 1 <= launch["warps"] <= 16
+        assert launch["shared_memory"] <= 99 * 1024  # of sm_86 and sm_89
+
+
+@pytest.mark.parametrize("arch", [75, 110, 130])
 def test_other_architectures_have_no_kernel_here(arch):
     assert extension().select_gemm(16, 4096, 4096, arch=arch, sm_count=132) is None
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels of mxfp4_gemm accept, asked of CUTLASS on the host: no GPU is needed."""
+"""What the CUDA kernels of mxfp4_gemm accept, asked on the host: no GPU is needed."""
 
 import itertools
 
@@ -41,8 +41,24 @@ KERNELS = (
     "sm100_256x192",
     "sm100_256x256",
     "sm120_128x128",
+    "sm80_16x8",
+    "sm80_32x8",
+    "sm80_64x8",
+    "sm80_16x16",
+    "sm80_32x16",
+    "sm80_64x16",
+    "sm80_32x32",
 )
-SM_COUNTS = {100: (1, 20, 74, 132, 148, 160), 103: (148,), 120: (48, 170), 121: (48,)}
+SM_COUNTS = {
+    80: (46, 108),
+    86: (84,),
+    89: (128,),
+    90: (132,),
+    100: (1, 20, 74, 132, 148, 160),
+    103: (148,),
+    120: (48, 170),
+    121: (48,),
+}
 
 
 def built_plan(kernel: str):
@@ -81,7 +97,7 @@ def test_cutlass_refuses_what_tma_cannot_address(kernel):
 
 @pytest.mark.parametrize("arch", SM_COUNTS)
 def test_the_kernel_of_every_legal_shape_can_implement_it_in_the_workspace_of_the_table(arch):
-    family = "sm100" if arch < 120 else "sm120"
+    family = "sm80" if arch < 100 else "sm100" if arch < 120 else "sm120"
     module, _ = built_plan(next(kernel for kernel in KERNELS if kernel.startswith(family)))
     chosen = set()
     for sm_count, (M, N, K) in itertools.product(SM_COUNTS[arch], SHAPES):
@@ -156,6 +172,7 @@ HOLD = "bytes (swizzled, padding included)"
         ((1, 8, 32), {"bias": 2, "bias_dtype": 2}, "bias must start at a multiple of 4 bytes"),
         ((129, 8, 160), {"a_scales_size": 2047}, f"a.scales must hold 2048 {HOLD}, got 2047"),
         ((1, 8, 32), {"b_scales_size": 8}, f"b.scales must hold 512 {HOLD}, got 8"),
+        ((1, 8, 32), {"arch": 90}, "b.scales must hold 8 bytes (fragment order), got 512"),
     ],
 )
 def test_each_refusal_names_its_argument(shape, changes, message):

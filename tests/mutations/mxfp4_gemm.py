@@ -105,8 +105,8 @@ MUTATIONS = (
     Mutation(
         "scales of b checked for the rows of a",
         LAUNCH,
-        'check_scales("b.scales", N, K, b_scales_size)',
-        'check_scales("b.scales", M, K, b_scales_size)',
+        "check_weight_scales(N, K, b_scales_size, layout)",
+        "check_weight_scales(M, K, b_scales_size, layout)",
         f"{HOST_TESTS}::test_every_legal_shape_passes_the_checks",
         library=True,
     ),

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.mutations import mxfp4_gemm, rotate_quantize
+from tests.mutations import mxfp4_gemm, mxfp4_gemm_sm80, rotate_quantize
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,7 @@ MUTATIONS: dict[str, Mutation] = {
     for op, mutations in (
         ("rotate_quantize", rotate_quantize.MUTATIONS),
         ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
+        ("mxfp4_gemm_sm80", mxfp4_gemm_sm80.MUTATIONS),
     )
     for mutation in mutations
 }

@@ -6,6 +6,7 @@ the definition where there is one.
 
 import os
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -185,9 +186,50 @@ def test_a_linear_is_its_two_ops_and_its_kernels_are_adjacent(multiplier):
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     names = [event.name for event in events if event.device_type.name == "CUDA"]
     first = next(i for i, name in enumerate(names) if "rotate_quantize" in name)
-    assert "CutlassGemm" in names[first + 1] and not any(
-        "emset" in name for name in names[first + 1 :]
-    ), names
+    gemm = "gemm_sm80" if multiplier == "cuda-sm80" else "CutlassGemm"
+    assert gemm in names[first + 1] and not any("emset" in name for name in names[first + 1 :]), (
+        names
+    )
+
+
+# M: every kernel and more than one of its parts; N: a tile of 8 rows; K: an odd block, a rest of a
+# segment, several rounds.
+@pytest.mark.parametrize("k", [32, 96, 544, 4096, 4128, 14336])
+def test_the_gemm_equals_the_cpu_bit_for_bit(k, multiplier):
+    if multiplier != "cuda-sm80":
+        pytest.skip(f"{multiplier} adds blocks up in the order of its tensor cores")
+    for n, m, dtype in product(
+        (8, 24, 1024, 4096), (1, 7, 8, 16, 17, 33, 64, 100), (torch.bfloat16, torch.float16)
+    ):
+        spread = 9 if m % 2 else 60
+        a = MXFP4Tensor(*inputs.mxfp4_operand(m, k, seed=m, spread=spread))
+        b = MXFP4Tensor(*inputs.mxfp4_operand(n, k, seed=n + 1, spread=spread))
+        if m % 8 == 0:  # rows and columns of NaN, and scales at the ends of their range
+            a.scales[m // 2, k // 64], b.scales[n // 2, 0] = 255, 255
+            a.scales[0, 0], b.scales[1, 0] = 250, 0
+        bias = inputs.gaussian(1, n, seed=3)[0] if n % 16 else None
+        expected = mxfp4_gemm(
+            a, prepare_weight(b, backend="cpu"), bias, out_dtype=dtype, backend="cpu"
+        )
+        on_gpu = MXFP4Tensor(a.codes.to(GPU), swizzle_scales(a.scales).to(GPU))
+        w = prepare_weight(MXFP4Tensor(b.codes.to(GPU), b.scales.to(GPU)), backend=multiplier)
+        bias = None if bias is None else bias.to(GPU)
+        actual = mxfp4_gemm(on_gpu, w, bias, out_dtype=dtype, backend=multiplier)
+        oracle.assert_same(
+            actual.cpu().view(torch.int16), expected.view(torch.int16), f"[{m}, {k}] x [{n}, {k}]"
+        )
+
+
+def test_an_output_of_the_gemm_does_not_depend_on_its_batch(multiplier):
+    if multiplier != "cuda-sm80":
+        pytest.skip(f"{multiplier} has another order of sums for other numbers of rows")
+    k, n = 4096, 4096
+    x, w = activation(100, k, 14), weight(n, k, multiplier)
+    options = {"rule": RULE, "backend": multiplier}
+    together = mxfp4_linear(x, None, w, **options)
+    for rows in (1, 8, 9, 16, 17, 32, 33, 64):
+        alone = mxfp4_linear(x[:rows].contiguous(), None, w, **options)
+        oracle.assert_same(alone.cpu(), together[:rows].cpu(), f"{rows} rows")
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

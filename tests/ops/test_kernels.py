@@ -69,8 +69,9 @@ def test_the_instruction_set_and_what_keeps_the_better_ones_away(cpu_library):
 
 
 GPUS = {
-    (8, 0): ("reference", None),
-    (9, 0): ("reference", None),
+    (8, 0): ("cuda-sm80", "80"),
+    (8, 9): ("cuda-sm80", "80"),
+    (9, 0): ("cuda-sm80", "90a"),
     (10, 0): ("cuda-sm100", "100f"),
     (10, 3): ("cuda-sm100", "100f"),
     (12, 0): ("cuda-sm120", "120f"),
@@ -90,19 +91,21 @@ def test_gpus_that_are_not_here(capability, op):
     if code is None:
         assert kernel.name == "torch operations"
     elif op == "mxfp4_gemm":
-        assert kernel.name.startswith(f"sm{code[:-1]}_")
+        assert kernel.name.startswith("sm80_" if backend == "cuda-sm80" else f"sm{code[:-1]}_")
     else:
-        assert kernel.name.startswith(f"sm_{code} code") and kernel.why == "hardware E2M1"
+        hardware = backend != "cuda-sm80"
+        assert kernel.name.startswith(f"sm_{code} code")
+        assert kernel.why == ("hardware E2M1" if hardware else "E2M1 by integer arithmetic")
 
 
-def test_hopper_is_told_what_its_kernel_lacks():
+def test_older_gpus_are_told_how_their_gemm_is_launched():
     cuda_extension()
     hopper = Machine((9, 0), 132)
-    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
-    assert kernels.why_not(backend, "mxfp4_gemm", hopper) == "has no GEMM of its own yet"
-    assert "but for mxfp4_gemm" in kernels.why_not(backend, "rotate_quantize", hopper)
-    kernel = kernels.kernel("rotate_quantize", *SHAPE, hopper, backend)
-    assert kernel.name.startswith("sm_90a code") and "integer arithmetic" in kernel.why
+    name, kernel = chosen("mxfp4_gemm", hopper, (16, 4096, 14336))
+    assert name == "cuda-sm80"
+    launch = "128 CTAs of 10 warps, K in 28 segments, 3 rounds"
+    assert kernel.name == f"sm80_32x16 of N x M, {launch}"
+    assert kernel.why == "rows of W for a CTA such that most SMs have one"
 
 
 @pytest.mark.parametrize("k", [32, 4096, 14336])

@@ -1,0 +1,174 @@
+"""Faults to plant in mxfp4_gemm for sm_80 to sm_90, each with the test that must turn red."""
+
+from tests.mutations.mutation import Mutation
+
+PROGRAM = "tests/cpp/test_cpu_programs.py::test_program_passes_under_the_sanitizers"
+WARP_PROGRAM = f"{PROGRAM}[test_gemm_warp_program]"
+SASS_TESTS = "tests/cuda/test_mxfp4_gemm_sm80_sass.py"
+TABLE_TESTS = "tests/cuda/test_kernel_table.py"
+HOST_TESTS = "tests/cuda/test_mxfp4_gemm_host.py"
+LAYOUT_TESTS = "tests/format/test_weight_fragment.py"
+
+KERNEL = "csrc/cuda/mxfp4_gemm_sm80.cuh"
+LAUNCH = "csrc/cuda/mxfp4_gemm_sm80.cu"
+WARP = "csrc/cuda/mxfp4_gemm_sm80_warp.cuh"
+PLAN = "csrc/cuda/mxfp4_gemm_sm80_plan.h"
+LAYOUT = "csrc/format/weight_fragment.h"
+TABLE = "csrc/cuda/kernel_table.h"
+CHECKS = "csrc/cuda/mxfp4_gemm.cpp"
+PYTHON = "duqpp/format/weight_fragment.py"
+
+MUTATIONS = (
+    Mutation(
+        "segments added in another order",
+        KERNEL,
+        "for (int i = 0; i < segments; ++i) total += memory[i].sums[sum];",
+        "for (int i = segments - 1; i >= 0; --i) total += memory[i].sums[sum];",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "totals of earlier rounds forgotten",
+        KERNEL,
+        "float total = round == 0 ? 0.0f : totals[sum];",
+        "float total = 0.0f;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "scale and product rounded apart",
+        KERNEL,
+        "sum = fmaf(fmaf(magic_dot, a[0], a[1]), w[2 * t + i / 2], sum);",
+        "sum += (a[0] * w[2 * t + i / 2]) * (magic_dot - kMagic);",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "huge scales left to the usual arithmetic",
+        KERNEL,
+        "if (is_plain(task, segment) && !huge) {",
+        "if (is_plain(task, segment)) {",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "an odd last block taken for a pair",
+        KERNEL,
+        "(segment + 1 < task.segments || task.blocks % kPairBlocks == 0)",
+        "(segment + 1 < task.segments || task.blocks > 0)",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "a tile of 8 rows taken for a whole one",
+        KERNEL,
+        "return segment < task.segments && task.whole &&",
+        "return segment < task.segments &&",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "scales of x beyond the last block kept",
+        KERNEL,
+        "const float a = live ? decode_e8m0(exponent) : 0.0f;",
+        "const float a = decode_e8m0(exponent);",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "rows r and r + 8 swapped",
+        KERNEL,
+        "weights[i][lane].word[h] = terms[i][0];",
+        "weights[i][lane].word[1 - h] = terms[i][0];",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "the two terms of W are one",
+        KERNEL,
+        "Warp::mma(weights[1], x[column], dots, dots);",
+        "Warp::mma(weights[0], x[column], dots, dots);",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "-kMagic a forgotten for the next segment",
+        KERNEL,
+        "activation[1] = -kMagic * a;",
+        "activation[1] = -kMagic;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "next stage of the same segment loaded twice",
+        KERNEL,
+        "const int next = last ? next_segment * kPairs : first + kStage;",
+        "const int next = last ? next_segment * kPairs : first;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "bias before alpha",
+        KERNEL,
+        "float value = multiply_rounded(total, problem.alpha);",
+        "float value = total;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "rows of x beyond M stored",
+        KERNEL,
+        "if (n >= problem.N || m >= problem.M) return;",
+        "if (n >= problem.N) return;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "a round too few",
+        PLAN,
+        "return {segments, ceil_div(segments, rounds), rounds};",
+        "return {segments, segments / rounds, rounds};",
+        f"{TABLE_TESTS}::test_rounds_take_every_segment_once_and_their_ctas_fit",
+        library=True,
+    ),
+    Mutation(
+        "fragment order: an odd last block laid out as a pair",
+        LAYOUT,
+        "blocks - first < kPairBlocks ? 1 : kPairBlocks;",
+        "blocks - first < kPairBlocks ? 2 : kPairBlocks;",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "fragment order in Python: block and half swapped",
+        PYTHON,
+        "return split.permute(0, 3, 2, 5, 4, 1, 6).flatten(1)",
+        "return split.permute(0, 3, 2, 5, 1, 4, 6).flatten(1)",
+        f"{LAYOUT_TESTS}::test_fragment_order_is_that_of_the_header",
+    ),
+    Mutation(
+        "fragment order in Python: not undone",
+        PYTHON,
+        "return split.permute(0, 5, 2, 1, 4, 3, 6).reshape(tiles, rows, -1, 4, 4)",
+        "return split.permute(0, 5, 2, 1, 3, 4, 6).reshape(tiles, rows, -1, 4, 4)",
+        f"{LAYOUT_TESTS}::test_the_inverse_restores_every_byte",
+    ),
+    Mutation(
+        "scales of W checked as swizzled",
+        CHECKS,
+        "if (layout == WeightLayout::kSwizzledScales) return check_scales(",
+        "if (layout != WeightLayout::kSwizzledScales || true) return check_scales(",
+        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        library=True,
+    ),
+    Mutation(
+        "too few CTAs for the SMs",
+        TABLE,
+        "if (ceil_div(N, 64) >= 2 * sm_count) {",
+        "if (ceil_div(N, 64) >= sm_count / 2) {",
+        f"{TABLE_TESTS}::test_older_gpus_have_as_many_columns_as_rows_of_x_and_ctas_for_their_sms",
+        library=True,
+    ),
+    Mutation(
+        "x read before the wait",
+        LAUNCH,
+        'asm volatile("griddepcontrol.wait;" ::: "memory");',
+        'asm volatile("" ::: "memory");',
+        f"{SASS_TESTS}::test_waits_before_it_reads_x",
+        library=True,
+    ),
+    Mutation(
+        "tables of PRMT moved to a register for each use",
+        WARP,
+        ': "=r"(kept)\n        : "r"(value));\n    return kept;',
+        ': "=r"(kept)\n        : "r"(value));\n    return value;',
+        f"{SASS_TESTS}::test_hot_loop",
+        library=True,
+    ),
+)
