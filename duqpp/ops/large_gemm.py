@@ -232,7 +232,7 @@ def inexact_rows(weight: MXFP4Tensor) -> int:
     known = exponents != NAN_SCALE
     largest = torch.where(known, exponents, 0).amax(-1, keepdim=True).clamp_(min=_LEAST_ALIGNED)
     shifts = exponents - largest + _TOP_SHIFT
-    low = known & (shifts < _LEAST_SHIFT)  # [N, K/32]; in most weights none
+    low = shifts < _LEAST_SHIFT  # [N, K/32]; in most weights none, and never a NaN
     codes = weight.codes.unflatten(-1, (-1, BLOCK_SIZE // 2))[low]
     factors = torch.exp2(shifts[low].clamp(min=_ZERO_SHIFT).float())
     values = decode_packed_e2m1(codes) * factors[:, None]

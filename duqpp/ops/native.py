@@ -11,6 +11,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
 from duqpp.ops.reference import OPS, ReferenceBackend
 
 try:
@@ -237,17 +238,51 @@ class CudaBackend(_NativeBackend):
 class Sm80Backend(CudaBackend):
     """CUDA kernels for GPUs whose tensor cores do not know MXFP4.
 
-    Weights are in fragment order, in the bytes that they have in a checkpoint.
+    Weights are in fragment order, in the bytes that they have in a checkpoint. Products of many
+    rows are those of `duqpp.ops.large_gemm`.
     """
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        if out_dtype == torch.float32 or not _is_large(a.shape[0], b):
+            return super().mxfp4_gemm(a, b, bias, out_dtype)
+        return large_gemm(a, b, bias, out_dtype)
+
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if x.dtype == torch.float32 or not _is_large(x.shape[0], weight):
+            return super().mxfp4_linear(x, rotation, rule, weight, bias)
+        return large_gemm(self.rotate_quantize(x, rotation, rule), weight, bias, x.dtype)
 
     def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return rows, columns // BLOCK_SIZE
 
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        if weight.scales.is_cuda:
+            report_inexact_rows(weight, route_on(weight.scales.device))
         return to_fragments(weight)
 
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return from_fragments(weight)
+
+
+def _is_large(rows: int, weight: MXFP4Tensor) -> bool:
+    """Whether a product of so many rows of x is one for `large_gemm`."""
+    n, k = weight.shape
+    return rows >= _C.large_gemm_rows(n, k, arch=_arch(weight.codes.device))
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 # Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on

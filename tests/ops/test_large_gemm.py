@@ -312,7 +312,7 @@ def test_the_workspace_is_bounded(route, out_dtype, monkeypatch):
     monkeypatch.setattr(
         large_gemm, "_float32_mm", lambda a, b: a.new_empty((len(a), b.shape[1]), dtype=torch.float)
     )
-    m, n, k = 16, 4096, 128
+    m, n, k = 64, 4096, 96
     a, b = as_activation(operand(m, k, seed=17)), prepared(operand(n, k, seed=18))
     bound = 1 << 17
     with LiveBytes() as live:
@@ -357,10 +357,9 @@ def test_inexact_rows_are_those_that_lose_bits():
     assert 100 < lost.any(-1).sum() < 250
     assert inexact_rows(weight) == lost.any(-1).sum()
     assert inexact_rows(operand(64, 256, seed=22, exponents=(113, 128))) == 0
-    # 1 and 2 fit one binade lower than 0.5 does.
-    weight = MXFP4Tensor(torch.full((2, 32), 0x22), torch.tensor([[127, 112], [127, 111]]))
-    weight = MXFP4Tensor(weight.codes.to(torch.uint8), weight.scales.to(torch.uint8))
-    assert inexact_rows(weight) == 1
+    # 1 and 2 fit one binade lower than 0.5 does; what float32 has no factor for is lost, too.
+    scales = torch.tensor([[127, 112], [127, 111], [250, 1]], dtype=torch.uint8)
+    assert inexact_rows(MXFP4Tensor(torch.full((3, 32), 0x22, dtype=torch.uint8), scales)) == 2
 
 
 def test_inexact_rows_are_reported_where_they_are_rounded(caplog):
