@@ -140,8 +140,9 @@ def compare(
                     folder.record(own, finished)
                 for text in texts:
                     runs[text].append(finished.runs[text])
+                size = finished.weight_bytes, finished.weights
             scores = (replace(own, runs=tuple(runs[own.text])) for own in float_row.texts)
-            rows.append(Row(name, tuple(scores), finished.weight_bytes, finished.weights))
+            rows.append(Row(name, tuple(scores), *size))
             on_row(rows[-1])
     sample = next(iter(methods.values()))
     return Comparison(
