@@ -1,6 +1,7 @@
 """GPTQ over 32-wide blocks: round a weight column by column, feeding each error to later columns.
 
-Source: GPTQ (arXiv 2210.17323); the scale of a block is chosen when the block is reached, from its
+Source: GPTQ (arXiv 2210.17323), with the order of its authors' code, by falling diagonal of H, for
+whole blocks, whose columns share a scale. It is chosen when the block is reached, from its
 error-compensated values.
 """
 
@@ -31,6 +32,9 @@ class GptqResult:
 def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) -> GptqResult:
     """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
 
+    Blocks are rounded by falling sum of their diagonal in H: what is left of the errors ends up
+    where it costs least.
+
     Args:
         weight: float32 [N, K], K a multiple of 32.
         hessian: float32 [K, K], symmetric, from `duqpp.calibration.hessian`. Columns whose diagonal
@@ -42,14 +46,17 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
     """
     if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
         raise InputError("GPTQ: the Hessian has NaN or infinite values")
-    dead = hessian.diagonal() == 0
-    remaining = weight.clone()
-    remaining[:, dead] = 0.0
-    factor = _inverse_cholesky(hessian, dead, damping)  # upper triangular U, H^-1 = U.T U
-    rows, columns = weight.shape
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
-    for start in range(0, columns, BLOCK_SIZE):
+    rows, width = weight.shape
+    blocks = _block_order(hessian)
+    columns = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=blocks.device)).view(
+        -1
+    )
+    remaining = weight[:, columns]  # until the end everything is in this order
+    remaining[:, hessian.diagonal()[columns] == 0] = 0.0
+    factor = _inverse_cholesky(hessian, columns, damping)  # upper triangular U, H^-1 = U.T U
+    codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
+    for start in range(0, width, BLOCK_SIZE):
         stop = start + BLOCK_SIZE
         block = remaining[:, start:stop].T.contiguous()  # [32, N], so that a column is contiguous
         exponent = quantize(block.T, rule=rule).scales[:, 0]  # [N]
@@ -65,23 +72,33 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
         scales[:, start // BLOCK_SIZE] = exponent
         remaining[:, start:stop] = block.T
         remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)
-    return GptqResult(MXFP4Tensor(pack_e2m1(codes), scales), remaining)
+    back = columns.argsort()
+    weight = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, blocks.argsort()])
+    return GptqResult(weight, remaining[:, back])
 
 
-def _inverse_cholesky(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U.T U the inverse of the damped Hessian, float32 [K, K].
+def _block_order(hessian: Tensor) -> Tensor:
+    """Indices of the blocks of 32 columns by falling sum of their diagonal: int64 [K / 32]."""
+    sums = hessian.diagonal().view(-1, BLOCK_SIZE).sum(1)
+    return sums.argsort(descending=True, stable=True)
+
+
+def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> Tensor:
+    """Upper triangular U, float32 [K, K]: U.T U is the inverse of H[columns][:, columns], damped.
 
     One float64 matrix holds in turn the damped Hessian, its factor, the inverse and that one's
     factor. Its columns are contiguous, as LAPACK wants them: of other matrices torch makes copies.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal()[columns]
+    dead = diagonal == 0
     mean = diagonal[~dead].double().mean() if (~dead).any() else torch.ones(())
     matrix = torch.empty_like(
         hessian, dtype=torch.float64, memory_format=torch.contiguous_format
     ).mT
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(_DAMPING_ATTEMPTS):
-        matrix.copy_(hessian)
+        for rows, part in zip(matrix.mT.split(BLOCK_SIZE), columns.split(BLOCK_SIZE), strict=True):
+            rows.copy_(hessian[part][:, columns])  # part by part: a second matrix would be 4 K^2
         matrix.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
