@@ -11,6 +11,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.ops.crossover import crossover
 from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
 from duqpp.ops.reference import OPS, ReferenceBackend
 
@@ -275,14 +276,13 @@ class Sm80Backend(CudaBackend):
 
 def _is_large(rows: int, weight: MXFP4Tensor) -> bool:
     """Whether a product of so many rows of x is one for `large_gemm`."""
-    n, k = weight.shape
-    return rows >= _C.large_gemm_rows(n, k, arch=_arch(weight.codes.device))
+    return rows >= _large_rows(*weight.shape, weight.codes.device)
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _large_rows(n: int, k: int, device: torch.device) -> float:
+    known = crossover(torch.cuda.get_device_capability(device))
+    return float("inf") if known is None else known.at(n, k)
 
 
 # Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on
