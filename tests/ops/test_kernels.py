@@ -135,7 +135,7 @@ def test_many_rows_without_block_scaled_tensor_cores(capability, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
     rows = {n: crossover(capability).at(n, 4096) for n in (1024, 28672)}
-    assert 64 < rows[28672] < rows[1024] < 1024
+    assert 16 < rows[28672] <= rows[1024]
     for n, least in rows.items():
         machine = Machine(capability, 108)
         kernel = kernels.kernel("mxfp4_gemm", least, n, 4096, machine, backend)
