@@ -117,7 +117,9 @@ def large_gemm(
     if out_dtype == torch.float32 or (bias is not None and bias.dtype != out_dtype):
         route = Route.BFLOAT16  # torch._scaled_mm takes a bias of the dtype of a 16-bit result
     multiply = _multiply_bfloat16 if route is Route.BFLOAT16 else _multiply_e4m3
-    expanded = torch.ops.duqpp_native.expand_activation(a.codes, a.scales, route.dtype)
+    expanded = torch.ops.duqpp_native.expand_activation(
+        a.codes.contiguous(), a.scales.contiguous(), route.dtype
+    )
     in_place = writes_in_place(route, bias, out)
     row_bytes = bytes_per_row(route, rows, k, in_place=in_place)
     for columns in chunks(b.shape[0], row_bytes, workspace_bytes):

@@ -46,7 +46,8 @@ class _NativeBackend:
 
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.rotate_quantize
-        return MXFP4Tensor(*op(x.contiguous(), _contiguous(rotation), _RULES[rule]))
+        x, rotation = _with_constants(x, rotation)
+        return MXFP4Tensor(*op(x, rotation, _RULES[rule]))
 
     def rmsnorm_rotate_quantize(
         self,
@@ -57,17 +58,15 @@ class _NativeBackend:
         rule: ScaleRule,
     ) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.rmsnorm_rotate_quantize
-        weight = _contiguous(norm_weight)
-        return MXFP4Tensor(
-            *op(x.contiguous(), weight, epsilon, _contiguous(rotation), _RULES[rule])
-        )
+        x, norm_weight, rotation = _with_constants(x, norm_weight, rotation)
+        return MXFP4Tensor(*op(x, norm_weight, epsilon, rotation, _RULES[rule]))
 
     def silu_mul_rotate_quantize(
         self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
     ) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.silu_mul_rotate_quantize
-        rotation = _contiguous(rotation)
-        return MXFP4Tensor(*op(gate.contiguous(), up.contiguous(), rotation, _RULES[rule]))
+        gate, rotation = _with_constants(gate, rotation)
+        return MXFP4Tensor(*op(gate, up.contiguous(), rotation, _RULES[rule]))
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -89,9 +88,10 @@ class _NativeBackend:
         weight: MXFP4Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        x, rotation = _with_constants(x, rotation)
         return torch.ops.duqpp_native.mxfp4_linear(
-            x.contiguous(),
-            _contiguous(rotation),
+            x,
+            rotation,
             _RULES[rule],
             weight.codes.contiguous(),
             weight.scales.contiguous(),
@@ -302,6 +302,17 @@ def _unswizzled(tensor: MXFP4Tensor) -> MXFP4Tensor:
     rows, columns = tensor.shape
     scales = unswizzle_scales(tensor.scales, rows, columns // BLOCK_SIZE)
     return MXFP4Tensor(tensor.codes, scales)
+
+
+def _with_constants(x: Tensor, *constants: Tensor | None) -> tuple[Any, ...]:
+    """All of them contiguous, no constant's copy being the last kernel that is launched.
+
+    On a GPU a kernel may read a model's constants while the kernel just before it is running
+    (csrc/cuda/rotate_quantize.h): where one had to be copied, x is copied after it.
+    """
+    kept = [_contiguous(constant) for constant in constants]
+    copied = any(one is not other for one, other in zip(kept, constants, strict=True))
+    return (x.clone(memory_format=torch.contiguous_format) if copied else x.contiguous(), *kept)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

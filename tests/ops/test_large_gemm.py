@@ -260,6 +260,14 @@ def test_rows_beyond_15_binades_are_near(route):
     assert (np.abs(out - expected) <= bound + 2.0**-8 * (np.abs(expected) + bound)).all()
 
 
+def test_strides_of_the_activation_do_not_matter():
+    a, b = operand(70, 64, seed=15), operand(32, 64, seed=16)
+    strided = MXFP4Tensor(a.codes.T.contiguous().T, a.scales)
+    assert not strided.codes.is_contiguous()
+    one, two = (multiply(x, b, route=Route.BFLOAT16) for x in (strided, a))
+    oracle.assert_same(one, two, "strided codes")
+
+
 def test_no_rows():
     a = operand(0, 64, seed=15)
     for route in ROUTES:
