@@ -175,7 +175,11 @@ def route_tables(result: Row) -> list[str]:
         [MODELS[t["model"]].title, t["linear"], t["cache"], str(t["from_M"] or "none measured")]
         for t in result["thresholds"]
     ]
-    return [_table(["model", "linear", "L2", f"{large} is ahead of {small} from M ="], lines)]
+    tables = [_table(["model", "linear", "L2", f"{large} is ahead of {small} from M ="], lines)]
+    if found := result.get("crossover"):
+        rows, fixed = (found["fitted"][name] for name in ("rows", "fixed"))
+        tables.append(f"Nearest to these, cold: from M = {rows} + {fixed} * 2**24 / (N K) on.")
+    return tables
 
 
 TABLES: dict[str, Callable[[Row], list[str]]] = {

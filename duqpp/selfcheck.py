@@ -22,6 +22,8 @@ from duqpp.ops import (
     silu_mul_rotate_quantize,
 )
 from duqpp.ops.dispatch import BACKENDS, Backend
+from duqpp.ops.large_gemm import Route, large_gemm, route_on
+from duqpp.ops.native import Sm80Backend
 from duqpp.rotation.basis import hadamard
 
 REFERENCE = "reference"
@@ -95,7 +97,8 @@ def selfcheck(*, timings: bool = True, progress: Progress | None = None) -> Repo
     """Run every backend that can run here against the reference; on a CUDA device, time it too.
 
     Inputs are such that every float32 sum is exact, in any order: results must be equal, byte for
-    byte. The fused forms compute a square root or an exponential, so that a few codes may differ.
+    byte. The fused forms compute a square root or an exponential, so that a few codes may differ;
+    products of many rows on GPUs up to sm_90 are within the bounds of `duqpp.ops.large_gemm`.
 
     Args:
         timings: whether to time LLaMA-3's linears on a CUDA device.
@@ -115,7 +118,7 @@ def selfcheck(*, timings: bool = True, progress: Progress | None = None) -> Repo
     if "cuda" not in devices:
         skipped.append("all CUDA backends: torch sees no CUDA device")
 
-    steps = [(run, *case) for case in runnable for run in _CHECKS[case[1]]]
+    steps = [(run, *case) for case in runnable for run in _checks(*case[:2])]
     timed = [(b, d) for b, op, d in runnable if timings and op == "mxfp4_gemm" and d == "cuda"]
     total, checks, measured, bandwidth = len(steps) + len(timed), [], [], None
     for done, (run, backend, _, device) in enumerate(steps):
@@ -281,10 +284,34 @@ def _check_nan(backend: Backend, device: str) -> Check:
     return Check(backend.name, "mxfp4_gemm with NaN scales", 1, tuple(failures))
 
 
+def _check_many_rows(backend: Backend, device: str) -> Check:
+    generator, failures, cases = torch.Generator().manual_seed(5), [], 0
+    routes = {route_on(torch.device(device)), Route.BFLOAT16}
+    for (m, n, k), route in product(((300, 264, 160), (129, 512, 544)), sorted(routes, key=str)):
+        a, b = _operand(m, k, generator), _operand(n, k, generator)
+        actual = large_gemm(
+            _as_activation(a, backend, device),
+            backend.prepare_weight(_on(b, device)),
+            route=route,
+        )
+        values = [dequantize(operand).double() for operand in (a, b)]
+        exact, magnitude = values[0] @ values[1].T, values[0].abs() @ values[1].abs().T
+        bound = exact.abs() / 2**8 + (0 if route is Route.BFLOAT16 else magnitude / 2**5)
+        cases += 1
+        if wrong := int(((actual.cpu().double() - exact).abs() > bound).sum()):
+            failures.append(f"[{m}, {k}] x [{n}, {k}] by {route.value}: {wrong} of {m * n} differ")
+    return Check(backend.name, "mxfp4_gemm of many rows", cases, tuple(failures))
+
+
 _CHECKS: dict[str, tuple[Callable[[Backend, str], Check], ...]] = {
     "rotate_quantize": (_check_rotate_quantize, _check_fused),
     "mxfp4_gemm": (_check_gemm, _check_nan),
 }
+
+
+def _checks(backend: Backend, op: str) -> tuple[Callable[[Backend, str], Check], ...]:
+    large = op == "mxfp4_gemm" and isinstance(backend, Sm80Backend)
+    return (*_CHECKS[op], _check_many_rows) if large else _CHECKS[op]
 
 
 def _median_us(call: Callable[[], Any], repeats: int = 20) -> float:

@@ -22,6 +22,7 @@ from duqpp.errors import InputError
 from duqpp.evaluate import CONVENTION, perplexity, perplexity_and_reference
 from duqpp.models import checkpoint
 from duqpp.ops import kernels
+from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
 from tests.cuda.library import full_extension
 
@@ -271,8 +272,10 @@ def test_doctor_names_the_kernels_of_a_shape(run):
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "120", "--sm-count", "170")
     assert "sm120_128x128" in text
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "90")
-    assert "sm80_32x32 of N x M, 256 CTAs of 8 warps, K in 8 segments, 1 rounds" in text
-    assert "more than 16 rows of x, 32 at a time" in text
+    assert "sm80_32x32 of N x M, 256 CTAs of 8 warps, K in 8 segments, 1 round" in text
+    assert "1 rounds" not in text
+    least = crossover((9, 0)).at(4096, 4096)
+    assert f"more than 16 rows of x, 32 at a time; from {least} on, torch multiplies" in text
     text, _ = run("doctor", "--shape", "64,4100,4096", "--arch", "100")
     assert "N must be a multiple of 8" in text
 

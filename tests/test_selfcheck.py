@@ -10,6 +10,7 @@ from duqpp import selfcheck as module
 from duqpp.cli import app
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import dispatch
+from duqpp.ops.large_gemm import Route, large_gemm
 from duqpp.ops.native import CpuBackend
 from duqpp.selfcheck import selfcheck
 
@@ -93,6 +94,44 @@ def test_a_wrong_kernel_is_found(backend, op, install):
     assert not report.passed
     failed = [check for check in report.checks if check.failures]
     assert [check.op for check in failed] == [op]
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Check products of many rows, as on a Hopper, on this CPU; returns the failures."""
+    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
+    monkeypatch.setattr(module, "route_on", lambda device: Route.CUTLASS)
+
+    def check(large_gemm) -> tuple[str, ...]:
+        monkeypatch.setattr(module, "large_gemm", large_gemm)
+        run = module._checks(backend, "mxfp4_gemm")[-1]
+        check = run(backend, "cpu")
+        assert check.op == "mxfp4_gemm of many rows" and check.cases == 4
+        return check.failures
+
+    return check
+
+
+def test_products_of_many_rows_pass(many_rows):
+    assert many_rows(large_gemm) == ()
+    names = [check.__name__ for check in module._checks(CpuBackend(), "mxfp4_gemm")]
+    assert names == ["_check_gemm", "_check_nan"]
+
+
+def test_a_wrong_product_of_many_rows_is_found(many_rows):
+    def one_block_lost(a, b, route):
+        codes = a.codes.clone()
+        codes[:, :16] = 0
+        return large_gemm(MXFP4Tensor(codes, a.scales), b, route=route)
+
+    def last_row_lost(a, b, route):
+        out = large_gemm(a, b, route=route)
+        out[-1] = 0
+        return out
+
+    for wrong in (one_block_lost, last_row_lost):
+        failures = many_rows(wrong)
+        assert len(failures) == 4 and "torch.mm" in failures[0], failures
 
 
 def test_nothing_to_check_is_no_pass(install):

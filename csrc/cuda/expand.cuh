@@ -5,21 +5,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/warp_program.h"
 #include "format/expand.h"
 #include "format/mx_block.h"
 #include "format/scale_layout.h"
 #include "format/weight_fragment.h"
 #include "problem.h"
-
-#if defined(__CUDACC__)
-#define DUQPP_EXPAND __device__ __forceinline__
-#define DUQPP_EXPAND_UNROLL _Pragma("unroll")
-#define DUQPP_EXPAND_NO_UNROLL _Pragma("unroll 1")
-#else
-#define DUQPP_EXPAND inline
-#define DUQPP_EXPAND_UNROLL
-#define DUQPP_EXPAND_NO_UNROLL
-#endif
 
 namespace duqpp::cuda {
 
@@ -44,7 +35,7 @@ struct alignas(16) Store {
 };
 
 template <class Block, int kWords = kStoreWords<Block>>
-DUQPP_EXPAND Store expand_words(const Block& block, const CodeWords<kWords>& codes) {
+DUQPP_WARP_PROGRAM Store expand_words(const Block& block, const CodeWords<kWords>& codes) {
   Store store;
   for (int i = 0; i < kWords; ++i) {
     const typename Block::Values values = block(codes.word[i]);
@@ -63,7 +54,7 @@ struct ActivationRow {
 };
 
 template <class Block>
-DUQPP_EXPAND ActivationRow activation_row(const ExpandProblem& problem, uint32_t row) {
+DUQPP_WARP_PROGRAM ActivationRow activation_row(const ExpandProblem& problem, uint32_t row) {
   const uint32_t blocks = static_cast<uint32_t>(problem.K / kBlockSize);
   const auto tiles = static_cast<uint32_t>(scale_tiles_along_k(blocks));
   constexpr int64_t kValueBytes = sizeof(typename Block::Values) / 8;
@@ -73,10 +64,10 @@ DUQPP_EXPAND ActivationRow activation_row(const ExpandProblem& problem, uint32_t
 }
 
 // The largest exponent of the scales that a thread looks at; padding is 0.
-DUQPP_EXPAND uint32_t activation_maximum(const ActivationRow& row, uint32_t thread) {
+DUQPP_WARP_PROGRAM uint32_t activation_maximum(const ActivationRow& row, uint32_t thread) {
   uint32_t largest = 0;
   const uint32_t tiles = (row.blocks + kScaleWord - 1) / kScaleWord;
-  DUQPP_EXPAND_NO_UNROLL
+  DUQPP_NO_UNROLL
   for (uint32_t tile = thread; tile < tiles; tile += kExpandThreads) {
     const auto* const word = reinterpret_cast<const uint32_t*>(row.scales + tile * kScaleTileBytes);
     largest = row_maximum_of_4(largest, *word);
@@ -85,8 +76,8 @@ DUQPP_EXPAND uint32_t activation_maximum(const ActivationRow& row, uint32_t thre
 }
 
 template <class Block>
-DUQPP_EXPAND void expand_activation_thread(const ActivationRow& row, uint32_t row_exponent,
-                                           uint32_t thread) {
+DUQPP_WARP_PROGRAM void expand_activation_thread(const ActivationRow& row, uint32_t row_exponent,
+                                                 uint32_t thread) {
   constexpr uint32_t kWords = kStoreWords<Block>;
   constexpr uint32_t kStoresPerBlock = kWordsPerBlock / kWords;
   const auto* const codes = reinterpret_cast<const CodeWords<kWords>*>(row.codes);
@@ -95,14 +86,14 @@ DUQPP_EXPAND void expand_activation_thread(const ActivationRow& row, uint32_t ro
   for (uint32_t first = thread; first < stores; first += kExpandUnroll * kExpandThreads) {
     CodeWords<kWords> loaded[kExpandUnroll];
     uint32_t exponents[kExpandUnroll];
-    DUQPP_EXPAND_UNROLL
+    DUQPP_UNROLL
     for (int i = 0; i < kExpandUnroll; ++i) {
       const uint32_t store = first + i * kExpandThreads, block = store / kStoresPerBlock;
       if (store >= stores) break;
       loaded[i] = codes[store];
       exponents[i] = row.scales[block / kScaleWord * kScaleTileBytes + block % kScaleWord];
     }
-    DUQPP_EXPAND_UNROLL
+    DUQPP_UNROLL
     for (int i = 0; i < kExpandUnroll; ++i) {
       const uint32_t store = first + i * kExpandThreads;
       if (store >= stores) break;
@@ -121,13 +112,12 @@ struct WeightTile {
   uint32_t rows;  // that there are in the matrix: 16, or fewer in the last tile
 };
 
-DUQPP_EXPAND WeightTile weight_tile(const ExpandProblem& problem, uint32_t index) {
+DUQPP_WARP_PROGRAM WeightTile weight_tile(const ExpandProblem& problem, uint32_t index) {
   const int64_t values_row = int64_t{index} * kFragmentRows;
   const int64_t first_row = problem.first_row + values_row;
   const int64_t left = problem.matrix_rows - first_row;
   return {problem.codes + first_row * (problem.K / 2),
-          problem.scales + first_row * (problem.K / kBlockSize),
-          values_row,
+          problem.scales + first_row * (problem.K / kBlockSize), values_row,
           static_cast<uint32_t>(problem.K / kBlockSize),
           static_cast<uint32_t>(left < kFragmentRows ? (left < 0 ? 0 : left) : kFragmentRows)};
 }
@@ -136,27 +126,28 @@ DUQPP_EXPAND WeightTile weight_tile(const ExpandProblem& problem, uint32_t index
 struct SegmentScales {
   uint32_t offset, blocks;
 };
-DUQPP_EXPAND SegmentScales segment_scales(const WeightTile& tile, uint32_t row, uint32_t segment) {
+DUQPP_WARP_PROGRAM SegmentScales segment_scales(const WeightTile& tile, uint32_t row,
+                                                uint32_t segment) {
   const uint32_t first = segment * kSegmentBlocks, left = tile.blocks - first;
   const uint32_t blocks = left < kSegmentBlocks ? left : kSegmentBlocks;
   return {first * tile.rows + row * blocks, blocks};
 }
 
-DUQPP_EXPAND uint32_t weight_exponent(const WeightTile& tile, uint32_t row, uint32_t block) {
+DUQPP_WARP_PROGRAM uint32_t weight_exponent(const WeightTile& tile, uint32_t row, uint32_t block) {
   if (row >= tile.rows || block >= tile.blocks) return 0;
   const uint32_t offset = segment_scales(tile, row, block / kSegmentBlocks).offset;
   return tile.scales[offset + block % kSegmentBlocks];
 }
 
 // The largest exponent of the scales that a thread looks at, which are of one row of the tile.
-DUQPP_EXPAND uint32_t row_of_thread(uint32_t thread) { return thread % kFragmentRows; }
-DUQPP_EXPAND uint32_t weight_maximum(const WeightTile& tile, uint32_t thread) {
+DUQPP_WARP_PROGRAM uint32_t row_of_thread(uint32_t thread) { return thread % kFragmentRows; }
+DUQPP_WARP_PROGRAM uint32_t weight_maximum(const WeightTile& tile, uint32_t thread) {
   constexpr uint32_t kThreadsPerRow = kExpandThreads / kFragmentRows;
   const uint32_t row = row_of_thread(thread);
   const uint32_t segments = (tile.blocks + kSegmentBlocks - 1) / kSegmentBlocks;
   uint32_t largest = 0;
   if (row >= tile.rows) return largest;
-  DUQPP_EXPAND_NO_UNROLL
+  DUQPP_NO_UNROLL
   for (uint32_t i = thread / kFragmentRows; i < segments; i += kThreadsPerRow) {
     const SegmentScales segment = segment_scales(tile, row, i);
     const uint8_t* const scales = tile.scales + segment.offset;
@@ -164,7 +155,7 @@ DUQPP_EXPAND uint32_t weight_maximum(const WeightTile& tile, uint32_t thread) {
       const Store words = *reinterpret_cast<const Store*>(scales);
       for (const uint32_t word : words.word) largest = row_maximum_of_4(largest, word);
     } else {
-      DUQPP_EXPAND_NO_UNROLL
+      DUQPP_NO_UNROLL
       for (uint32_t block = 0; block < segment.blocks; ++block) {
         largest = row_maximum(largest, scales[block]);
       }
@@ -178,7 +169,7 @@ struct PairCodes {
   uint32_t word[kPairBlocks][2];
 };
 
-DUQPP_EXPAND PairCodes load_pair(const WeightTile& tile, uint32_t pair, int lane) {
+DUQPP_WARP_PROGRAM PairCodes load_pair(const WeightTile& tile, uint32_t pair, int lane) {
   const uint32_t first = kPairBlocks * pair, left = tile.blocks - first, halves = tile.rows / 8;
   const uint32_t blocks = left < kPairBlocks ? left : kPairBlocks;
   const auto* const words = reinterpret_cast<const uint32_t*>(tile.codes) +
@@ -198,8 +189,9 @@ DUQPP_EXPAND PairCodes load_pair(const WeightTile& tile, uint32_t pair, int lane
 }
 
 template <class Block>
-DUQPP_EXPAND void store_values(const ExpandProblem& problem, const WeightTile& tile, uint32_t row,
-                               uint32_t block, uint32_t store, const Store& values) {
+DUQPP_WARP_PROGRAM void store_values(const ExpandProblem& problem, const WeightTile& tile,
+                                     uint32_t row, uint32_t block, uint32_t store,
+                                     const Store& values) {
   constexpr int64_t kStoresPerBlock = kWordsPerBlock / kStoreWords<Block>;
   if (block >= tile.blocks || tile.values_row + row >= problem.rows) return;
   const int64_t blocks = (tile.values_row + row) * tile.blocks + block;
@@ -208,10 +200,11 @@ DUQPP_EXPAND void store_values(const ExpandProblem& problem, const WeightTile& t
 
 // Bfloat16: a lane's eight columns are 16 bytes already.
 template <class Warp>
-DUQPP_EXPAND void expand_pair(BFloat16Block*, const ExpandProblem& problem, const WeightTile& tile,
-                              uint32_t pair, const typename Warp::template Lanes<PairCodes>& codes,
-                              const typename Warp::template Lanes<PairCodes>& exponents,
-                              const uint32_t* /*row_exponents*/) {
+DUQPP_WARP_PROGRAM void expand_pair(BFloat16Block*, const ExpandProblem& problem,
+                                    const WeightTile& tile, uint32_t pair,
+                                    const typename Warp::template Lanes<PairCodes>& codes,
+                                    const typename Warp::template Lanes<PairCodes>& exponents,
+                                    const uint32_t* /*row_exponents*/) {
   Warp::for_each_lane([&](int lane) {
     for (uint32_t b = 0; b < kPairBlocks; ++b) {
       for (uint32_t half = 0; half < 2; ++half) {
@@ -227,10 +220,11 @@ DUQPP_EXPAND void expand_pair(BFloat16Block*, const ExpandProblem& problem, cons
 // E4M3: two lanes, q = 2 i and 2 i + 1, exchange words, so that the first has 16 columns of the
 // first block and the other of the second: 16 bytes each, and one scale.
 template <class Warp>
-DUQPP_EXPAND void expand_pair(E4M3Block*, const ExpandProblem& problem, const WeightTile& tile,
-                              uint32_t pair, const typename Warp::template Lanes<PairCodes>& codes,
-                              const typename Warp::template Lanes<PairCodes>& exponents,
-                              const uint32_t* row_exponents) {
+DUQPP_WARP_PROGRAM void expand_pair(E4M3Block*, const ExpandProblem& problem,
+                                    const WeightTile& tile, uint32_t pair,
+                                    const typename Warp::template Lanes<PairCodes>& codes,
+                                    const typename Warp::template Lanes<PairCodes>& exponents,
+                                    const uint32_t* row_exponents) {
   for (uint32_t half = 0; half < 2; ++half) {
     typename Warp::template Lanes<uint32_t> other;
     Warp::for_each_lane([&](int lane) {
@@ -252,13 +246,13 @@ DUQPP_EXPAND void expand_pair(E4M3Block*, const ExpandProblem& problem, const We
 
 // All pairs of a warp. row_exponents: of the tile's 16 rows, where the format has row scales.
 template <class Block, class Warp>
-DUQPP_EXPAND void expand_weight_warp(const ExpandProblem& problem, const WeightTile& tile,
-                                     uint32_t warp, const uint32_t* row_exponents) {
+DUQPP_WARP_PROGRAM void expand_weight_warp(const ExpandProblem& problem, const WeightTile& tile,
+                                           uint32_t warp, const uint32_t* row_exponents) {
   const uint32_t pairs = (tile.blocks + kPairBlocks - 1) / kPairBlocks;
   for (uint32_t first = warp; first < pairs; first += kExpandUnroll * kExpandWarps) {
     typename Warp::template Lanes<PairCodes> codes[kExpandUnroll];
     typename Warp::template Lanes<PairCodes> exponents[kExpandUnroll];
-    DUQPP_EXPAND_UNROLL
+    DUQPP_UNROLL
     for (int i = 0; i < kExpandUnroll; ++i) {
       const uint32_t pair = first + i * kExpandWarps;
       if (pair >= pairs) break;
@@ -273,7 +267,7 @@ DUQPP_EXPAND void expand_weight_warp(const ExpandProblem& problem, const WeightT
         }
       });
     }
-    DUQPP_EXPAND_UNROLL
+    DUQPP_UNROLL
     for (int i = 0; i < kExpandUnroll; ++i) {
       const uint32_t pair = first + i * kExpandWarps;
       if (pair >= pairs) break;

@@ -83,36 +83,6 @@ constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, i
   return GemmPlan{best, 1, sm_count};
 }
 
-// On GPUs whose tensor cores know no block scales: from how many rows of x on it is faster to
-// expand both operands and let torch multiply them (duqpp/ops/large_gemm.py).
-//
-// From a model, not a measurement. The kernel for few rows multiplies at some `small` FLOP/s. The
-// other way multiplies at `large`, after 6 us of launches, and after it has moved `moved` bytes a
-// weight at `bandwidth`: 4.25 bits read, then written and read again in the wider format. With
-// d = 2 / small - 2 / large they take equally long at
-//   M = moved / bandwidth / d + 6 us / d / (N K) = rows + fixed 2^24 / (N K).
-// benchmarks/bench_gemm_routes.py finds that M on a GPU, by linear: what it finds goes here.
-struct LargeGemmRule {
-  int arch;         // 10 x compute capability
-  int rows, fixed;  // of, assumed: small, large in TFLOP/s; moved; bandwidth in TB/s
-};
-inline constexpr std::array<LargeGemmRule, 4> kLargeGemmRules = {{
-    {80, 328, 44},  // 120, 234; 4.53; 1.7: A100
-    {86, 257, 16},  // 35, 57; 4.53; 0.8: RTX 3090
-    {89, 183, 22},  // 80, 230; 2.53; 0.85: RTX 4090
-    {90, 140, 56},  // 250, 1200; 2.53; 2.85: H100 SXM
-}};
-
-// No answer for other architectures; 8.7 is taken for 8.6.
-constexpr std::optional<int64_t> large_gemm_rows(int64_t N, int64_t K, int arch) {
-  for (const LargeGemmRule& rule : kLargeGemmRules) {
-    if (rule.arch == (arch == 87 ? 86 : arch)) {
-      return rule.rows + (int64_t{rule.fixed} << 24) / std::max<int64_t>(1, N * K);
-    }
-  }
-  return std::nullopt;
-}
-
 // Why select_gemm takes a kernel, in words.
 constexpr const char* gemm_kernel_reason(GemmKernel kernel) {
   switch (kernel) {

@@ -74,9 +74,6 @@ void bind_kernel_table(py::module_& module) {
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,
              "Bytes of device memory that a launch of the plan needs.");
-  module.def("large_gemm_rows", &cuda::large_gemm_rows, "N"_a, "K"_a, py::kw_only(), "arch"_a,
-             "Rows of x from which on torch multiplies expanded operands on compute capability "
-             "arch / 10; None where it never does.");
   module.def("fragment_nibble_offset", &fragment_nibble_offset, "row"_a, "column"_a, "N"_a, "K"_a,
              "Where fragment order has the code of (row, column), in nibbles.");
   module.def("fragment_scale_offset", &fragment_scale_offset, "row"_a, "block"_a, "N"_a, "K"_a,

@@ -31,7 +31,9 @@ def rotate_quantize(
 
     Args:
         x: bfloat16, float16 or float32 [..., K], K a multiple of 32.
-        rotation: bfloat16 [32, 32] for every block, or [K/32, 32, 32]; None is the identity.
+        rotation: bfloat16 [32, 32] for every block, or [K/32, 32, 32]; None is the identity. A
+            constant: from sm_90 on, kernels may read it, and norm_weight, while the kernel that
+            was launched just before them is running, which must not be writing it.
         rule: how a block's amax becomes its exponent.
         backend: a backend's name, or "auto".
     Returns: MXFP4Tensor [M, K] with M the product of the leading dimensions of x; scales are in the

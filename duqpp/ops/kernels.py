@@ -6,6 +6,7 @@ import torch
 
 from duqpp.format import BLOCK_SIZE
 from duqpp.ops import dispatch, large_gemm, reference
+from duqpp.ops.crossover import Crossover, crossover
 from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
 
 # Each with the op whose backend it runs on, and its prologue's number in the compiled library.
@@ -121,7 +122,7 @@ def _cuda_rotate_quantize(op: str, m: int, k: int, machine: Machine, code: str) 
     grid = compiled_library().rotate_quantize_grid
     ctas, threads = grid(m, k, prologue=_OPS[op][1], sm_count=machine.sm_count)
     conversion = "hardware E2M1" if code[:-1] in ("100", "120") else "E2M1 by integer arithmetic"
-    return Kernel(f"sm_{code} code, {ctas} CTAs of {threads} threads", conversion)
+    return Kernel(f"sm_{code} code, {_count(ctas, 'CTA')} of {threads} threads", conversion)
 
 
 def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
@@ -129,18 +130,18 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
         return Kernel(None, f"N must be a multiple of 8, got {n}; pad the weight with zero rows")
     library = compiled_library()
     major, minor = machine.capability
-    rows = library.large_gemm_rows(n, k, arch=10 * major + minor)
-    if rows is not None and m >= rows:
-        return _large_gemm(m, n, k, machine, rows)
+    known = crossover(machine.capability)
+    if known is not None and m >= known.at(n, k):
+        return _large_gemm(m, n, k, machine, known)
     plan = library.select_gemm(m, n, k, arch=10 * major + minor, sm_count=machine.sm_count)
     row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
     if row["arch"] == 80:
         launch = library.gemm_sm80_launch(plan, m, n, k)
         warps, rounds, segments = (launch[key] for key in ("warps", "rounds", "segments"))
         return Kernel(
-            f"{plan.kernel} of N x M, {launch['ctas']} CTAs of {warps} warps, "
-            f"K in {segments} segments, {rounds} rounds",
-            row["reason"],
+            f"{plan.kernel} of N x M, {_count(launch['ctas'], 'CTA')} of {_count(warps, 'warp')}, "
+            f"K in {_count(segments, 'segment')}, {_count(rounds, 'round')}",
+            row["reason"] + (f"; from {known.at(n, k)} on, torch multiplies" if known else ""),
         )
     name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, row['tile']))}"
     if plan.splits > 1:
@@ -149,14 +150,19 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
     return Kernel(name, row["reason"])
 
 
-def _large_gemm(m: int, n: int, k: int, machine: Machine, rows: int) -> Kernel:
+def _large_gemm(m: int, n: int, k: int, machine: Machine, known: Crossover) -> Kernel:
     """Many rows on a GPU without block-scaled tensor cores, for a result in bfloat16."""
     route = large_gemm.route_for(machine.capability, torch.version.cuda)
-    in_place = route is not large_gemm.Route.CUTLASS
+    out = torch.empty((m, n), dtype=torch.bfloat16, device="meta")
+    in_place = large_gemm.writes_in_place(route, None, out)
     row_bytes = large_gemm.bytes_per_row(route, m, k, in_place=in_place)
     parts = list(large_gemm.chunks(n, row_bytes, large_gemm.WORKSPACE_BYTES))
     name = (
         f"{route.value}, operands expanded to {str(route.dtype).removeprefix('torch.')}, weight in "
-        f"{len(parts)} parts, {parts[0].stop * row_bytes} bytes of workspace"
+        f"{_count(len(parts), 'part')}, {parts[0].stop * row_bytes} bytes of workspace"
     )
-    return Kernel(name, f"from {rows} rows of x on, by a model and not a measurement")
+    return Kernel(name, f"from {known.at(n, k)} rows of x on, by {known.source}")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

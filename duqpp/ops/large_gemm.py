@@ -117,8 +117,10 @@ def large_gemm(
     if out_dtype == torch.float32 or (bias is not None and bias.dtype != out_dtype):
         route = Route.BFLOAT16  # torch._scaled_mm takes a bias of the dtype of a 16-bit result
     multiply = _multiply_bfloat16 if route is Route.BFLOAT16 else _multiply_e4m3
-    expanded = torch.ops.duqpp_native.expand_activation(a.codes, a.scales, route.dtype)
-    in_place = _writes_in_place(route, bias, out)
+    expanded = torch.ops.duqpp_native.expand_activation(
+        a.codes.contiguous(), a.scales.contiguous(), route.dtype
+    )
+    in_place = writes_in_place(route, bias, out)
     row_bytes = bytes_per_row(route, rows, k, in_place=in_place)
     for columns in chunks(b.shape[0], row_bytes, workspace_bytes):
         multiply(expanded, b, columns, bias, out, route)
@@ -130,7 +132,7 @@ def bytes_per_row(route: Route, m: int, k: int, *, in_place: bool) -> int:
     return k * route.dtype.itemsize + 4 + (0 if in_place else 4 * m)
 
 
-def _writes_in_place(route: Route, bias: Tensor | None, out: Tensor) -> bool:
+def writes_in_place(route: Route, bias: Tensor | None, out: Tensor) -> bool:
     """Whether products go straight into columns of out; else they are rounded or copied there."""
     if route is Route.BFLOAT16:
         return out.dtype == torch.bfloat16 and (bias is None or bias.dtype == out.dtype)
@@ -165,7 +167,7 @@ def _multiply_e4m3(
     elif route is Route.CUTLASS and out.dtype == torch.float16:
         bias = out.new_zeros(padded)
     target = out[:, columns]
-    in_place = width == padded and (_writes_in_place(route, bias, out) or target.is_contiguous())
+    in_place = width == padded and (writes_in_place(route, bias, out) or target.is_contiguous())
     product = target if in_place else out.new_empty((len(out), padded))
     torch._scaled_mm(
         a[0],
@@ -195,7 +197,7 @@ def _multiply_bfloat16(
     )
     target, bias = out[:, columns], None if bias is None else bias[columns]
     with _float32_sums():
-        if not _writes_in_place(route, bias, out):
+        if not writes_in_place(route, bias, out):
             product = _float32_mm(a[0], values.t())
             target.copy_(product if bias is None else product.add_(bias))
         elif bias is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.ops.crossover import crossover
 from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
 from duqpp.ops.reference import OPS, ReferenceBackend
 
@@ -45,7 +46,8 @@ class _NativeBackend:
 
     def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.rotate_quantize
-        return MXFP4Tensor(*op(x.contiguous(), _contiguous(rotation), _RULES[rule]))
+        x, rotation = _with_constants(x, rotation)
+        return MXFP4Tensor(*op(x, rotation, _RULES[rule]))
 
     def rmsnorm_rotate_quantize(
         self,
@@ -56,17 +58,15 @@ class _NativeBackend:
         rule: ScaleRule,
     ) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.rmsnorm_rotate_quantize
-        weight = _contiguous(norm_weight)
-        return MXFP4Tensor(
-            *op(x.contiguous(), weight, epsilon, _contiguous(rotation), _RULES[rule])
-        )
+        x, norm_weight, rotation = _with_constants(x, norm_weight, rotation)
+        return MXFP4Tensor(*op(x, norm_weight, epsilon, rotation, _RULES[rule]))
 
     def silu_mul_rotate_quantize(
         self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
     ) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.silu_mul_rotate_quantize
-        rotation = _contiguous(rotation)
-        return MXFP4Tensor(*op(gate.contiguous(), up.contiguous(), rotation, _RULES[rule]))
+        gate, rotation = _with_constants(gate, rotation)
+        return MXFP4Tensor(*op(gate, up.contiguous(), rotation, _RULES[rule]))
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -88,9 +88,10 @@ class _NativeBackend:
         weight: MXFP4Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        x, rotation = _with_constants(x, rotation)
         return torch.ops.duqpp_native.mxfp4_linear(
-            x.contiguous(),
-            _contiguous(rotation),
+            x,
+            rotation,
             _RULES[rule],
             weight.codes.contiguous(),
             weight.scales.contiguous(),
@@ -275,14 +276,13 @@ class Sm80Backend(CudaBackend):
 
 def _is_large(rows: int, weight: MXFP4Tensor) -> bool:
     """Whether a product of so many rows of x is one for `large_gemm`."""
-    n, k = weight.shape
-    return rows >= _C.large_gemm_rows(n, k, arch=_arch(weight.codes.device))
+    return rows >= _large_rows(*weight.shape, weight.codes.device)
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _large_rows(n: int, k: int, device: torch.device) -> float:
+    known = crossover(torch.cuda.get_device_capability(device))
+    return float("inf") if known is None else known.at(n, k)
 
 
 # Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on
@@ -302,6 +302,17 @@ def _unswizzled(tensor: MXFP4Tensor) -> MXFP4Tensor:
     rows, columns = tensor.shape
     scales = unswizzle_scales(tensor.scales, rows, columns // BLOCK_SIZE)
     return MXFP4Tensor(tensor.codes, scales)
+
+
+def _with_constants(x: Tensor, *constants: Tensor | None) -> tuple[Any, ...]:
+    """All of them contiguous, no constant's copy being the last kernel that is launched.
+
+    On a GPU a kernel may read a model's constants while the kernel just before it is running
+    (csrc/cuda/rotate_quantize.h): where one had to be copied, x is copied after it.
+    """
+    kept = [_contiguous(constant) for constant in constants]
+    copied = any(one is not other for one, other in zip(kept, constants, strict=True))
+    return (x.clone(memory_format=torch.contiguous_format) if copied else x.contiguous(), *kept)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

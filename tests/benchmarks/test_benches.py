@@ -1,7 +1,8 @@
 """The benchmarks run, and write what their readers parse: small, on the CPU."""
 
+import contextlib
 import json
-import subprocess
+import runpy
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,11 +13,14 @@ import bench_gemm_routes
 import pytest
 import torch
 from bench_decoder_layer import FixedCache, Layers
-from bench_gemm_routes import thresholds
+from bench_gemm_routes import fitted, thresholds
 from roofline import Peaks
 from shapes import MODELS
+from timing import Timing
 
 from duqpp.format import MXFP4Tensor, dequantize
+from duqpp.ops import crossover
+from duqpp.ops.large_gemm import large_gemm
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
@@ -88,12 +92,12 @@ def test_formats_without_a_product_are_named(monkeypatch, capsys):
     assert last == "not measured: fp4: not available: too old"
 
 
-def test_benchmark_runs_as_a_script_and_prints_a_table():
-    command = [sys.executable, str(FOLDER / "bench_rotation_cost.py"), "--seconds", "0.001"]
-    command += SMALL["bench_rotation_cost"].split()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    head, *lines = done.stdout.splitlines()
+def test_benchmark_runs_as_a_script_and_prints_a_table(monkeypatch, capsys):
+    """In this process, which has imported everything already."""
+    words = ["--seconds", "0.001", "--threads", "1", *SMALL["bench_rotation_cost"].split()]
+    monkeypatch.setattr(sys, "argv", ["bench_rotation_cost.py", *words])
+    runpy.run_path(str(FOLDER / "bench_rotation_cost.py"), run_name="__main__")
+    head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == COLUMNS["bench_rotation_cost"].split()
     assert len(lines) == 4
 
@@ -136,7 +140,7 @@ def test_one_route_is_nothing_to_compare(capsys):
     with pytest.raises(SystemExit) as ended:
         bench_gemm_routes.main(["--models", "tiny", "--route", "one=r:one"])
     assert ended.value.code == 0
-    assert "skipped: routes are compared" in capsys.readouterr().out
+    assert "skipped: cpu has one way to multiply" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["one", "one=r", "=r:one", "one=r:three", "one=absent.module:f"])
@@ -170,6 +174,86 @@ def test_thresholds_are_where_the_large_route_stays_ahead():
         "l",
     )
     assert [(t["cache"], t["from_M"]) for t in found] == [("cold", 8), ("warm", None), ("none", 1)]
+    assert [t["at_M"] for t in found] == [pytest.approx(4 + 4 / 6), 8, 1]
+
+
+def test_the_crossover_is_fitted_to_cold_inputs():
+    """Of LLaMA-3's linears on a GPU where it is 140 + 56 * 2**24 / (N K)."""
+    found = [
+        {"model": m, "linear": linear, "cache": cache, "from_M": 0, "at_M": at}
+        for m in ("8b", "70b")
+        for linear, (k, n) in MODELS[m].linears.items()
+        for cache, at in (("cold", 140 + 56 * 2**24 / (n * k)), ("warm", 2048.0))
+    ]
+    assert fitted(found) == {"rows": 140, "fixed": 56}
+    assert fitted([{**case, "at_M": 300.0} for case in found]) == {"rows": 300, "fixed": 0}
+    warm = [case for case in found if case["cache"] == "warm"]
+    assert fitted(warm) == {"rows": 2048, "fixed": 0}
+    # More for large weights than for small ones is no product of the model: no number is negative.
+    wrong = [{**case, "at_M": 2 * 300 - case["at_M"]} for case in found if case not in warm]
+    assert fitted(wrong)["fixed"] == 0 < fitted(wrong)["rows"]
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path) -> Path:
+    """bench_gemm_routes on a GPU that is played: large is ahead from M = 5.6. Returns --out."""
+    monkeypatch.setattr("harness.why_no_gpu", lambda: None)
+    monkeypatch.setattr("harness.device_slug", lambda device: "h100")
+    about = {"gpus": ["H100"], "versions": {"torch": "3"}, "commit": "abc"}
+    monkeypatch.setattr("harness.environment", lambda commit: about)
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cpu = SimpleNamespace(name="cpu")
+    monkeypatch.setattr("bench_gemm_routes.select", lambda op, device: cpu)
+    ways = [("small", bench_gemm_routes.few_rows), ("large", product)]
+    monkeypatch.setitem(bench_gemm_routes.ROUTES, "cpu", ways)
+    monkeypatch.setattr("bench_gemm_routes.clock_for", lambda device, cold: None)
+
+    def alternate(calls, clock, *, seconds):
+        rows = next(iter(calls.values()))().shape[0]
+        return {
+            name: Timing({"small": 100.0 * rows}.get(name, 560.0), 0, 0, 1) for name in calls
+        }, {}
+
+    monkeypatch.setattr("bench_gemm_routes.alternate", alternate)
+    return tmp_path / "h100_gemm_routes.json"
+
+
+ON_HOPPER = ["--device", "cuda", "--models", "tiny", "--rows", "1", "2", "8", "--out"]
+
+
+def test_the_crossover_that_a_gpu_shows_is_adopted(hopper, tmp_path, monkeypatch, capsys):
+    bench_gemm_routes.main([*ON_HOPPER, str(hopper)])
+    result = json.loads(hopper.read_text())
+    assert {t["at_M"] for t in result["thresholds"]} == {5.6}
+    assert result["crossover"] == {"capability": "9.0", "fitted": {"rows": 6, "fixed": 0}}
+    assert "bench_gemm_routes.py --adopt" in capsys.readouterr().out
+
+    before = json.loads(crossover.TABLE.read_text())
+    copy = tmp_path / "crossover.json"
+    copy.write_text(crossover.TABLE.read_text())
+    monkeypatch.setattr(crossover, "TABLE", copy)
+    bench_gemm_routes.main(["--adopt", str(hopper)])
+    assert "9.0 is" in capsys.readouterr().out
+    measured = {"rows": 6, "fixed": 0, "source": "a measurement: H100, torch 3, commit abc"}
+    assert json.loads(copy.read_text()) == before | {"9.0": measured}
+
+
+@pytest.mark.parametrize(
+    "words", [["--route", "one=r:one", "--route", "two=r:two"], ["--budget=0"]]
+)
+def test_other_ways_and_some_of_the_rows_are_no_crossover(words, hopper):
+    with contextlib.suppress(SystemExit):  # rows are left
+        bench_gemm_routes.main([*ON_HOPPER, str(hopper), *words])
+    assert json.loads(hopper.read_text())["bench"] == "gemm_routes"
+    with pytest.raises(SystemExit, match="has no crossover"):
+        bench_gemm_routes.main(["--adopt", str(hopper)])
+
+
+def test_on_older_tensor_cores_the_ways_of_the_backend_are_compared():
+    ((backend, ways),) = bench_gemm_routes.ROUTES.items()
+    assert backend == "cuda-sm80"
+    assert ways == [("small", bench_gemm_routes.few_rows), ("large", large_gemm)]
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,10 @@ def test_the_other_tables():
     assert "| model | linear | L2 | large is ahead of small from M = |" in lines
     assert "| LLaMA-3 8B | o | cold | 64 |" in lines
     assert "| LLaMA-3 8B | o | warm | none measured |" in lines
+    fitted = {"capability": "9.0", "fitted": {"rows": 140, "fixed": 56}}
+    assert not any("Nearest to these" in line for line in lines)
+    line = "Nearest to these, cold: from M = 140 + 56 * 2**24 / (N K) on."
+    assert line in lines_of(routes() | {"crossover": fitted})
 
 
 @pytest.mark.parametrize("kind", MADE)

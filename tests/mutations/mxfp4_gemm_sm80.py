@@ -159,7 +159,8 @@ MUTATIONS = (
         "x read before the wait",
         LAUNCH,
         "  wait_for_kernel_before();\n#if __CUDA_ARCH__",
-        "#if __CUDA_ARCH__",
+        "  load_first_activations<Traits, GpuGemmWarp>(task, warp, constants, activations);\n"
+        "  wait_for_kernel_before();\n#if __CUDA_ARCH__",
         f"{SASS_TESTS}::test_waits_before_it_reads_x",
         library=True,
     ),
@@ -167,7 +168,7 @@ MUTATIONS = (
         "tables of PRMT moved to a register for each use",
         WARP,
         ': "=r"(kept)\n        : "r"(value));\n    return kept;',
-        ': "=r"(kept)\n        : "r"(value));\n    return value;',
+        ': "=r"(kept)\n        : "r"(value));\n    return value ^ (kept ^ kept);',
         f"{SASS_TESTS}::test_hot_loop",
         library=True,
     ),

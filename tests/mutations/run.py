@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.mutations import mxfp4_gemm, mxfp4_gemm_sm80, rotate_quantize
+from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, rotate_quantize
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("rotate_quantize", rotate_quantize.MUTATIONS),
         ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
         ("mxfp4_gemm_sm80", mxfp4_gemm_sm80.MUTATIONS),
+        ("expand", expand.MUTATIONS),
     )
     for mutation in mutations
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from duqpp.ops import dispatch, kernels
+from duqpp.ops.crossover import crossover
 from duqpp.ops.kernels import Machine
 from tests.cuda.library import cuda_extension, full_extension
 
@@ -104,7 +105,10 @@ def test_older_gpus_are_told_how_their_gemm_is_launched():
     assert name == "cuda-sm80"
     launch = "128 CTAs of 10 warps, K in 28 segments, 3 rounds"
     assert kernel.name == f"sm80_32x16 of N x M, {launch}"
-    assert kernel.why == "rows of W for a CTA such that most SMs have one"
+    least = crossover((9, 0)).at(4096, 14336)
+    assert kernel.why == (
+        f"rows of W for a CTA such that most SMs have one; from {least} on, torch multiplies"
+    )
 
 
 @pytest.mark.parametrize("k", [32, 4096, 14336])
@@ -127,14 +131,11 @@ def test_shapes_that_are_refused():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0)])
 def test_many_rows_without_block_scaled_tensor_cores(capability, monkeypatch):
     """Operands are expanded, from as many rows on as the table says: more for a small weight."""
-    library = cuda_extension()
+    cuda_extension()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
-    rows = {
-        n: library.large_gemm_rows(n, 4096, arch=10 * capability[0] + capability[1])
-        for n in (1024, 28672)
-    }
-    assert 64 < rows[28672] < rows[1024] < 1024
+    rows = {n: crossover(capability).at(n, 4096) for n in (1024, 28672)}
+    assert 16 < rows[28672] <= rows[1024]
     for n, least in rows.items():
         machine = Machine(capability, 108)
         kernel = kernels.kernel("mxfp4_gemm", least, n, 4096, machine, backend)
@@ -143,10 +144,7 @@ def test_many_rows_without_block_scaled_tensor_cores(capability, monkeypatch):
         assert kernel.name.startswith(f"{way.get(capability, 'torch.mm')}, operands expanded")
         assert f"to {wide}, weight in" in kernel.name
         assert int(kernel.name.split()[-4]) <= 64 << 20
-        assert kernel.why.startswith(f"from {least} rows of x on")
-
-
-def test_no_other_gpu_expands_its_operands():
-    library = cuda_extension()
-    for arch in (75, 100, 103, 110, 120, 121):
-        assert library.large_gemm_rows(4096, 4096, arch=arch) is None
+        source = crossover(capability).source
+        assert kernel.why == f"from {least} rows of x on, by {source}"
+        few = kernels.kernel("mxfp4_gemm", least - 1, n, 4096, machine, backend)
+        assert few.name.startswith("sm80_32x32")

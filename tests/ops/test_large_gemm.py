@@ -19,6 +19,7 @@ from duqpp.format.scale_layout import swizzle_scales
 from duqpp.ops import large_gemm, library
 from duqpp.ops.large_gemm import Route, chunks, inexact_rows, report_inexact_rows, route_for
 from tests import inputs, oracle
+from tests.ops import cuda_workload
 
 E4M3 = torch.float8_e4m3fn
 ROUTES = list(Route)
@@ -259,6 +260,14 @@ def test_rows_beyond_15_binades_are_near(route):
     assert (np.abs(out - expected) <= bound + 2.0**-8 * (np.abs(expected) + bound)).all()
 
 
+def test_strides_of_the_activation_do_not_matter():
+    a, b = operand(70, 64, seed=15), operand(32, 64, seed=16)
+    strided = MXFP4Tensor(a.codes.T.contiguous().T, a.scales)
+    assert not strided.codes.is_contiguous()
+    one, two = (multiply(x, b, route=Route.BFLOAT16) for x in (strided, a))
+    oracle.assert_same(one, two, "strided codes")
+
+
 def test_no_rows():
     a = operand(0, 64, seed=15)
     for route in ROUTES:
@@ -403,6 +412,36 @@ def test_behind_the_op_torch_checks_and_compiles_it(route, monkeypatch):
     expected = op(*arguments)
     compiled = torch.compile(lambda *values: op(*values) + 1, fullgraph=True, backend="aot_eager")
     oracle.assert_same(compiled(*arguments), expected + 1, "compiled")
+
+
+class Expansions(TorchDispatchMode):
+    """The calls of ops that expand an operand: its rows, and those of what it becomes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        result = op(*arguments, **(options or {}))
+        name = op._schema.name.removeprefix("duqpp_native::")
+        if name.startswith("expand_"):
+            first = arguments[2] if name == "expand_weight" else 0
+            self.seen.add((name, result[0].dtype, arguments[0].shape[0], first, len(result[0])))
+        return result
+
+
+def test_the_workload_that_is_watched_has_every_form_of_an_expansion(monkeypatch):
+    """What tests/ops/test_cuda.py runs on a GPU under compute-sanitizer."""
+    monkeypatch.setattr(cuda_workload, "GPU", torch.device("cpu"))
+    with Expansions() as expansions:
+        cuda_workload.expand()
+    for dtype in (E4M3, torch.bfloat16):
+        for rows in (1, 129):
+            assert ("expand_activation", dtype, rows, 0, rows) in expansions.seen
+        # A tile of 8 rows alone, and as the last; with the rows that make it 16, and without.
+        for rows, first, made in ((8, 0, 8), (8, 0, 16), (136, 0, 144), (1032, 1024, 16)):
+            assert ("expand_weight", dtype, rows, first, made) in expansions.seen
+        assert ("expand_weight", dtype, 1032, 256, 256) in expansions.seen  # a part
 
 
 # ------------------------------------------------------------------ on a GPU

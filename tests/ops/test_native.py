@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import duqpp._C as _C
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
@@ -314,3 +315,40 @@ def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
     for op, arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+
+
+class Launches(TorchDispatchMode):
+    """Ops that compute, in order, with the shape of their first tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        if not op.is_view:
+            self.seen.append((op._schema.name, list(arguments[0].shape)))
+        return op(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("form", ["plain", "rmsnorm", "silu_mul", "linear"])
+def test_the_copy_of_a_constant_is_not_the_launch_before_a_kernel(form):
+    """A GPU's kernel reads rotation and norm_weight while the one just before it may be running."""
+    backend, rule, x = CpuBackend(), ScaleRule.EVEN, inputs.gaussian(3, 64, seed=1).bfloat16()
+    turned = random_orthogonal(32, inputs.generator(2)).bfloat16().contiguous().T
+    norm_weight = torch.ones(128, dtype=torch.bfloat16)[::2]
+    weight = backend.prepare_weight(MXFP4Tensor(*inputs.mxfp4_operand(8, 64, seed=3)))
+    calls = {
+        "plain": lambda r, w: backend.rotate_quantize(x, r, rule),
+        "rmsnorm": lambda r, w: backend.rmsnorm_rotate_quantize(x, w, 1e-5, r, rule),
+        "silu_mul": lambda r, w: backend.silu_mul_rotate_quantize(x, x, r, rule),
+        "linear": lambda r, w: backend.mxfp4_linear(x, r, rule, weight, None),
+    }
+    with Launches() as launches:
+        calls[form](turned, norm_weight)
+    names = [name for name, _ in launches.seen]
+    kernel = next(i for i, name in enumerate(names) if name.startswith("duqpp_native::"))
+    assert launches.seen[kernel - 1] == ("aten::clone", [3, 64])
+    assert ("aten::clone", [32, 32]) in launches.seen[: kernel - 1]
+    with Launches() as launches:
+        calls[form](turned.contiguous(), norm_weight.contiguous())
+    assert "aten::clone" not in [n for n, s in launches.seen if s == [3, 64]]
