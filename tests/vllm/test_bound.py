@@ -38,9 +38,7 @@ def rotation_dropped(linear: MXFP4Linear) -> None:
 
 @mutation
 def one_rotation_transposed(linear: MXFP4Linear) -> None:
-    matrix = linear.rotation.data.view(-1, 32, 32)[
-        0
-    ]  # where there is one for each block, the first
+    matrix = linear.rotation.data.view(-1, 32, 32)[0]  # the first, where each block has its own
     matrix.copy_(matrix.mT.clone())
 
 
