@@ -40,9 +40,7 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor
 from duqpp.format.e2m1 import decode_packed_e2m1
 from duqpp.format.e8m0 import NAN_SCALE
 
-WORKSPACE_BYTES = (
-    64 << 20
-)  # of the expanded weight, and of what is multiplied by it before rounding
+WORKSPACE_BYTES = 64 << 20  # of the expanded weight, and of its products before rounding
 _CHUNK_ROWS = 256  # chunks are multiples of it: of the widest GEMM tiles
 _SCALED_MM_ROWS = 16  # torch._scaled_mm wants multiples of it
 _TOP_SHIFT, _LEAST_SHIFT, _LEAST_ALIGNED = 6, -8, 7  # as in csrc/format/expand.h
