@@ -85,8 +85,8 @@ import zipfile
 from pathlib import Path
 
 wheel = Path(sys.argv[1])
-sources = [*Path("duqpp").rglob("*.py"), Path("duqpp/py.typed")]
-expected = {path.as_posix() for path in sources}
+files = [path for kind in ("*.py", "*.json", "py.typed") for path in Path("duqpp").rglob(kind)]
+expected = {path.as_posix() for path in files}
 entries = [
     entry
     for entry in zipfile.ZipFile(wheel).infolist()
