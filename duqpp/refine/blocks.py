@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from duqpp.config import QuantizeConfig
 from duqpp.models.llama import BlockInputs, quantized_groups
+from duqpp.ops import quantize
 from duqpp.refine.latent import to_codes, to_latents
-from duqpp.refine.schedule import LatentOptimizer, held_back
+from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.
 _RATE = 6e-3
+_CHECKS = 4  # of the held-back loss, evenly over the steps
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def refine_block(
 
     The block reads the quantized stream and is asked for the float stream's outputs, so that it
     also makes up for what the blocks before it got wrong. Batches are seen once. The latents with
-    the least loss on held-back batches are kept, and nothing is changed where that is the start.
+    the least loss on held-back batches are kept, and nothing is changed where that is the start;
+    training stops early when checks bring nothing more.
 
     Args:
         latents: by linear, from `quantize_sequentially`.
@@ -83,18 +86,22 @@ def refine_block(
 
     loss = block_loss(block, index, inputs, targets)
 
-    def held_loss() -> float:
-        with torch.no_grad():
-            return sum(float(loss(batch)) for batch in held) / len(held)
-
+    stopping = EarlyStopping(
+        lambda: sum(float(loss(batch)) for batch in held) / len(held),
+        lambda: {name: latent.detach().clone() for name, latent in parameters.items()},
+    )
+    steps, every = 0, -(-held.start // _CHECKS)
     with torch.enable_grad():
-        before = held_loss()
         for batch in torch.randperm(held.start, generator=generator).tolist():
             loss(batch).backward()
             optimizer.step()
-        after = held_loss()
-    report = RefineReport(before, min(before, after), held.start)
-    to_codes(block, groups, changed=report.improved)
-    if not report.improved:
+            steps += 1
+            if (steps % every == 0 or steps == held.start) and not stopping.check():
+                break
+    report = RefineReport(stopping.first, stopping.least, steps)
+    if stopping.best is None:
+        to_codes(block, groups, None)
         return report, dict(latents)
-    return report, {name: latent.detach() for name, latent in parameters.items()}
+    rule = config.weight_rule
+    to_codes(block, groups, {n: quantize(w, rule=rule) for n, w in stopping.best.items()})
+    return report, stopping.best

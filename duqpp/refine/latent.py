@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duqpp.format import ScaleRule, dequantize
+from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
 from duqpp.models.llama import LinearGroup, is_whole
 from duqpp.nn import MXFP4Linear, share_input, unshare_input
 from duqpp.ops import quantize
@@ -123,13 +123,18 @@ def to_latents(
     return parameters
 
 
-def to_codes(block: nn.Module, groups: list[LinearGroup], *, changed: bool) -> None:
-    """Undo `to_latents`: the quantized linears come back, if `changed` with the latents' codes."""
+def to_codes(
+    block: nn.Module, groups: list[LinearGroup], weights: Mapping[str, MXFP4Tensor] | None
+) -> None:
+    """Undo `to_latents`: the quantized linears come back, with these weights or as they were.
+
+    Args: weights: [N, K], row-major scales, by linear.
+    """
     for group in groups:
         for name in group.linears:
             latent = block.get_submodule(name)
-            if changed:
-                latent.linear.replace_weight(quantize(latent.latent.data, rule=latent._rule))
+            if weights is not None:
+                latent.linear.replace_weight(weights[name])
             block.set_submodule(name, latent.linear)
         if is_whole(group) and len(group.linears) > 1:
             owner = block.get_submodule(group.owner)

@@ -15,7 +15,7 @@ from duqpp.models.llama import BlockInputs, LinearGroup, quantized_groups
 from duqpp.ops.reference import rotate_blocks
 from duqpp.refine.blocks import block_loss
 from duqpp.refine.latent import RoundedInput, round_straight_through
-from duqpp.refine.schedule import LatentOptimizer, held_back
+from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 from duqpp.rotation.basis import hadamard
 
 _EPOCHS = 4
@@ -92,21 +92,23 @@ def learn_rotations(
     steps = _EPOCHS * held.start
     optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, betas=(0.9, 0.95), relative=False)
 
-    def evaluate() -> tuple[float, dict[str, Tensor]]:
-        with torch.no_grad():
-            held_loss = sum(float(loss(batch)) for batch in held)
-            return held_loss, {name: rotation().double() for name, rotation in rotations.items()}
+    def matrices() -> dict[str, Tensor]:
+        return {name: rotation().detach().double() for name, rotation in rotations.items()}
 
+    start = matrices()
+    stopping = EarlyStopping(
+        lambda: sum(float(loss(batch)) for batch in held) / len(held), matrices
+    )
     with torch.enable_grad():
-        best = evaluate()
         for _ in range(_EPOCHS):
             for batch in torch.randperm(held.start, generator=generator).tolist():
                 loss(batch).backward()
                 optimizer.step()
-            best = min(best, evaluate(), key=lambda found: found[0])
+            if not stopping.check():
+                break
     for name, linear in floats.items():
         block.set_submodule(name, linear)
-    return best[1]
+    return start if stopping.best is None else stopping.best
 
 
 def _start(

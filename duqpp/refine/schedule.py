@@ -1,7 +1,8 @@
-"""How latent weights are trained: which batches, and Adam in units of each weight's own size."""
+"""How latents are trained: which batches, Adam in units of each weight's size, when to stop."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from duqpp.errors import InputError
 _HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 _WARM_UP_STEPS = 5
 _LAST_RATE = 0.05  # of the first
+# Checks in a row without a new least loss, after which training stops. While the rate is high a
+# check can be worse than the one before, and the end still the best.
+_PATIENCE = 2
+
+Snapshot = TypeVar("Snapshot")
 
 
 def held_back(batches: int) -> range:
@@ -21,6 +27,37 @@ def held_back(batches: int) -> range:
     if batches < 2:
         raise InputError("training needs more calibration text: one batch to train, one to check")
     return range(batches - max(1, batches // _HELD_SHARE), batches)
+
+
+class EarlyStopping(Generic[Snapshot]):
+    """Keeps what had the least loss on held-back batches, and says when to look no further.
+
+    first, least: the loss of the start, and the least so far. best: what was kept of the state that
+    had it, None where that is the start. stale: checks since.
+
+    Args:
+        loss: of the current state on the held-back batches.
+        snapshot: what to keep of the current state.
+    """
+
+    def __init__(self, loss: Callable[[], float], snapshot: Callable[[], Snapshot]) -> None:
+        self._loss, self._snapshot = loss, snapshot
+        self.first = self.least = self._measured()
+        self.best: Snapshot | None = None
+        self.stale = 0
+
+    def check(self) -> bool:
+        """Measure the current state. Returns: whether it is worth to go on."""
+        found = self._measured()
+        if found < self.least:
+            self.least, self.best, self.stale = found, self._snapshot(), 0
+        else:
+            self.stale += 1
+        return self.stale < _PATIENCE
+
+    def _measured(self) -> float:
+        with torch.no_grad():
+            return self._loss()
 
 
 class LatentOptimizer:
@@ -77,10 +114,6 @@ class LatentOptimizer:
         for group, base in zip(self.adam.param_groups, self._schedule.base_lrs, strict=True):
             group["lr"] = base * _share_of_rate(steps, self._steps)
         return steps
-
-
-def _root_mean_square(parameter: Tensor) -> float:
-    return float(parameter.detach().square().mean().sqrt())
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -1,6 +1,7 @@
 """Distillation: its loss and gradient in float64, and what it does to a tiny model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 import duqpp
 import duqpp.refine.distill as module
 from duqpp.config import QuantizeConfig
+from duqpp.format import ScaleRule
+from duqpp.format import quantize as quantize_mxfp4
 from duqpp.models.llama import DecoderStack
 from duqpp.models.source import open_source
 from duqpp.quantize_block import layout_of
@@ -78,6 +81,14 @@ def run(job, progress=lambda *_: None):
     return distill(*job, inputs.generator(5), progress)
 
 
+def damage(blocks, latents) -> None:
+    """Make every quantized weight a quarter too large, in the codes and in what is trained."""
+    for block, own in zip(blocks, latents, strict=True):
+        for name in own:
+            own[name] = 1.25 * own[name]
+            block.get_submodule(name).replace_weight(quantize_mxfp4(own[name], rule=ScaleRule.MSE))
+
+
 def held_divergence(blocks, first, exact, head) -> float:
     hidden = first.hidden[-1]
     with torch.no_grad():
@@ -87,13 +98,18 @@ def held_divergence(blocks, first, exact, head) -> float:
         return float(exact_divergence(hidden, exact[-1], head))
 
 
-def test_it_lowers_the_divergence_on_text_that_it_did_not_train_on(job):
+def test_it_lowers_the_divergence_on_text_that_it_did_not_train_on(job, monkeypatch):
+    """From a start with much to gain: what rounding alone costs this model, a few changed codes
+    move by 3 % up or down."""
     blocks, latents, config, first, exact, head, state = job()
+    damage(blocks, latents)
     before = held_divergence(blocks, first, exact, head)
+    monkeypatch.setattr(module, "_RATE", 1e-2)
     report = run((blocks, latents, config, first, exact, head, state))
     after = held_divergence(blocks, first, exact, head)
     assert report.improved
-    assert after < before
+    assert after < 0.9 * before
+    assert report.divergence_before == pytest.approx(before, rel=1e-2)
     assert report.divergence_after == pytest.approx(after, rel=1e-2)
     assert report.steps == 2 * (len(exact) - 1)
 
@@ -106,6 +122,46 @@ def test_what_does_not_help_is_not_kept(job, monkeypatch):
     assert not report.improved
     for block, expected in zip(arguments[0], before, strict=True):
         assert all(torch.equal(v, expected[n]) for n, v in block.state_dict().items())
+
+
+def falling(values, monkeypatch) -> None:
+    """Give out these held-back divergences in the place of those measured, at last the same."""
+    values = iter(values)
+    last = [0.0]
+
+    def next_value(*_) -> float:
+        last[0] = next(values, last[0])
+        return last[0]
+
+    monkeypatch.setattr(module, "divergence", next_value)
+
+
+def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_no_better(
+    job, monkeypatch
+):
+    """Checks after steps 1, 2, 3 and 4: the second is the best, so 4 of 8 steps are taken."""
+    monkeypatch.setattr(module, "_CHECK_STEPS", 1)
+    states = []
+    monkeypatch.setattr(module, "_save", lambda _, parameters, *__: states.append(parameters))
+    falling([0.5, 0.4, 0.3, 0.35, 0.3], monkeypatch)
+    blocks, latents, *rest = job()
+    kept = []
+
+    def progress(stage, done, total):
+        if done == 2:
+            kept.extend(quantize_mxfp4(p.detach(), rule=ScaleRule.MSE) for p in states[-1].values())
+
+    report = run((blocks, latents, *rest), progress)
+    assert report == module.DistillReport(0.5, 0.3, steps=4)
+    made = [
+        block.get_submodule(n).weight
+        for block, own in zip(blocks, latents, strict=True)
+        for n in own
+    ]
+    assert len(made) == len(kept)
+    for weight, expected in zip(made, kept, strict=True):
+        assert torch.equal(weight.codes, expected.codes)
+        assert torch.equal(weight.scales, expected.scales)
 
 
 class Stopped(BaseException):
@@ -131,11 +187,15 @@ def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeyp
         assert all(torch.equal(v, kept[n]) for n, v in recomputed.items())
 
 
-def test_an_interrupted_run_goes_on_from_its_last_state(job, monkeypatch):
-    monkeypatch.setattr(module, "_SAVE_STEPS", 3)
+@pytest.mark.parametrize("best", ["start", "saved", "end"])
+def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
+    """Whichever is the best of the checks: the start, that of the state, or the last."""
+    monkeypatch.setattr(module, "_CHECK_STEPS", 3)
+    divergences = {"start": [0.1, 0.2], "saved": [0.3, 0.1, 0.2], "end": [0.3, 0.2, 0.15, 0.1]}
+    falling(divergences[best], monkeypatch)
     whole, parts = job(), job()
     assert not whole[-1].exists()
-    run(whole)
+    report = run(whole)
     whole[-1].unlink()
 
     def stop(stage, done, total):
@@ -143,12 +203,14 @@ def test_an_interrupted_run_goes_on_from_its_last_state(job, monkeypatch):
             raise Stopped
 
     steps = []
+    falling(divergences[best], monkeypatch)
     with pytest.raises(Stopped):
         run(parts, stop)
     # As another process would: from the blocks and latents as they were.
     fresh = job()
     assert fresh[-1].exists()
-    run(fresh, lambda stage, done, total: steps.append(done))
+    falling([divergences[best][0], *divergences[best][2:]], monkeypatch)
+    assert run(fresh, lambda stage, done, total: steps.append(done)) == report
     assert steps[0] == 3
     for block, expected in zip(fresh[0], whole[0], strict=True):
         expected = expected.state_dict()
@@ -168,21 +230,32 @@ def files(folder) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_distilled_checkpoint_has_the_files_of_any_other(tiny_llama, tmp_path):
+def test_a_distilled_checkpoint_has_the_files_of_any_other_and_the_trained_codes(
+    tiny_llama, tmp_path, monkeypatch
+):
+    blocks = replace(CONFIG, refine="blocks")
+    duqpp.quantize_model(str(tiny_llama), tmp_path / "blocks", blocks, calibration=TOKENS)
+    falling([0.3, 0.2], monkeypatch)  # on so small a model the gain is not certain
     report = quantize(tiny_llama, tmp_path / "out")
     assert report.distilled.improved
     assert len(report.refined) == 2
-    plain = QuantizeConfig(method="duqpp")
-    duqpp.quantize_model(str(tiny_llama), tmp_path / "plain", plain, calibration=TOKENS)
-    assert files(tmp_path / "out").keys() == files(tmp_path / "plain").keys()
-    duqpp.from_pretrained(tmp_path / "out")
+    assert files(tmp_path / "out").keys() == files(tmp_path / "blocks").keys()
+    before, after = (
+        duqpp.from_pretrained(tmp_path / name).state_dict() for name in ("blocks", "out")
+    )
+    for name, tensor in before.items():
+        trained = name.endswith(("weight_packed", "weight_scale"))
+        if not trained:
+            assert torch.equal(after[name], tensor), name
+        elif name.endswith("weight_packed"):
+            assert not torch.equal(after[name], tensor), name
 
 
 @pytest.mark.parametrize("where", ["training", "renaming"])
 def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch):
     import duqpp.refine.shards as shards
 
-    monkeypatch.setattr(module, "_SAVE_STEPS", 1)
+    monkeypatch.setattr(module, "_CHECK_STEPS", 1)
     quantize(tiny_llama, tmp_path / "whole")
 
     def stop_training(stage, done, total):

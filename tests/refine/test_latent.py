@@ -102,19 +102,17 @@ def test_unchanged_latents_give_the_codes_back():
     parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
     for latent in parameters.values():
         latent.data += 1.0
-    to_codes(block, [PAIR], changed=False)
+    to_codes(block, [PAIR], None)
     assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
     with torch.no_grad():
         oracle.assert_same(block.mlp(x), expected, "sharing its input again")
 
 
-def test_changed_latents_give_their_own_codes():
+def test_the_linears_come_back_with_new_codes():
     block = make_block()
-    parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
-    latent = inputs.gaussian(48, 96, 77)
-    parameters["mlp.up_proj"].data = latent
-    to_codes(block, [PAIR], changed=True)
-    expected = quantize(latent, rule=ScaleRule.MSE)
+    to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+    expected = quantize(inputs.gaussian(48, 96, 77), rule=ScaleRule.MSE)
+    to_codes(block, [PAIR], {name: expected for name in PAIR.linears})
     oracle.assert_same(block.mlp.up_proj.weight.codes, expected.codes, "codes")
     oracle.assert_same(block.mlp.up_proj.weight.scales, expected.scales, "scales")
     assert isinstance(block.mlp.up_proj, MXFP4Linear)
