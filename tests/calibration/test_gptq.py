@@ -268,7 +268,12 @@ def peak_growth(run: Callable[[], object]) -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest is what is now
+    try:
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="ascii"
+        )  # the highest is what is now
+    except PermissionError as error:
+        pytest.skip(f"the highest memory use cannot be reset: {error}")
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before

@@ -82,9 +82,8 @@ def test_one_step_spreads_the_channel_of_the_outlier_not_its_row(channel, order)
     spread = result.rotation[0, channel].abs() * SIZE
     even = spread if order == "mix-first" else spread[channel]
     assert (even - 1).abs().max() < 1e-12
-    assert (one_step_matrix(7, order)[0] - 1 / SIZE).abs().max() < (
-        1e-12 if order == "mix-first" else 1.0
-    )
+    unevenness = (one_step_matrix(7, order)[0] - 1 / SIZE).abs().max()
+    assert unevenness < 1e-12 if order == "mix-first" else unevenness > 0.05
 
 
 @each_order
