@@ -242,14 +242,14 @@ def test_keyboard_interrupt_keeps_what_is_finished(model, tmp_path, uninterrupte
 def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
     fsync, calls = os.fsync, []
 
-    def full_at_the_fourth(descriptor):
+    def full_at_the_eighth(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:
+        if len(calls) == 8:  # job, what is outside the blocks, then a report and a shard for each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fsync(descriptor)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(os, "fsync", full_at_the_fourth)
+    monkeypatch.setattr(os, "fsync", full_at_the_eighth)
     with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*--resume"):
         quantize(model, out)
     assert quantize(model, out, resume=True).resumed_blocks == 2
