@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -36,13 +37,17 @@ from duqpp.models.llama import (
     layer_prefix,
 )
 from duqpp.models.source import Source, base_model, fingerprint, open_source
+from duqpp.models.work_folder import locked, sync_folder
+from duqpp.ops.dispatch import select
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
 from duqpp.quantize_group import GroupReport, group_generator, mean_errors
 from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.refine.distill import DistillReport
 from duqpp.refine.rotations import learn_rotations
-from duqpp.refine.shards import LATENTS, distill_shards
+from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
 from duqpp.sequential import quantize_sequentially
+
+logger = logging.getLogger(__name__)
 
 JOB_FILE = "duqpp-job.json"
 REPORT_FILE = "quantization_report.json"
@@ -103,8 +108,9 @@ def quantize_model(
         progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
             distilling with ("distill", steps done, steps in all).
     Returns: QuantizeReport.
-    Raises: InputError for a model, text, option or folder that cannot be worked with. The partial
-        folder is then removed, unless it is another job's.
+    Raises: InputError for a model, text, option or folder that cannot be worked with. A partial
+        folder is then removed if this call has made it and finished no block in it. One that
+        another process works in is refused.
     """
     started = time.monotonic()
     config = config or QuantizeConfig()
@@ -114,38 +120,60 @@ def quantize_model(
     _check_folders(out, work, resume)
     source = open_source(model) if isinstance(model, str) else model
     check_architecture(source.config, config.skip)
-    tokenizer = source.tokenizer()
-    tokens, data = _calibration_tokens(source.config, tokenizer, config, calibration)
+    companions = _companions(source)
+    select("mxfp4_gemm", torch.device("cpu"))  # what the blocks will run on: an error comes now
+    tokens, data = _calibration_tokens(source.config, companions.tokenizer, config, calibration)
     progress("fingerprint", 0, 1)
     job = _job(source, config, tokens)
-    if work.exists():
-        _check_same_job(work, job)
+    _check_folders(out, work, resume)  # again: a job that began meanwhile may be there, or done
+    is_new = not work.exists()
     _make_folder(work)
-    try:
-        write_json(work / JOB_FILE, job)
-        origin = provenance(source.config.name_or_path, config, data)
-        layout = layout_of(config, origin)
-        stack = DecoderStack(source)
-        done = _quantize_blocks(stack, config, layout, tokens, work, progress)
-        _finish(source, tokenizer, layout, stack.dtype, work, done)
-    except CheckpointError as error:  # a file of an earlier run, which the other files outlive
-        raise CheckpointError(f"{error}; remove that file, and continue with --resume") from error
-    except DuqppError:
-        shutil.rmtree(work)
-        raise
-    except OSError as error:  # such as a full disk: what is finished stays
-        reason = error.strerror or error
-        raise InputError(f"cannot write to {work}: {reason}; continue with --resume") from error
-    weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-    if out.exists():
-        out.rmdir()  # empty, as `_check_folders` has seen
-    os.replace(work, out)
-    # Only now: until it has its name, the job can be resumed wherever it stops.
-    for leftover in [*out.glob("model-*.json"), *out.glob("*" + LATENTS), out / JOB_FILE]:
-        leftover.unlink()
+    with locked(work):
+        if not is_new:
+            _check_same_job(work, job)
+        try:
+            write_json(work / JOB_FILE, job)
+            origin = provenance(source.config.name_or_path, config, data)
+            layout = layout_of(config, origin)
+            stack = DecoderStack(source)
+            done = _quantize_blocks(stack, config, layout, tokens, work, progress)
+            _finish(companions, layout, stack.dtype, work, done)
+            weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
+        except CheckpointError as error:  # a file of an earlier run, which the others outlive
+            raise CheckpointError(
+                f"{error}; remove that file, and continue with --resume"
+            ) from error
+        except DuqppError as error:
+            if is_new and not _has_finished_block(work, source.config.num_hidden_layers):
+                shutil.rmtree(work)
+                raise
+            raise type(error)(f"{error}; continue with --resume, or remove {work}") from error
+        except OSError as error:  # such as a full disk: what is finished stays
+            reason = error.strerror or error
+            raise InputError(f"cannot write to {work}: {reason}; continue with --resume") from error
+        _give_name(work, out)
     seconds = time.monotonic() - started
     return QuantizeReport(
         out, seconds, weight_bytes, done.resumed, done.groups, done.refined, done.distilled
+    )
+
+
+@dataclass(frozen=True)
+class _Companions:
+    """What a checkpoint has of its source besides weights: read before any work is done."""
+
+    config: Any
+    tokenizer: Any
+    generation: Any | None
+    causal_class: str
+
+
+def _companions(source: Source) -> _Companions:
+    return _Companions(
+        source.config,
+        source.tokenizer(),
+        source.generation_config(),
+        _causal_class(source.config),
     )
 
 
@@ -173,19 +201,25 @@ def _quantize_blocks(
     if not rest.exists():
         write_shard(rest, stack.rest())
     inputs, refinement = _first_inputs(stack, tokens, config)
+    shards = [work / shard_name(index + 1, total + 1) for index in range(total)]
+    is_finished = [_is_finished(shard, config) for shard in shards]
+    if is_distilled(work) and not all(is_finished):
+        forget_distilled(work, shards)
+        is_finished = [False] * total
     done = _Done()
-    for index in range(total):
+    for index, shard in enumerate(shards):
         progress("quantize", index, total)
-        shard = work / shard_name(index + 1, total + 1)
         report = shard.with_suffix(".json")
-        if shard.exists():
-            values = read_json(report)
-            done.groups += [GroupReport(**group) for group in values["groups"]]
-            done.refined += [RefineReport(**block) for block in values["refined"]]
+        if is_finished[index]:
+            groups, refined = _read_report(report)
+            done.groups += groups
+            done.refined += refined
             done.resumed += 1
-            if refinement is not None:
+            # Activations are for a block that is yet to be made; distillation wants the float ones.
+            is_read = not all(is_finished[index:])
+            if refinement is not None and (is_read or config.refine == "distill"):
                 refinement.exact.advance(stack.block(index), index)
-            if inputs is not None:
+            if inputs is not None and is_read:
                 inputs.advance(_finished_block(stack, index, layout, shard, config), index)
         else:
             block = stack.block(index)
@@ -213,6 +247,30 @@ def _quantize_blocks(
             again, config, layout, first, refinement.exact, work, progress
         )
     return done
+
+
+def _is_finished(shard: Path, config: QuantizeConfig) -> bool:
+    """Whether a block has its shard and what else is kept with it until the job is done.
+
+    The shard is written last. If another of these files was damaged and then removed, the block is
+    made again, with the same bytes.
+    """
+    suffixes = [".safetensors", ".json", *([LATENTS] if config.refine == "distill" else [])]
+    return all(shard.with_suffix(suffix).exists() for suffix in suffixes)
+
+
+def _has_finished_block(work: Path, blocks: int) -> bool:
+    return any((work / shard_name(index + 1, blocks + 1)).exists() for index in range(blocks))
+
+
+def _read_report(path: Path) -> tuple[list[GroupReport], list[RefineReport]]:
+    """The reports of a finished block. Raises: CheckpointError."""
+    values = read_json(path)
+    try:
+        groups = [GroupReport(**group) for group in values["groups"]]
+        return groups, [RefineReport(**block) for block in values["refined"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the report of a block: {error!r}") from error
 
 
 def _first_inputs(
@@ -287,12 +345,7 @@ def _finished_block(
 
 
 def _finish(
-    source: Source,
-    tokenizer: Any,
-    layout: Layout,
-    dtype: torch.dtype,
-    work: Path,
-    done: _Done,
+    companions: _Companions, layout: Layout, dtype: torch.dtype, work: Path, done: _Done
 ) -> None:
     """Configurations, index, tokenizer, report and model card."""
     weight_map, size = {}, 0
@@ -301,19 +354,19 @@ def _finish(
             weight_map[name] = shard.name
             size += tensor.numel() * tensor.element_size()
     write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    source.config.save_pretrained(work)
+    companions.config.save_pretrained(work)
     config = read_json(work / "config.json")
     for transient in ("_name_or_path", "quantization_config"):
         config.pop(transient, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = config.get("architectures") or [_causal_class(source.config)]
+    config["architectures"] = config.get("architectures") or [companions.causal_class]
     measured = layout.provenance | {"mean_errors": mean_errors(done.groups)}
     config["quantization_config"] = replace(layout, provenance=measured).to_dict()
     config[GUARD_FIELD] = GUARD
     write_json(work / "config.json", config)
-    tokenizer.save_pretrained(work)
-    if (generation := source.generation_config()) is not None:
-        generation.save_pretrained(work)
+    companions.tokenizer.save_pretrained(work)
+    if companions.generation is not None:
+        companions.generation.save_pretrained(work)
     report: dict[str, Any] = {"groups": [group.to_dict() for group in done.groups]}
     if done.distilled:
         report["distilled"] = done.distilled.to_dict()
@@ -321,6 +374,26 @@ def _finish(
         report["refined"] = [block.to_dict() for block in done.refined]
     write_json(work / REPORT_FILE, report)
     write_card(work)
+
+
+def _give_name(work: Path, out: Path) -> None:
+    """Make the finished folder the output, and remove what was only needed to resume it."""
+    try:
+        sync_folder(work)
+        if out.exists():
+            out.rmdir()  # empty, as `_check_folders` has seen
+        os.replace(work, out)
+    except OSError as error:
+        raise InputError(
+            f"cannot rename {work} to {out}: {error.strerror}; when it can be, continue with "
+            "--resume"
+        ) from error
+    # Only now: until it has its name, the job can be resumed wherever it stops.
+    for leftover in [*out.glob("model-*.json"), *out.glob("*" + LATENTS), out / JOB_FILE]:
+        try:
+            leftover.unlink()
+        except OSError as error:  # the checkpoint is whole, and nothing reads this
+            logger.warning("%s is no longer needed, but stays: %s", leftover, error.strerror)
 
 
 def _causal_class(config: Any) -> str:
@@ -342,6 +415,7 @@ def _calibration_tokens(
                 "calibration tokens must be int64 [samples, seq_len], "
                 f"got {tokens.dtype} {list(tokens.shape)}"
             )
+        tokens = tokens.cpu()
     else:
         tokens = sample_sequences(
             tokenize(tokenizer, read_text(calibration)),
@@ -373,10 +447,13 @@ def _spread_first(tokens: Tensor, count: int) -> Tensor:
 
 def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[str, Any]:
     """What makes two jobs the same: model, calibration data, configuration and version."""
-    data = b"" if tokens is None else tokens.numpy().tobytes()
+    data = hashlib.sha256()
+    if tokens is not None:
+        data.update(f"{list(tokens.shape)}".encode())
+        data.update(tokens.numpy().tobytes())
     return {
         "model": fingerprint(source),
-        "calibration": hashlib.sha256(data).hexdigest(),
+        "calibration": data.hexdigest(),
         "configuration": config.to_dict(),
         "version": duqpp.__version__,
     }
@@ -386,7 +463,10 @@ def _check_same_job(work: Path, job: dict[str, Any]) -> None:
     path = work / JOB_FILE
     if not path.exists() and {file.name for file in work.iterdir()} <= set(_FIRST_FILES):
         return  # stopped before it had begun
-    earlier = read_json(path) if path.exists() else {}
+    try:
+        earlier = read_json(path) if path.exists() else {}
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {work}, or choose another output folder") from error
     job = json.loads(json.dumps(job))
     differing = [key for key in job if earlier.get(key) != job[key]]
     if "configuration" in differing and isinstance(earlier.get("configuration"), dict):
@@ -403,6 +483,9 @@ def _check_same_job(work: Path, job: dict[str, Any]) -> None:
 def _check_folders(out: Path, work: Path, resume: bool) -> None:
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"output {out} exists and is not an empty folder")
+    if work.is_dir():
+        with locked(work):  # nobody else works in it, so that the advice below is sound
+            pass
     if work.exists() and not (resume and work.is_dir()):
         raise InputError(f"{work} holds an unfinished job: continue it with --resume, or remove it")
 
@@ -412,7 +495,7 @@ def _make_folder(work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         probe = work / _FIRST_FILES[0]
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process that begins may have removed it
     except OSError as error:
         raise InputError(f"cannot write to {work}: {error.strerror}") from error
 

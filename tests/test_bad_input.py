@@ -1,4 +1,4 @@
-"""Bad input to quantize_model: one clear error, and nothing half-written."""
+"""Bad input to quantize_model: one clear error, and nothing half-written that cannot go on."""
 
 import json
 import math
@@ -27,13 +27,33 @@ def model(make_tiny, tmp_path) -> Path:
     return damage.copy_of(make_tiny("llama", shard_size="60KB"), tmp_path / "model")
 
 
-def assert_refuses(model: Path | str, out: Path, message: str | None, config=CONFIG, **options):
-    """Quantizing fails with a DuqppError of one line, and leaves neither output nor partial."""
-    before = _tree(out.parent)
+def assert_refuses(
+    model: Path | str,
+    out: Path,
+    message: str | None,
+    config=CONFIG,
+    *,
+    finished: int = 0,
+    **options,
+):
+    """Quantizing fails with a DuqppError of one line, and leaves neither output nor partial.
+
+    Unless some blocks are finished: those stay, and the line says how to go on.
+    """
+    before, partial = _tree(out.parent), out.with_name(out.name + ".partial")
     with pytest.raises(DuqppError, match=message) as raised:
         duqpp.quantize_model(str(model), out, config, **({"calibration": TOKENS} | options))
     assert "\n" not in str(raised.value)
+    if finished:
+        assert str(raised.value).endswith(f"; continue with --resume, or remove {partial}")
+        assert len(list(partial.glob("*.safetensors"))) == 1 + finished
+        shutil.rmtree(partial)
     assert _tree(out.parent) == before
+
+
+def blocks_before(name: str) -> int:
+    """How many of the model's two blocks are finished when a tensor of it is read."""
+    return 1 if name.startswith("model.layers.1.") else 0
 
 
 def _tree(folder: Path) -> dict[Path, bytes | None]:
@@ -141,7 +161,8 @@ def test_weight_that_is_not_finite(name, value, config, model, out):
     weight = damage.get_tensor(model, name)
     weight.flatten()[weight.numel() // 2] = value
     damage.set_tensor(model, name, weight)
-    assert_refuses(model, out, f"^{name} has NaN or infinite values", config)
+    message = f"^{name} has NaN or infinite values"
+    assert_refuses(model, out, message, config, finished=blocks_before(name))
 
 
 @pytest.mark.parametrize("config", [CONFIG, GPTQ], ids=["duquant++", "gptq"])
@@ -149,7 +170,7 @@ def test_activations_that_overflow(config, make_tiny, model, out):
     """Each weight is finite, what they compute is not: the reader of the first inf is named."""
     damage.set_tensor(model, UP, damage.get_tensor(model, UP) * 1e38)
     message = r"the input of model\.layers\.1\.mlp\.down_proj has NaN or infinite"
-    assert_refuses(model, out, message, config)
+    assert_refuses(model, out, message, config, finished=1)
 
 
 def test_activations_that_are_not_a_number(model, out):
@@ -169,7 +190,7 @@ def test_missing_tensor(name, config, model, out):
     damage.edit_tensors(model, name, lambda tensors: tensors.pop(name))
     assert_refuses(model, out, f"lacks the tensor {name} that the index names", config)
     damage.edit_json(model / damage.INDEX, lambda index: index["weight_map"].pop(name))
-    assert_refuses(model, out, f"no tensor {name}", config)
+    assert_refuses(model, out, f"no tensor {name}", config, finished=blocks_before(name))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +205,8 @@ def test_missing_tensor(name, config, model, out):
 @pytest.mark.parametrize("config", [RTN, CONFIG], ids=["rtn", "duquant++"])
 def test_misshapen_tensor(name, shape, config, model, out):
     damage.set_tensor(model, name, torch.rand(shape))
-    assert_refuses(model, out, rf"{name} must be \[.*\], got \[{shape[0]}", config)
+    message = rf"{name} must be \[.*\], got \[{shape[0]}"
+    assert_refuses(model, out, message, config, finished=blocks_before(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
@@ -211,7 +233,7 @@ def test_tensors_that_the_model_does_not_need_are_left_out(model, out):
 def test_single_file_of_weights(make_tiny, out, tmp_path):
     model = damage.copy_of(make_tiny("llama"), tmp_path / "model")
     damage.edit_tensors(model, UP, lambda tensors: tensors.pop(UP))
-    assert_refuses(model, out, f"no tensor {UP}")
+    assert_refuses(model, out, f"no tensor {UP}", finished=1)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, 5000, -1])
@@ -287,6 +309,24 @@ def test_missing_tokenizer(model, out):
     assert_refuses(model, out, "cannot load the tokenizer of", calibration="builtin")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"max_length": '])
+def test_generation_config_that_is_none(content, model, out):
+    """It is read before any work, though it is written last."""
+    (model / "generation_config.json").write_text(content)
+    stages = []
+    message = "cannot load the generation configuration of .*model"
+    assert_refuses(model, out, message, RTN, progress=lambda *stage: stages.append(stage))
+    assert stages == []
+
+
+def test_a_backend_that_is_not_there(model, out, monkeypatch):
+    monkeypatch.setenv("DUQPP_BACKEND", "cpuu")
+    stages = []
+    message = "backend 'cpuu' cannot run mxfp4_gemm on cpu here: no such backend"
+    assert_refuses(model, out, message, RTN, progress=lambda *stage: stages.append(stage))
+    assert stages == []
+
+
 @pytest.mark.parametrize("skip", ["model.layers.2", "o_projection", "model.norm", ""])
 def test_skip_that_names_nothing(skip, model, out):
     assert_refuses(model, out, f"--skip {skip} names no linear", QuantizeConfig(skip=(skip,)))
@@ -336,8 +376,9 @@ def test_partial_output_that_is_a_file(model, out):
 
 
 def test_folders_made_for_the_output_go_with_it(model, tmp_path):
-    damage.set_tensor(model, UP, torch.full((96, 64), math.nan))
-    with pytest.raises(InputError, match=UP):
+    name = UP.replace("layers.1", "layers.0")
+    damage.set_tensor(model, name, torch.full((96, 64), math.nan))
+    with pytest.raises(InputError, match=name):
         duqpp.quantize_model(str(model), tmp_path / "a" / "b" / "out", RTN)
     assert not (tmp_path / "a" / "b" / "out").exists()
     assert not (tmp_path / "a" / "b" / "out.partial").exists()

@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -19,6 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.models.layout import quantized_block
+from duqpp.models.source import SafetensorsSource
+from duqpp.nn import MXFP4Linear
 from tests import decoder
 from tests.models import damage
 
@@ -242,14 +247,14 @@ def test_keyboard_interrupt_keeps_what_is_finished(model, tmp_path, uninterrupte
 def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
     fsync, calls = os.fsync, []
 
-    def full_at_the_fourth(descriptor):
+    def full_at_the_eighth(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:
+        if len(calls) == 8:  # job, what is outside the blocks, then a report and a shard for each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fsync(descriptor)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(os, "fsync", full_at_the_fourth)
+    monkeypatch.setattr(os, "fsync", full_at_the_eighth)
     with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*--resume"):
         quantize(model, out)
     assert quantize(model, out, resume=True).resumed_blocks == 2
@@ -350,6 +355,266 @@ def test_finished_blocks_are_verified(model, tmp_path, uninterrupted):
     (work / FIRST).unlink()
     assert quantize(model, tmp_path / "out", resume=True).resumed_blocks == 1
     assert hashes(tmp_path / "out") == uninterrupted()
+
+
+DISTILL = {"method": "duqpp", "refine": "distill", "samples": 1, "refine_samples": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        (SECOND.replace("safetensors", "json"), "{", {}),
+        (SECOND.replace("safetensors", "json"), "{}", {}),
+        (SECOND.replace("safetensors", "json"), '{"groups": [{"a": 1}], "refined": []}', {}),
+        (SECOND.replace("safetensors", "latents"), None, DISTILL),
+        (REST, None, {}),
+    ],
+    ids=["report", "empty report", "another report", "latents", "rest"],
+)
+def test_a_damaged_file_is_removed_and_made_again_as_the_line_says(
+    name, content, options, model, tmp_path, uninterrupted
+):
+    """None: a flipped bit."""
+    out = tmp_path / "out"
+    work = interrupted(model, out, block=3, **options)
+    if content is None:
+        damage.flip_bit(work / name, 8 * (work / name).stat().st_size - 1)
+    else:
+        (work / name).write_text(content)
+    with pytest.raises(duqpp.CheckpointError) as raised:
+        quantize(model, out, resume=True, **options)
+    assert str(work / name) in str(raised.value)
+    assert str(raised.value).endswith("; remove that file, and continue with --resume")
+    (work / name).unlink()
+    report = quantize(model, out, resume=True, **options)
+    assert len(report.groups) == 4 * LAYERS
+    assert hashes(out) == uninterrupted(**options)
+
+
+@pytest.mark.parametrize("name", ["a shard", "the report"])
+def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, monkeypatch):
+    """Behind distilled blocks a block would not get the same bytes: all are made again."""
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    falling = itertools.count(0, -1)  # so that what was trained is kept
+    monkeypatch.setattr("duqpp.refine.distill.divergence", lambda *_: float(next(falling)))
+    monkeypatch.setattr("duqpp.refine.distill._RATE", 3e-2)
+
+    def stop(*_):
+        raise Stopped
+
+    with pytest.raises(Stopped), monkeypatch.context() as patch:
+        patch.setattr("duqpp.quantize._finish", stop)
+        quantize(model, out, **DISTILL)
+    expected = {n: digest for n, digest in hashes(work).items() if n.endswith(".safetensors")}
+    if name == "a shard":
+        file = work / THIRD
+        damage.flip_bit(file, 8 * file.stat().st_size - 1)
+    else:
+        file = work / "model-distilled.json"
+        file.write_text("{}")
+    with pytest.raises(duqpp.CheckpointError, match=f"{file.name}.*; remove that file"):
+        quantize(model, out, resume=True, **DISTILL)
+    file.unlink()
+    quantize(model, out, resume=True, **DISTILL)
+    assert expected.items() <= hashes(out).items()
+
+
+def test_a_job_file_that_is_damaged(model, tmp_path):
+    work = interrupted(model, tmp_path / "out")
+    (work / "duqpp-job.json").write_text("{")
+    with pytest.raises(duqpp.CheckpointError, match=r"is not valid JSON.*; remove .*out\.partial"):
+        quantize(model, tmp_path / "out", resume=True)
+
+
+def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
+    """Such as a source that cannot be read for a moment: the message says how to go on."""
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    tensor = SafetensorsSource.tensor
+
+    def unreadable(self, name):
+        if name.startswith("model.layers.2."):
+            raise InputError(f"cannot read {name}")
+        return tensor(self, name)
+
+    def run(**options):
+        quantize(model, out, **options)
+
+    # The fingerprint reads all tensors as well, before any work.
+    monkeypatch.setattr("duqpp.quantize.fingerprint", lambda source: "the model")
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsSource, "tensor", unreadable)
+        for resume in (False, True):
+            with pytest.raises(InputError) as raised:
+                run(resume=resume)
+            message = str(raised.value)
+            assert message.startswith("cannot read model.layers.2.")
+            assert message.endswith(f"; continue with --resume, or remove {work}")
+            assert (work / SECOND).exists()
+    run(resume=True)
+    assert hashes(out) == uninterrupted()
+
+
+def test_a_wrong_backend_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
+    work = interrupted(model, tmp_path / "out")
+    before = hashes(work)
+    with monkeypatch.context() as patch:
+        patch.setenv("DUQPP_BACKEND", "cpuu")
+        with pytest.raises(duqpp.BackendUnavailableError):
+            quantize(model, tmp_path / "out", resume=True)
+    assert hashes(work) == before
+    assert quantize(model, tmp_path / "out", resume=True).resumed_blocks == 2
+    assert hashes(tmp_path / "out") == uninterrupted()
+
+
+def test_a_name_that_cannot_be_given_is_an_error_of_one_line(
+    model, tmp_path, uninterrupted, monkeypatch
+):
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target).name == "out":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match=r"cannot rename .*out\.partial to .*--resume"):
+            quantize(model, tmp_path / "out")
+    assert quantize(model, tmp_path / "out", resume=True).resumed_blocks == LAYERS
+    assert hashes(tmp_path / "out") == uninterrupted()
+
+
+def test_an_output_that_was_filled_meanwhile_stays(model, tmp_path):
+    out = tmp_path / "out"
+
+    def fill(stage, done, total):
+        if (stage, done) == ("quantize", total):
+            out.mkdir()
+            (out / "mine.txt").write_text("precious")
+
+    with pytest.raises(InputError, match=r"cannot rename .* to .*out: Directory not empty"):
+        quantize(model, out, progress=fill)
+    assert (out / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "out.partial" / FOURTH).exists()
+
+
+def test_what_cannot_be_removed_from_a_whole_output_is_only_a_warning(
+    model, tmp_path, uninterrupted, monkeypatch, caplog
+):
+    def refuse(self, missing_ok=False, unlink=Path.unlink):
+        if self.name == "duqpp-job.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    quantize(model, tmp_path / "out")
+    assert uninterrupted().items() <= hashes(tmp_path / "out").items()
+    assert "duqpp-job.json is no longer needed, but stays: Permission denied" in caplog.text
+
+
+def test_folder_is_synced_before_it_has_its_name(model, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    quantize(model, tmp_path / "out", method="rtn", gptq=False)
+    assert [entry for entry in synced if entry[0]] == [(True, False)]
+
+
+def test_two_jobs_do_not_work_in_one_folder(model, tmp_path, uninterrupted):
+    """Neither does the second touch it, nor is it told to remove it; the first one goes on."""
+    out, work, messages = tmp_path / "out", tmp_path / "out.partial", []
+
+    def again(stage, done, total):
+        if (stage, done) == ("quantize", 2):
+            before = hashes(work)
+            for resume in (False, True):
+                with pytest.raises(InputError) as raised:
+                    quantize(model, out, resume=resume, seed=1)
+                messages.append(str(raised.value))
+            assert hashes(work) == before
+
+    quantize(model, out, progress=again)
+    assert messages == [f"another process is working in {work}: let it finish"] * 2
+    assert hashes(out) == uninterrupted()
+
+
+def test_two_jobs_that_start_together(model, tmp_path, uninterrupted):
+    """The folder is not there yet when the second one looks for it; the output is, afterwards."""
+    out, errors = tmp_path / "out", []
+
+    def slow(stage, done, total):
+        """Of the second job: the first one begins and goes on to its end."""
+        if stage == "fingerprint":
+            quantize(model, out, progress=fast)
+
+    def fast(stage, done, total):
+        if (stage, done) == ("quantize", 1):
+            with pytest.raises(InputError, match="another process is working in") as raised:
+                quantize(model, out)
+            errors.append(raised.value)
+
+    with pytest.raises(InputError, match="out exists and is not an empty folder"):
+        quantize(model, out, progress=slow)
+    assert len(errors) == 1
+    assert not (tmp_path / "out.partial").exists()
+    assert hashes(out) == uninterrupted()
+
+
+def test_the_lock_goes_with_the_job(model, tmp_path):
+    """Also when it ended by an error or an interruption."""
+    with pytest.raises(Stopped) as raised:
+        quantize(model, tmp_path / "out", progress=stop_in_block(1))
+    quantize(model, tmp_path / "out", resume=True)
+    assert raised.value.__traceback__ is not None  # which keeps the frames of the first job
+
+
+def test_the_shape_of_tokens_is_part_of_the_job(model, tmp_path):
+    interrupted(model, tmp_path / "out")
+    with pytest.raises(InputError, match="unfinished job of another calibration; remove it"):
+        quantize(model, tmp_path / "out", resume=True, calibration=TOKENS.view(4, 24))
+
+
+def test_tokens_on_another_device(model, tmp_path, uninterrupted):
+    class OnDevice(torch.Tensor):
+        def numpy(self):
+            raise TypeError("can't convert device type tensor to numpy")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    quantize(model, tmp_path / "out", calibration=TOKENS.as_subclass(OnDevice))
+    assert hashes(tmp_path / "out") == uninterrupted()
+
+
+@pytest.mark.parametrize("options", [{}, DISTILL], ids=["plain", "distilled"])
+def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
+    options, model, tmp_path, uninterrupted, monkeypatch
+):
+    """Only those before it are: one block is missing in the middle; then none is."""
+    out = tmp_path / "out"
+    work = interrupted(model, out, block=4, **options)
+    (work / SECOND).unlink()
+    loaded = []
+
+    def load(stack, index, *rest, real=quantized_block):
+        loaded.append(index)
+        block = real(stack, index, *rest)
+        for module in block.modules():
+            if isinstance(module, MXFP4Linear):
+                assert module._prepared_for is not None
+        return block
+
+    monkeypatch.setattr("duqpp.quantize.quantized_block", load)
+    with pytest.raises(Stopped):
+        quantize(model, out, resume=True, progress=stop_in_block(LAYERS), **options)
+    assert loaded == [0]
+    assert quantize(model, out, resume=True, **options).resumed_blocks == LAYERS
+    assert loaded == [0]
+    assert hashes(out) == uninterrupted(**options)
 
 
 def test_half_written_files_of_the_killed_job_are_replaced(model, tmp_path, uninterrupted):

@@ -4,11 +4,12 @@ Each shard's metadata has "duqpp.crc32": a JSON object from tensor name to the C
 digits) of the tensor's bytes.
 """
 
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a shard completely or not at all: under a temporary name, synced, then renamed.
+    """Write a shard completely or not at all.
 
     Equal tensors give equal bytes, so that a resumed job ends in the same files as one that was
     not interrupted; the safetensors library itself writes metadata in a random order.
@@ -54,14 +55,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_bytes(tensors[name]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    data = (_bytes(tensors[name]) for name in order)
+    _write(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
 
 
 def write_block(path: Path, index: int, block: nn.Module) -> None:
@@ -77,9 +72,18 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file completely or not at all."""
+    """Write a JSON file completely or not at all, as `write_shard` does."""
+    _write(path, [(json.dumps(values, indent=2) + "\n").encode()])
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file completely or not at all: under a temporary name, synced, then renamed."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with open(partial, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -145,13 +149,20 @@ def settle_metadata(path: Path) -> None:
     The safetensors library writes metadata in an order that differs from run to run, and a model
     that is saved has one set of metadata for all of its shards. In place: the header keeps its
     length, and the tensors stay where they are.
+
+    Raises: CheckpointError, and the file stays as it was, for one without checksums or room.
     """
     header, start = _read_header(path)
-    metadata = header["__metadata__"]
-    checksums = json.loads(metadata[CHECKSUMS_KEY])
+    metadata = header.get("__metadata__", {})
+    checksums = _checksums(path, metadata)
     own = {name: checksums[name] for name in sorted(header) if name in checksums}
     header["__metadata__"] = {"format": metadata["format"], CHECKSUMS_KEY: json.dumps(own)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > start - 8:  # it would run into the tensors
+        raise CheckpointError(
+            f"{path}: its header has {start - 8} bytes, its checksums in order need {len(text)}; "
+            "save the model again"
+        )
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(text.ljust(start - 8))

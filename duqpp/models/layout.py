@@ -173,10 +173,16 @@ def convert_model(model: nn.Module, layout: Layout) -> None:
 
 
 def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path) -> nn.Module:
-    """Decoder block `index` with the values of its shard, verified. Raises: CheckpointError."""
+    """Decoder block `index` with the values of its shard, verified and ready to run.
+
+    Raises: CheckpointError.
+    """
     block = stack.skeleton(index)
     convert_block(block, index, layout)
     prefix = layer_prefix(index) + "."
     tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
     block.load_state_dict(tensors, assign=True)
+    for module in block.modules():
+        if isinstance(module, MXFP4Linear):
+            module.prepare()
     return block.requires_grad_(False)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from duqpp.config import QuantizeConfig
+from duqpp.errors import CheckpointError
 from duqpp.models.checkpoint import read_json, read_shard, shard_name, write_block, write_json
 from duqpp.models.layout import Layout, quantized_block
 from duqpp.models.llama import BlockInputs, DecoderStack
@@ -35,7 +36,7 @@ def distill_shards(
     """
     total = len(stack)
     shards = [work / shard_name(index + 1, total + 1) for index in range(total)]
-    if not (work / _REPORT_FILE).exists():
+    if not is_distilled(work):
         blocks = [quantized_block(stack, i, layout, shard) for i, shard in enumerate(shards)]
         report = distill(
             blocks,
@@ -54,4 +55,28 @@ def distill_shards(
     for shard in shards:
         if (new := shard.with_suffix(_DISTILLED)).exists():
             os.replace(new, shard)
-    return DistillReport(**read_json(work / _REPORT_FILE))
+    return _read_report(work / _REPORT_FILE)
+
+
+def is_distilled(work: Path) -> bool:
+    """Whether some of a folder's shards, or all, hold distilled codes."""
+    return (work / _REPORT_FILE).exists()
+
+
+def forget_distilled(work: Path, shards: list[Path]) -> None:
+    """Let every block of a distilled folder be made again, since one of them has to be.
+
+    It would not get the same bytes behind distilled blocks. The report goes last: as long as it is
+    there, an interrupted job comes here again.
+    """
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+    (work / _REPORT_FILE).unlink()
+
+
+def _read_report(path: Path) -> DistillReport:
+    values = read_json(path)
+    try:
+        return DistillReport(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not the report of a distillation: {error}") from error

@@ -19,6 +19,7 @@ from duqpp.models.checkpoint import (
     checksum,
     read_json,
     read_shard,
+    settle_metadata,
     shard_files,
     verify_checkpoint,
     verify_shard,
@@ -135,6 +136,36 @@ def test_json_is_written_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert read_json(tmp_path / "a.json") == {"a": [1, "ü"]}
+
+
+def test_json_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut, a renamed file that was not synced can be empty."""
+    file, seen = tmp_path / "a.json", []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(file.exists()))
+    write_json(file, {"a": 1})
+    assert seen == [False]
+
+
+def test_settled_metadata_never_run_into_the_tensors(shard):
+    """Checksums that someone wrote without spaces need more room as duqpp writes them."""
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    sums = json.loads(header["__metadata__"]["duqpp.crc32"])
+    header["__metadata__"]["duqpp.crc32"] = json.dumps(sums, separators=(",", ":"))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    read_shard(shard)
+    before = shard.read_bytes()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its header has .* need"):
+        settle_metadata(shard)
+    assert shard.read_bytes() == before
+
+
+def test_settling_a_shard_without_checksums(shard):
+    safetensors.torch.save_file(tensors(), shard)
+    with pytest.raises(CheckpointError, match="lack the format"):
+        settle_metadata(shard)
 
 
 def test_checksum_is_that_of_the_bytes():
