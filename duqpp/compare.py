@@ -29,14 +29,14 @@ FLOAT = "float"
 _FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
-_VALUES |= {"hessian": "hessian", "next": "next_inputs", "refine": "refine"}
+_VALUES |= {"hessian": "hessian", "drift": "drift", "next": "next_inputs", "refine": "refine"}
 
 
 def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
     """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
 
     Options: gptq, rtn, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
-    next=STREAM, refine=blocks|distill.
+    drift=SHARE, next=STREAM, refine=blocks|distill.
 
     Args: base: gives what a method leaves open.
     Raises: InputError for an unknown method, option or value, and for a method given twice.
@@ -173,8 +173,9 @@ def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
             raise InputError(f"--methods {spec}: {option!r} sets {field} a second time")
         changes[field] = setting
     try:
-        if "smooth_alpha" in changes:
-            changes["smooth_alpha"] = float(changes["smooth_alpha"])
+        for field in ("smooth_alpha", "drift"):
+            if changes.get(field) is not None:
+                changes[field] = float(changes[field])
         return replace(base, **changes)
     except ValueError as error:
         raise InputError(f"--methods {spec or repr(spec)}: {error}") from error

@@ -14,8 +14,8 @@ Refine = Literal["none", "blocks", "distill"]
 DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
 _SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
 # Fields whose default depends on the method.
-METHOD_DEFAULTS = {"rotation": "shared", "gptq": False, "hessian": "float"}
-_DUQPP_DEFAULTS = {"rotation": "per-block", "gptq": True, "hessian": "quantized"}
+METHOD_DEFAULTS = {"rotation": "shared", "gptq": False, "hessian": "float", "drift": 0.0}
+_DUQPP_DEFAULTS = {"rotation": "per-block", "gptq": True, "hessian": "quantized", "drift": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class QuantizeConfig:
     damping: GPTQ damping, as a fraction of the Hessian's mean diagonal.
     hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
         quantized for duqpp, float for the others.
+    drift: share of what quantization has done to a linear's input before it that GPTQ's weights
+        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp; None: 0.3 for duqpp.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
@@ -56,6 +58,7 @@ class QuantizeConfig:
     max_steps: int = 256
     damping: float = 0.01
     hessian: Stream | None = None
+    drift: float | None = None
     next_inputs: Stream = "quantized"
     refine: Refine = "none"
     samples: int = 16
@@ -82,6 +85,11 @@ class QuantizeConfig:
             raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
         if self.is_sequential and (alpha or self.rotation != "per-block"):
             raise InputError("duqpp has a transform per block, which takes the place of smoothing")
+        drift = self.drift or 0.0
+        if not 0.0 <= drift <= 1.0:
+            raise InputError(f"drift must lie in [0, 1], got {drift}")
+        if drift and not self.is_sequential:
+            raise InputError(f"drift is for the method duqpp, not {self.method}")
         if self.method == "learned" and alpha:
             raise InputError("learned trains rotations alone: it goes without smoothing")
         if self.refine != "none" and not self.is_sequential:
@@ -120,6 +128,11 @@ class QuantizeConfig:
     def is_sequential(self) -> bool:
         """Whether the groups of a block are quantized one after the other."""
         return self.method == "duqpp"
+
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether the float model's activations are followed beside the quantized stream's."""
+        return self.refine != "none" or bool(self.gptq and self.drift)
 
     @property
     def needs_activations(self) -> bool:

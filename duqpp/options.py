@@ -48,6 +48,11 @@ OPTIONS = {
         "--hessian",
         "Activations that the GPTQ Hessian is made from; quantized for duqpp, else float.",
     ),
+    "drift": (
+        "--drift",
+        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; 0.3 for duqpp, "
+        "which alone has it.",
+    ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
     "refine": (
         "--refine",

@@ -45,7 +45,7 @@ from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.refine.distill import DistillReport
 from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
-from duqpp.sequential import quantize_sequentially
+from duqpp.sequential import group_inputs, quantize_sequentially
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class QuantizeReport:
 
 
 @dataclass
-class Refinement:
-    """The float model's own activations, which refinement aims at, beside the quantized stream.
+class FloatStream:
+    """The float model's own activations beside the quantized stream's, and what aims at them.
 
     exact: what enters the next block of the float model. calibration_batches: how many of the
     batches calibrate; the others only refine. latents: of the block refined last, by linear.
@@ -200,7 +200,7 @@ def _quantize_blocks(
     rest = work / shard_name(0, total + 1)
     if not rest.exists():
         write_shard(rest, stack.rest())
-    inputs, refinement = _first_inputs(stack, tokens, config)
+    inputs, float_stream = _first_inputs(stack, tokens, config)
     shards = [work / shard_name(index + 1, total + 1) for index in range(total)]
     is_finished = [_is_finished(shard, config) for shard in shards]
     if is_distilled(work) and not all(is_finished):
@@ -217,14 +217,14 @@ def _quantize_blocks(
             done.resumed += 1
             # Activations are for a block that is yet to be made; distillation wants the float ones.
             is_read = not all(is_finished[index:])
-            if refinement is not None and (is_read or config.refine == "distill"):
-                refinement.exact.advance(stack.block(index), index)
+            if float_stream is not None and (is_read or config.refine == "distill"):
+                float_stream.exact.advance(stack.block(index), index)
             if inputs is not None and is_read:
                 inputs.advance(_finished_block(stack, index, layout, shard, config), index)
         else:
             block = stack.block(index)
             groups, refined = calibrate_and_quantize(
-                block, index, config, layout, stack.config, inputs, refinement
+                block, index, config, layout, stack.config, inputs, float_stream
             )
             done.groups += groups
             done.refined += refined
@@ -236,7 +236,7 @@ def _quantize_blocks(
                 },
             )
             if config.refine == "distill":
-                write_shard(shard.with_suffix(LATENTS), refinement.latents)
+                write_shard(shard.with_suffix(LATENTS), float_stream.latents)
             write_block(shard, index, block)
         stack.release(index)
     progress("quantize", total, total)
@@ -244,7 +244,7 @@ def _quantize_blocks(
         again = DecoderStack(stack.source)
         first, _ = _first_inputs(again, tokens, config)
         done.distilled = distill_shards(
-            again, config, layout, first, refinement.exact, work, progress
+            again, config, layout, first, float_stream.exact, work, progress
         )
     return done
 
@@ -275,16 +275,20 @@ def _read_report(path: Path) -> tuple[list[GroupReport], list[RefineReport]]:
 
 def _first_inputs(
     stack: DecoderStack, tokens: Tensor | None, config: QuantizeConfig
-) -> tuple[BlockInputs | None, Refinement | None]:
+) -> tuple[BlockInputs | None, FloatStream | None]:
     """What enters the first block; with refinement, its sequences follow those that calibrate."""
     if tokens is None:
         return None, None
     if config.refine == "none":
-        return stack.first_inputs(tokens), None
-    inputs = stack.first_inputs(tokens[: config.samples])
-    calibration_batches = len(inputs.hidden)
-    inputs = inputs.joined(stack.first_inputs(tokens[config.samples :]))
-    return inputs, Refinement(inputs.first(len(inputs.hidden)), calibration_batches)
+        inputs = stack.first_inputs(tokens)
+        calibration_batches = len(inputs.hidden)
+    else:
+        inputs = stack.first_inputs(tokens[: config.samples])
+        calibration_batches = len(inputs.hidden)
+        inputs = inputs.joined(stack.first_inputs(tokens[config.samples :]))
+    if not config.needs_float_stream:
+        return inputs, None
+    return inputs, FloatStream(inputs.first(len(inputs.hidden)), calibration_batches)
 
 
 def calibrate_and_quantize(
@@ -294,28 +298,35 @@ def calibrate_and_quantize(
     layout: Layout,
     model_config: Any,
     inputs: BlockInputs | None,
-    refinement: Refinement | None = None,
+    float_stream: FloatStream | None = None,
 ) -> tuple[list[GroupReport], list[RefineReport]]:
     """Quantize a block in place, and move the inputs on to the next block's.
 
-    Args: inputs: None for a method that reads no activations. refinement: moved on as well.
+    Args: inputs: None for a method that reads no activations. float_stream: moved on as well;
+        None where nothing aims at it (see `QuantizeConfig.needs_float_stream`).
     Returns: reports of its groups, and of its refinement, if there was one.
     """
     refined = []
     if config.is_sequential:
         outputs = list(inputs.outputs(block, index)) if config.next_inputs == "float" else None
-        targets, calibrating = None, inputs
-        if refinement is not None:
-            targets = list(refinement.exact.outputs(block, index))
-            calibrating = inputs.first(refinement.calibration_batches)
-        groups, latents = quantize_sequentially(block, index, config, layout, calibrating)
-        if refinement is not None:
+        targets, calibrating, float_inputs = None, inputs, None
+        if float_stream is not None:
+            calibrating = inputs.first(float_stream.calibration_batches)
+            calibrating_exact = float_stream.exact.first(float_stream.calibration_batches)
+            if config.drift:
+                float_inputs = group_inputs(block, index, config, calibrating_exact)
+            targets = list(float_stream.exact.outputs(block, index))
+        groups, latents = quantize_sequentially(
+            block, index, config, layout, calibrating, float_inputs
+        )
+        if config.refine != "none":
             generator = group_generator(config.seed, f"{layer_prefix(index)}.refine")
-            report, refinement.latents = refine_block(
+            report, float_stream.latents = refine_block(
                 block, index, config, latents, inputs, targets, generator
             )
             refined.append(report)
-            refinement.exact.hidden = targets
+        if float_stream is not None:
+            float_stream.exact.hidden = targets
     else:
         statistics = outputs = None
         if inputs is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from duqpp.calibration.drift import make_up_for_drift
 from duqpp.calibration.gptq import gptq
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
@@ -107,9 +108,17 @@ def observed(module: nn.Module, update: Callable[[Tensor], Any]) -> Iterator[Non
 
 
 def quantize_weights(
-    plan: GroupPlan, hessian: Tensor | None, config: QuantizeConfig, index: int
+    plan: GroupPlan,
+    hessian: Tensor | None,
+    config: QuantizeConfig,
+    index: int,
+    drift: Tensor | None = None,
 ) -> dict[str, RoundedWeight]:
-    """Folded weights of a group by name."""
+    """Folded weights of a group by name.
+
+    Args: hessian: float32 [K, K] for GPTQ, None for rounding to nearest. drift: float32 [K, K], C
+        of `make_up_for_drift`, None for nothing to make up for.
+    """
     names = list(plan.weights)
     exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
     if not torch.isfinite(exact).all():
@@ -117,8 +126,11 @@ def quantize_weights(
     if hessian is None:
         quantized, latent = quantize(exact, rule=config.weight_rule), exact
     else:
+        start = exact
+        if drift is not None:
+            start = make_up_for_drift(exact, hessian, drift, share=config.drift)
         try:
-            result = gptq(exact, hessian, rule=config.weight_rule, damping=config.damping)
+            result = gptq(start, hessian, rule=config.weight_rule, damping=config.damping)
         except InputError as error:
             raise InputError(f"{layer_prefix(index)}.{names[0]}: {error}") from error
         quantized, latent = result.weight, result.compensated

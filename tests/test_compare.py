@@ -269,7 +269,7 @@ def test_method_names():
     base = QuantizeConfig(samples=4, seq_len=32, gptq=False)
     parsed = parse_methods(
         "rtn, hadamard:alpha=0.6,duquant++:gptq:per-block:hessian=quantized:next=float,"
-        "duquant:shared:weights=even:activations=mse",
+        "duquant:shared:weights=even:activations=mse,duqpp:drift=0",
         base,
     )
     common = {"samples": 4, "seq_len": 32}
@@ -280,7 +280,9 @@ def test_method_names():
             gptq=True, rotation="per-block", hessian="quantized", next_inputs="float", **common
         ),
         QuantizeConfig(method="duquant", weight_rule="even", activation_rule="mse", **common),
+        QuantizeConfig(method="duqpp", drift=0.0, **common),
     ]
+    assert parse_methods("duqpp")["duqpp"].drift == 0.3
     assert list(parsed)[1] == "hadamard:alpha=0.6"
 
 

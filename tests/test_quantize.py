@@ -403,6 +403,23 @@ class WatchedSource:
         return self._source.generation_config()
 
 
+def test_drift_changes_codes_only_where_gptq_can_make_up_for_it(tiny_llama, tmp_path):
+    """What the first group reads has no drift: before it nothing is quantized."""
+    made = {}
+    for gptq in (True, False):
+        for drift in (0.0, 0.3):
+            out = tmp_path / f"{gptq} {drift}"
+            options = config(method="duqpp", gptq=gptq, drift=drift)
+            duqpp.quantize_model(str(tiny_llama), out, options, calibration=TOKENS)
+            made[gptq, drift] = duqpp.from_pretrained(out).state_dict()
+    assert all(torch.equal(v, made[False, 0.3][n]) for n, v in made[False, 0.0].items())
+    different = {n for n, v in made[True, 0.0].items() if not torch.equal(v, made[True, 0.3][n])}
+    first = ("q_proj", "k_proj", "v_proj")
+    assert not any(f"layers.0.self_attn.{name}" in n for name in first for n in different)
+    for name in ("layers.0.self_attn.o_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"):
+        assert f"model.{name}.weight_packed" in different
+
+
 @pytest.mark.parametrize("options", [{"method": "rtn"}, {"gptq": True}, {"next_inputs": "float"}])
 def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, monkeypatch):
     source = WatchedSource(open_source(str(make_tiny("llama", "60KB", num_hidden_layers=4))))

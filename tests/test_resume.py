@@ -136,6 +136,7 @@ def test_kill_9_and_resume(block, model, tmp_path, uninterrupted):
         {"method": "random", "hessian": "quantized"},
         {"method": "duquant"},
         {"skip": ("down_proj",), "smooth_alpha": 0.3},
+        {"method": "duqpp"},
         {"method": "duqpp", "next_inputs": "float"},
         {"method": "duqpp", "refine": "blocks", "samples": 1, "refine_samples": 2},
     ],
@@ -147,6 +148,7 @@ def test_kill_9_and_resume(block, model, tmp_path, uninterrupted):
         "duquant",
         "skip",
         "duqpp",
+        "duqpp float inputs",
         "refined",
     ],
 )

@@ -13,8 +13,8 @@ from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize_block import layout_of
-from duqpp.sequential import quantize_sequentially
-from tests import inputs
+from duqpp.sequential import group_inputs, quantize_sequentially
+from tests import inputs, oracle
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -117,6 +117,60 @@ def test_the_hessian_of_float_activations_is_not_rounded(run, monkeypatch):
     torch.testing.assert_close(hessian, 2 / len(y) * y.T @ y, rtol=1e-4, atol=1e-4)
 
 
+def test_group_inputs_are_what_the_float_block_reads(run):
+    original, _, block_inputs, _ = run("llama")
+    config = QuantizeConfig(method="duqpp", skip=("o_proj",))
+    found = group_inputs(original, 0, config, block_inputs)
+    assert list(found) == ["qkv", "gate_up", "down"]
+    for group in GROUPS:
+        if group.name in found:
+            read = read_by(original, group.linears[0], block_inputs)
+            oracle.assert_same(found[group.name], read, group.name)
+
+
+def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_tiny, monkeypatch):
+    """In the transformed basis; the float model's inputs here are another text's."""
+    seen = []
+    monkeypatch.setattr(
+        module,
+        "quantize_weights",
+        lambda plan, hessian, config, index, drift, real=module.quantize_weights: (
+            seen.append((plan, drift)) or real(plan, hessian, config, index, drift)
+        ),
+    )
+    xs = []
+    monkeypatch.setattr(
+        module,
+        "second_moments",
+        lambda x, real=module.second_moments: xs.append(x) or real(x),
+    )
+    stack = DecoderStack(open_source(str(make_tiny("llama"))))
+    own, other = (
+        stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(seed)))
+        for seed in (1, 2)
+    )
+    block, config = stack.block(0), QuantizeConfig(method="duqpp")
+    exact = group_inputs(block, 0, config, other)
+    quantize_sequentially(block, 0, config, layout_of(config, {}), own, exact)
+    for group, x, (plan, drift) in zip(GROUPS, xs[0::2], seen, strict=True):
+        ours, theirs = plan.transform.apply(x), plan.transform.apply(exact[group.name])
+        rounded = dequantize(quantize(ours, rule="even"))
+        expected = 2 / len(x) * (theirs - ours).T @ rounded
+        torch.testing.assert_close(drift, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, make_tiny):
+    stack = DecoderStack(open_source(str(make_tiny("llama"))))
+    first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
+    block, config = stack.block(0), QuantizeConfig(method="duqpp")
+    exact = group_inputs(block, 0, config, first)
+    exact["gate_up"][5, 7] = float("inf")
+    with pytest.raises(
+        InputError, match=r"layers\.0\.mlp\.gate_proj: the float model's activations"
+    ):
+        quantize_sequentially(block, 0, config, layout_of(config, {}), first, exact)
+
+
 def test_gptq_lowers_the_output_error(run):
     reports = {gptq: run("llama", gptq=gptq)[3] for gptq in (True, False)}
     for group, nearest in zip(reports[True], reports[False], strict=True):
@@ -134,3 +188,7 @@ def test_options_that_do_not_belong_to_it_are_refused():
     for options in ({"rotation": "shared"}, {"smooth_alpha": 0.5}):
         with pytest.raises(InputError, match="a transform per block"):
             QuantizeConfig(method="duqpp", **options)
+    with pytest.raises(InputError, match=r"drift must lie in \[0, 1\], got 1.5"):
+        QuantizeConfig(method="duqpp", drift=1.5)
+    with pytest.raises(InputError, match=r"drift is for the method duqpp, not duquant\+\+"):
+        QuantizeConfig(method="duquant++", gptq=True, drift=0.3)
