@@ -119,7 +119,7 @@ step_test() {
   "$interpreter" -m pip install -qq -r requirements/dev.txt
   copy=$(mktemp -d)
   # Everything that tests read, but no duqpp/ that could stand in for the installed one.
-  cp -R benchmarks csrc docker docs examples requirements tests ./*.md CMakeLists.txt LICENSE Makefile \
+  cp -R .ci benchmarks csrc docker docs examples requirements tests ./*.md CMakeLists.txt LICENSE Makefile \
     pyproject.toml setup.py "$copy"
   if [[ $tests == all ]]; then
     selection=()

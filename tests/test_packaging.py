@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
+import duqpp
+
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(duqpp.__file__).parent  # elsewhere, where the tests are of an installed wheel
 SCRIPT = ROOT / "docker" / "build_wheel.sh"
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile*"))
+
+
+def source(path: str) -> Path:
+    """A path of the repository; the package is where it is installed."""
+    return PACKAGE if path == "duqpp" else ROOT / path
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:
@@ -59,7 +67,7 @@ def test_what_is_copied_exists_and_the_script_has_the_logic(file):
     for name, arguments in instructions(file):
         if name == "COPY" and not arguments.startswith("--from"):
             paths = [word for word in arguments.split()[:-1] if not word.startswith("--")]
-            assert all((ROOT / path).exists() for path in paths), arguments
+            assert all(source(path).exists() for path in paths), arguments
         if name == "RUN":
             calls += script_calls(arguments)
             words = set(shlex.split(arguments))
@@ -88,9 +96,9 @@ def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
     build = found[: [i for i, (name, _) in enumerate(found) if name == "FROM"][1]]
     for name, arguments in build:
         for path in arguments.split()[:-1] if name == "COPY" else ():
-            copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy2
+            copy = shutil.copytree if source(path).is_dir() else shutil.copy2
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / path, tmp_path / path)
+            copy(source(path), tmp_path / path)
     command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "build")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
