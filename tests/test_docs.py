@@ -193,7 +193,7 @@ def check_docker(words: list[str]) -> None:
 def check_build_wheel(words: list[str]) -> None:
     text = (ROOT / words[0]).read_text(encoding="utf-8")
     for word in words[1:]:
-        if word in ("setup", "build", "install", "test"):
+        if word in ("setup", "build", "deps", "install", "test"):
             assert f"step_{word}()" in text
         elif word.startswith("--"):
             assert f"| {word} |" in text or f" {word})" in text, word

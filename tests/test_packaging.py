@@ -72,9 +72,34 @@ def test_what_is_copied_exists_and_the_script_has_the_logic(file):
             calls += script_calls(arguments)
             words = set(shlex.split(arguments))
             assert not words & {"cmake", "pip", "pytest"}, f"not in {SCRIPT.name}"
-    assert [call[0] for call in calls] == ["setup", "build", "install", "test"]
+    assert [call[0] for call in calls] == ["setup", "build", "deps", "install", "test"]
     options = set(re.findall(r"--[a-z-]+", SCRIPT.read_text(encoding="utf-8")))
     assert {word for call in calls for word in call if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_what_installs_torch_does_not_depend_on_the_sources(file):
+    """Else each change of duqpp would make the largest layers anew. What precedes them in their
+    stages is the script, and the requirements and arguments that they read."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    steps, copied, given = [], set(), set()
+    for name, arguments in instructions(file):
+        if name == "FROM":
+            copied, given = set(), set()
+        elif name == "COPY":
+            copied |= {"dist"} if arguments.startswith("--from") else set(arguments.split()[:-1])
+        elif name == "ARG":
+            given.add(arguments.partition("=")[0])
+        elif name == "RUN" and (calls := script_calls(arguments)) and "--torch" in calls[0]:
+            ((step, *_),) = calls
+            body = re.search(rf"^step_{step}\(\) {{$(.*?)^}}$", text, re.MULTILINE | re.DOTALL)[1]
+            read = set(re.findall(r"requirements/\w+\.txt", body))
+            read |= {"requirements/constraints.txt", "docker/build_wheel.sh"}
+            where_nvcc_is = {"requirements/cuda.txt"}
+            assert copied - where_nvcc_is == read - where_nvcc_is, step
+            assert given == {"TORCH", "TORCH_INDEX"}, step
+            steps.append(step)
+    assert steps == ["setup", "deps"]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
@@ -129,6 +154,43 @@ def test_a_wrong_call_of_the_script_is_an_error(arguments, message):
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def called(folder: Path, *steps: str) -> list[str]:
+    """What the script asks of pip in its environment, which is made by a stand-in for Python."""
+    log, python, venv = folder / "log", folder / "python", folder / "venv"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        echo "$*" >> {shlex.quote(str(log))}
+        if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+        """
+    )
+    python.chmod(0o755)
+    log.unlink(missing_ok=True)
+    options = {"--python": python, "--venv": venv, "--torch": "torch==9", "--out": folder}
+    words = [str(word) for option in options.items() for word in option]
+    subprocess.run([str(SCRIPT), *steps, *words], check=True, timeout=60, capture_output=True)
+    return [line.replace(str(folder), "") for line in log.read_text().splitlines()]
+
+
+VENV = "-m venv /venv"
+TORCH = "-m pip install -qq torch==9"
+DEPS = "-m pip install -qq -r requirements/runtime.txt"
+WHEEL = "-m pip install -qq /duqpp-1.whl --constraint requirements/runtime.txt"
+
+
+def test_an_environment_is_new_or_what_deps_has_just_made(tmp_path):
+    (tmp_path / "duqpp-1.whl").touch()
+    stale = tmp_path / "venv" / "stale"
+    assert called(tmp_path, "install") == [VENV, TORCH, WHEEL]
+    stale.touch()
+    assert called(tmp_path, "deps") == [VENV, TORCH, DEPS]
+    assert not stale.exists()
+    assert called(tmp_path, "install") == [WHEEL]
+    stale.touch()
+    assert called(tmp_path, "install") == [VENV, TORCH, WHEEL]
+    assert not stale.exists()
+    assert called(tmp_path, "deps", "install") == [VENV, TORCH, DEPS, WHEEL]
 
 
 def test_continuous_integration_tests_the_wheel():
