@@ -2,12 +2,16 @@
 # The wheel: built, audited, installed into an environment of its own, tested there. The Dockerfiles and
 # .ci/run call this; by hand, all of it: docker/build_wheel.sh
 #
-#   docker/build_wheel.sh [setup] [build] [install] [test] [--OPTION VALUE]...    no step: all four
+#   docker/build_wheel.sh [setup] [build] [deps] [install] [test] [--OPTION VALUE]...
+#                                                          no step: setup, build, install, test
 #
 # setup    an environment to build in: torch's headers and the pinned tools  --env (build/wheel-env)
 # build    the wheel, isolated as `pip install .` builds it; its contents    --out (dist)
 #          checked, and its platform tag given by auditwheel
-# install  an environment that holds the wheel, and nothing of the sources   --venv (a temporary one)
+# deps     an environment with torch and the pinned packages that duqpp      --venv (a temporary one)
+#          needs, without duqpp: an image's large layer, which seldom changes
+# install  an environment that holds the wheel, and nothing of the sources:  --venv
+#          what deps has just made, or else a new one
 # test     tests of that environment, outside of the source folder: quick,   --tests (quick)
 #          a part that takes a few minutes at most, or all of them
 #
@@ -22,7 +26,7 @@ env=build/wheel-env out=dist venv='' tests=quick
 steps=()
 while (($#)); do
   case $1 in
-    setup | build | install | test) steps+=("$1") ;;
+    setup | build | deps | install | test) steps+=("$1") ;;
     --python | --torch | --torch-index | --env | --out | --venv | --tests)
       [[ $# -ge 2 ]] || { echo "build_wheel: $1 needs a value" >&2 && exit 2; }
       name=${1#--}
@@ -104,11 +108,23 @@ print(
 PYTHON
 }
 
-step_install() {
-  local wheel=("$out"/duqpp-*.whl)
+step_deps() {
   rm -rf "$venv"
   venv_with_torch "$venv"
-  # Its dependencies as it declares them, at the versions that the tests are run with.
+  "$venv/bin/python" -m pip install -qq -r requirements/runtime.txt
+  touch "$venv/.deps"
+}
+
+step_install() {
+  local wheel=("$out"/duqpp-*.whl)
+  if [[ -e $venv/.deps ]]; then
+    rm "$venv/.deps" # used once: a second install must not find what another wheel has left
+  else
+    rm -rf "$venv"
+    venv_with_torch "$venv"
+  fi
+  # Its dependencies as it declares them, at the versions that the tests are run with. A new environment
+  # shows that they are all declared; one that deps has made has them already.
   "$venv/bin/python" -m pip install -qq "${wheel[0]}" --constraint requirements/runtime.txt
 }
 
@@ -119,7 +135,7 @@ step_test() {
   "$interpreter" -m pip install -qq -r requirements/dev.txt
   copy=$(mktemp -d)
   # Everything that tests read, but no duqpp/ that could stand in for the installed one.
-  cp -R benchmarks csrc docker docs examples requirements tests ./*.md CMakeLists.txt LICENSE Makefile \
+  cp -R .ci benchmarks csrc docker docs examples requirements tests ./*.md CMakeLists.txt LICENSE Makefile \
     pyproject.toml setup.py "$copy"
   if [[ $tests == all ]]; then
     selection=()

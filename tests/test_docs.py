@@ -1,9 +1,10 @@
 """Every fenced block of README.md, docs/ and the other pages is executed, or says why it is not.
 
 `sh` and `python` blocks run in a folder of their own with a tiny quantized model in `out/`; the
-names of real models stand for the tiny float one, and options are appended that keep jobs small. A
-block under `<!-- not run: REASON -->` is taken apart instead: subcommands, options, targets, files
-and build arguments in it must exist. `json` is parsed, `text` is neither.
+names of real models stand for the tiny float one, those of lm-eval's tasks for a local file, and
+options are appended that keep jobs small. A block under `<!-- not run: REASON -->` is taken apart
+instead: subcommands, options, targets, files and build arguments in it must exist. `json` is
+parsed, `text` is neither.
 """
 
 import json
@@ -15,11 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import pytest
 from typer.main import get_command
 
+from duqpp import selfcheck
 from duqpp.calibration.tokens import builtin_text
 from duqpp.cli import app, main
+from tests.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -29,7 +33,14 @@ FENCE = re.compile(
 )
 LANGUAGES = {"sh", "python", "json", "text"}
 
-MODELS = ("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.2-1B")
+MODELS = (
+    "MODEL",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "meta-llama/Llama-3.2-1B",
+    "meta-llama/Llama-3.1-70B-Instruct",
+)
+TASKS = "arc_easy,piqa"  # stands for a task of these; without lm-eval the line is skipped
+QUESTIONS = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "gold": n % 2} for n in (2, 5)]
 TEXTS = ("wiki.txt", "held_out.txt", "first60.txt", "last30.txt")
 CALIBRATION = "--samples 2 --seq-len 64 --max-steps 8"
 SMALL = {  # appended: of an option that is given twice, the last counts
@@ -91,6 +102,9 @@ def sandbox(quantized, tiny_llama, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).write_text(builtin_text()[:40_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read long ago
+    monkeypatch.setattr(selfcheck, "_ROWS", (1, 17))
+    monkeypatch.setattr(selfcheck, "_K", (32, 160))
     return tmp_path
 
 
@@ -101,7 +115,7 @@ def without_assignments(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 @named([b for b in BLOCKS if b.language == "sh" and b.reason is None])
-def test_commands_run(block, sandbox, tiny_llama, monkeypatch, capsys):
+def test_commands_run(block, sandbox, tiny_llama, monkeypatch, capsys, request):
     for line in block.commands:
         variables, words = without_assignments(line)
         for name, value in variables.items():
@@ -109,9 +123,13 @@ def test_commands_run(block, sandbox, tiny_llama, monkeypatch, capsys):
         assert words[0] == "duqpp", f"{words[0]}: only duqpp is run here; say why it is not run"
         parse_duqpp(words)
         words = [str(tiny_llama) if word in MODELS else word for word in words[1:]]
+        if TASKS in words:
+            request.getfixturevalue("lm_eval")  # or the rest of the block is skipped
+            words[words.index(TASKS)] = str(write_task(sandbox, "toy", QUESTIONS))
         if words[0] == "quantize":
             shutil.rmtree(words[2], ignore_errors=True)
-        code = main([*words, *SMALL.get(words[0], "").split()])
+        small = "" if "--tasks" in words else SMALL.get(words[0], "")
+        code = main([*words, *small.split()])
         out, err = capsys.readouterr()
         assert code == 0, f"{shlex.join(words)}\n{err}"
         assert out, f"{shlex.join(words)} printed nothing"
@@ -193,7 +211,7 @@ def check_docker(words: list[str]) -> None:
 def check_build_wheel(words: list[str]) -> None:
     text = (ROOT / words[0]).read_text(encoding="utf-8")
     for word in words[1:]:
-        if word in ("setup", "build", "install", "test"):
+        if word in ("setup", "build", "deps", "install", "test"):
             assert f"step_{word}()" in text
         elif word.startswith("--"):
             assert f"| {word} |" in text or f" {word})" in text, word

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
+import duqpp
+
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(duqpp.__file__).parent  # elsewhere, where the tests are of an installed wheel
 SCRIPT = ROOT / "docker" / "build_wheel.sh"
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile*"))
+
+
+def source(path: str) -> Path:
+    """A path of the repository; the package is where it is installed."""
+    return PACKAGE if path == "duqpp" else ROOT / path
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:
@@ -59,14 +67,39 @@ def test_what_is_copied_exists_and_the_script_has_the_logic(file):
     for name, arguments in instructions(file):
         if name == "COPY" and not arguments.startswith("--from"):
             paths = [word for word in arguments.split()[:-1] if not word.startswith("--")]
-            assert all((ROOT / path).exists() for path in paths), arguments
+            assert all(source(path).exists() for path in paths), arguments
         if name == "RUN":
             calls += script_calls(arguments)
             words = set(shlex.split(arguments))
             assert not words & {"cmake", "pip", "pytest"}, f"not in {SCRIPT.name}"
-    assert [call[0] for call in calls] == ["setup", "build", "install", "test"]
+    assert [call[0] for call in calls] == ["setup", "build", "deps", "install", "test"]
     options = set(re.findall(r"--[a-z-]+", SCRIPT.read_text(encoding="utf-8")))
     assert {word for call in calls for word in call if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
+def test_what_installs_torch_does_not_depend_on_the_sources(file):
+    """Else each change of duqpp would make the largest layers anew. What precedes them in their
+    stages is the script, and the requirements and arguments that they read."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    steps, copied, given = [], set(), set()
+    for name, arguments in instructions(file):
+        if name == "FROM":
+            copied, given = set(), set()
+        elif name == "COPY":
+            copied |= {"dist"} if arguments.startswith("--from") else set(arguments.split()[:-1])
+        elif name == "ARG":
+            given.add(arguments.partition("=")[0])
+        elif name == "RUN" and (calls := script_calls(arguments)) and "--torch" in calls[0]:
+            ((step, *_),) = calls
+            body = re.search(rf"^step_{step}\(\) {{$(.*?)^}}$", text, re.MULTILINE | re.DOTALL)[1]
+            read = set(re.findall(r"requirements/\w+\.txt", body))
+            read |= {"requirements/constraints.txt", "docker/build_wheel.sh"}
+            where_nvcc_is = {"requirements/cuda.txt"}
+            assert copied - where_nvcc_is == read - where_nvcc_is, step
+            assert given == {"TORCH", "TORCH_INDEX"}, step
+            steps.append(step)
+    assert steps == ["setup", "deps"]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
@@ -88,9 +121,9 @@ def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
     build = found[: [i for i, (name, _) in enumerate(found) if name == "FROM"][1]]
     for name, arguments in build:
         for path in arguments.split()[:-1] if name == "COPY" else ():
-            copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy2
+            copy = shutil.copytree if source(path).is_dir() else shutil.copy2
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / path, tmp_path / path)
+            copy(source(path), tmp_path / path)
     command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "build")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -121,6 +154,43 @@ def test_a_wrong_call_of_the_script_is_an_error(arguments, message):
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def called(folder: Path, *steps: str) -> list[str]:
+    """What the script asks of pip in its environment, which is made by a stand-in for Python."""
+    log, python, venv = folder / "log", folder / "python", folder / "venv"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        echo "$*" >> {shlex.quote(str(log))}
+        if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+        """
+    )
+    python.chmod(0o755)
+    log.unlink(missing_ok=True)
+    options = {"--python": python, "--venv": venv, "--torch": "torch==9", "--out": folder}
+    words = [str(word) for option in options.items() for word in option]
+    subprocess.run([str(SCRIPT), *steps, *words], check=True, timeout=60, capture_output=True)
+    return [line.replace(str(folder), "") for line in log.read_text().splitlines()]
+
+
+VENV = "-m venv /venv"
+TORCH = "-m pip install -qq torch==9"
+DEPS = "-m pip install -qq -r requirements/runtime.txt"
+WHEEL = "-m pip install -qq /duqpp-1.whl --constraint requirements/runtime.txt"
+
+
+def test_an_environment_is_new_or_what_deps_has_just_made(tmp_path):
+    (tmp_path / "duqpp-1.whl").touch()
+    stale = tmp_path / "venv" / "stale"
+    assert called(tmp_path, "install") == [VENV, TORCH, WHEEL]
+    stale.touch()
+    assert called(tmp_path, "deps") == [VENV, TORCH, DEPS]
+    assert not stale.exists()
+    assert called(tmp_path, "install") == [WHEEL]
+    stale.touch()
+    assert called(tmp_path, "install") == [VENV, TORCH, WHEEL]
+    assert not stale.exists()
+    assert called(tmp_path, "deps", "install") == [VENV, TORCH, DEPS, WHEEL]
 
 
 def test_continuous_integration_tests_the_wheel():

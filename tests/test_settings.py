@@ -56,6 +56,14 @@ def test_variables_that_are_read_are_documented_and_the_other_way_round():
     assert read - FOREIGN == set(rows)
 
 
+def test_variables_of_make_and_of_scripts_are_named():
+    read = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    read += re.findall(r"\$\{(\w+):-", (ROOT / "tests/vllm/run.sh").read_text(encoding="utf-8"))
+    named = set(re.findall(r"`(\w+)", DOCUMENT.read_text(encoding="utf-8")))
+    assert {"TORCH", "TORCH_INDEX", "VENV", "PYTHON", "OMP_WAIT_POLICY"} <= set(read), "reads both"
+    assert set(read) <= named, set(read) - named
+
+
 def test_names_in_any_text_are_documented():
     """A variable that a page, a message or CI speaks of exists."""
     rows = set(re.findall(r"^\| `(\w+)` \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE))

@@ -29,11 +29,14 @@ from duqpp.models.checkpoint import (
     write_json,
     write_shard,
 )
+from duqpp.models.finish import GUARD_FIELD
 from duqpp.models.layout import Layout
 from duqpp.models.llama import GROUPS, layer_prefix
 from duqpp.models.source import download
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
+# transformers quotes it in its error (see `duqpp.models.finish`); vLLM does not know the field.
+_GUARD = "it is an export of duqpp for vLLM, whose rotations transformers would ignore"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class ExportReport:
 def export_compressed_tensors(
     model: str | Path, out: str | Path, *, progress: Progress | None = None
 ) -> ExportReport:
-    """Write a duqpp checkpoint as compressed-tensors `mxfp4-pack-quantized`, for vLLM alone.
+    """Write a duqpp checkpoint as compressed-tensors `mxfp4-pack-quantized`, for vLLM.
 
-    Works in `OUT.partial` and renames it: `out` is either absent or whole.
+    An export with rotations is guarded against transformers, which would ignore them. Works in
+    `OUT.partial` and renames it: `out` is either absent or whole.
 
     Args:
         model: duqpp checkpoint: local folder, or hub name.
@@ -98,6 +102,9 @@ def export_compressed_tensors(
         remarks = _remarks(layout)
         write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
         config["quantization_config"] = _quantization_config(skipped, schemes)
+        config.pop(GUARD_FIELD, None)  # the checkpoint's own: duqpp does not read an export
+        if schemes:
+            config[GUARD_FIELD] = _GUARD
         write_json(work / "config.json", config)
         (work / "README.md").write_text(_card(out.name, layout, remarks), encoding="utf-8")
         names = {file.name for file in files}
@@ -223,8 +230,12 @@ def _quantization_config(skipped: list[str], schemes: dict[str, list[str]]) -> d
 def _remarks(layout: Layout) -> tuple[str, ...]:
     rule = layout.activation_rule
     remarks = [
-        "For vLLM alone: transformers ignores the transforms of compressed-tensors, and would run "
-        "this model without its rotations, wrongly and without an error.",
+        "For vLLM; as it has no rotation, transformers with the package compressed-tensors reads "
+        "it as well."
+        if layout.rotation == "none"
+        else "For vLLM alone: transformers ignores the transforms of compressed-tensors, and would "
+        f"run this model without its rotations, wrongly. The field {GUARD_FIELD} of config.json "
+        "makes it stop with an error instead, from transformers 5.16 on.",
         "Weights are exactly those of the duqpp checkpoint. Activations are approximate: vLLM's "
         f"kernels round their scales by a rule of their own (FlashInfer's: ceil), not by {rule}, "
         "for which this model was quantized; its Marlin kernel, for GPUs before Blackwell, does "
@@ -264,6 +275,11 @@ def _work_folder(out: Path) -> Path:
         raise InputError(f"output {out} exists and is not an empty folder")
     try:
         work.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{work} is in the way: an export to {out} is running, or was interrupted; if none is "
+            "running, remove it"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot make the folder {work}: {error.strerror}") from error
     return work

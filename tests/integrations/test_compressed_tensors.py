@@ -3,8 +3,10 @@
 `tests/vllm/` loads an export into vLLM; here it is read by hand, and by compressed-tensors itself.
 """
 
+import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp.cli import main
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
+from duqpp.models.finish import GUARD_FIELD
 from tests import decoder
 from tests.models import damage
 
@@ -86,8 +89,9 @@ def test_everything_else_is_as_it_was(quantized, exported):
     for name in kept:
         assert before.data[name] == after.data[name], name
     assert {"config.json", "README.md"} <= {file.name for file in exported.iterdir()}
-    same = {k: v for k, v in before.config.items() if k != "quantization_config"}
-    assert same == {k: v for k, v in after.config.items() if k != "quantization_config"}
+    own = {"quantization_config", GUARD_FIELD}
+    same = {k: v for k, v in before.config.items() if k not in own}
+    assert same == {k: v for k, v in after.config.items() if k not in own}
     assert AutoTokenizer.from_pretrained(exported)("The capital").input_ids
 
 
@@ -128,6 +132,60 @@ def test_what_is_skipped_is_ignored_by_its_full_name(quantized, tmp_path):
     everything = {n.removesuffix(".weight") for n in after.data if n.endswith("_proj.weight")}
     assert set(ignored) == everything | {"lm_head"} and len(ignored) == 9
     assert not set(ignored) & set(after.linears)
+
+
+def test_transformers_is_told_what_an_export_is(exported, tmp_path):
+    """Its error quotes the guard, duqpp imported or not: that guards itself no export."""
+    folder = damage.copy_of(exported, tmp_path / "copy")
+    # So that transformers looks for the weights even where compressed-tensors is not installed.
+    damage.edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    with pytest.raises(ValueError, match="an export of duqpp for vLLM, whose rotations"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_without_a_rotation_there_is_nothing_to_guard(quantized, tmp_path):
+    folder = quantized(method="rtn")
+    report = export_compressed_tensors(folder, tmp_path / "out")
+    assert GUARD_FIELD in decoder.Checkpoint(folder).config
+    assert GUARD_FIELD not in decoder.Checkpoint(tmp_path / "out").config
+    assert "transformers with the package compressed-tensors reads it" in report.remarks[0]
+
+
+# Prints what transformers says of each folder: its error, or the sum of a quantized weight's bytes.
+LOAD = """
+import json, sys
+from transformers import AutoModelForCausalLM
+answers = []
+for folder in sys.argv[1:]:
+    try:
+        tensors = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").state_dict()
+        answers.append(int(tensors["model.layers.1.mlp.down_proj.weight_packed"].int().sum()))
+    except Exception as error:
+        answers.append(f"{type(error).__name__}: {error}")
+assert not any(name.startswith("duqpp") for name in sys.modules)
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.crosscheck
+def test_transformers_with_compressed_tensors_reads_what_has_no_rotation(
+    exported, quantized, tmp_path
+):
+    crosscheck()
+    plain = tmp_path / "plain"
+    export_compressed_tensors(quantized(method="rtn"), plain)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(exported), str(plain)],
+        env=os.environ | {"PYTHONPATH": os.environ["DUQPP_CROSSCHECK"], "HF_HUB_OFFLINE": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert refused.startswith("ValueError") and "an export of duqpp for vLLM" in refused
+    assert loaded == sum(decoder.Checkpoint(plain).data[f"{LINEAR}.weight_packed"])
 
 
 @pytest.mark.crosscheck
@@ -216,6 +274,14 @@ def test_an_output_that_is_in_use(quantized, tmp_path):
     with pytest.raises(InputError, match="exists and is not an empty folder"):
         export_compressed_tensors(quantized(), tmp_path / "mine")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_what_an_interrupted_export_has_left(quantized, tmp_path):
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    with pytest.raises(InputError, match=r"out\.partial is in the way: .*remove it"):
+        export_compressed_tensors(quantized(), tmp_path / "out")
+    assert left.exists() and not (tmp_path / "out").exists()
 
 
 # The command.
