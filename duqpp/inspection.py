@@ -8,7 +8,7 @@ from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, token
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.models.checkpoint import Progress, read_json
-from duqpp.models.layout import QUANT_METHOD, Layout
+from duqpp.models.layout import Layout, is_duqpp, quantization_of
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, download, is_gguf, open_source
 from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
@@ -106,10 +106,10 @@ def inspect_source(
 
 def _read_checkpoint(folder: Path) -> Inspection | None:
     """What a duqpp checkpoint reports; None for a folder that is not one."""
-    values = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+    config = read_json(folder / "config.json")
+    if not is_duqpp(config):
         return None
-    layout = Layout.from_dict(values)
+    layout = Layout.from_dict(quantization_of(config))
     file = folder / REPORT_FILE
     if not file.exists():
         raise CheckpointError(f"{folder} has no {REPORT_FILE}; inspect the float model instead")

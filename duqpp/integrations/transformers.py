@@ -22,7 +22,14 @@ from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.models.checkpoint import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.models.finish import GUARD_FIELD
-from duqpp.models.layout import QUANT_METHOD, Layout, convert_model, share_inputs
+from duqpp.models.layout import (
+    QUANT_METHOD,
+    Layout,
+    convert_model,
+    is_duqpp,
+    quantization_of,
+    share_inputs,
+)
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
 from duqpp.nn import MXFP4Linear, unshare_input
@@ -242,8 +249,8 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     if not folder.exists():
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         folder = download(str(model), **hub)
-    values = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(values, dict):
+    values = quantization_of(read_json(folder / "config.json"))
+    if not values:
         raise CheckpointError(f"{folder} is not quantized: no quantization_config")
     layout = Layout.from_dict(values)
     files = shard_files(folder)
@@ -274,13 +281,13 @@ def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, An
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if is_gguf(model):
-        return load_gguf(Path(model))
     folder = Path(model).expanduser()
+    if is_gguf(model):
+        return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    quantized = is_duqpp(read_json(folder / "config.json"))
     try:
-        if quantization.get("quant_method") == QUANT_METHOD:
+        if quantized:
             loaded = from_pretrained(folder, progress=progress)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")

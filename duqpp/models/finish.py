@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.models.checkpoint import linear_storage, read_json, settle_metadata, write_json
-from duqpp.models.layout import QUANT_METHOD
+from duqpp.models.layout import is_duqpp
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by duqpp, and again whenever the model is saved; to keep your own text, "
@@ -33,7 +33,7 @@ def finish_folder(folder: Path, repository: str | None = None) -> None:
     Args: repository: its name on the hub, for the card.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+    if not is_duqpp(config):
         return
     if config.get(GUARD_FIELD) != GUARD:
         write_json(folder / "config.json", config | {GUARD_FIELD: GUARD})

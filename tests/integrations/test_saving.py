@@ -132,6 +132,12 @@ def test_folders_of_other_models_stay_as_they_are(make_tiny, tmp_path):
     finish_folder(folder)
     finish_folder(tmp_path / "empty")
     assert files(folder) == before and not files(tmp_path / "empty")
+    for value in (5, "duqpp", [], {"quant_method": "fp8"}):
+        config = folder / "config.json"
+        damage.edit_json(config, lambda c, value=value: c.update(quantization_config=value))
+        before = files(folder)
+        finish_folder(folder)
+        assert files(folder) == before
 
 
 def pickled(model):

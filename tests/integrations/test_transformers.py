@@ -205,6 +205,13 @@ def test_load_model(checkpoint, tiny_llama):
     assert not floating.training and floating.dtype == torch.float32
 
 
+def test_a_gguf_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=f"cannot load the GGUF model of {tmp_path}"):
+        load_model("~/bad.gguf")
+
+
 def test_progress(checkpoint):
     calls = []
     duqpp.from_pretrained(checkpoint, progress=lambda *call: calls.append(call))
@@ -466,8 +473,9 @@ def test_malformed_config(content, damaged):
     (damaged / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json|is not quantized"):
         duqpp.from_pretrained(damaged)
-    with pytest.raises(DuqppError):
+    with pytest.raises(DuqppError) as raised:
         load_model(str(damaged))
+    assert "object has no attribute 'get'" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 5}', '{"weight_map": {}}'])
