@@ -21,6 +21,7 @@ from duqpp.options import (
     JsonOption,
     ModelArgument,
     ResumableError,
+    check_calibration,
     resumable,
     takes_config,
 )
@@ -110,6 +111,7 @@ def quantize(
     from duqpp.quantize import quantize_model
     from duqpp.quantize_group import mean_errors
 
+    check_calibration(calib, [config])
     with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
         bars.wait("opening the model")
         report = quantize_model(model, out, config, calibration=calib, resume=resume, progress=bars)
@@ -224,7 +226,10 @@ def doctor(
     sm_count: Annotated[int, typer.Option(help="With --arch: its SMs; 148 on a B200.")] = 148,
     as_json: JsonOption = False,
 ) -> None:
-    """Which backend and kernel runs each op here, and why not the others."""
+    """Which backend and kernel runs each op here, and why not the others.
+
+    Exits with 1 when DUQPP_BACKEND names no backend.
+    """
     from duqpp.doctor import SHAPE, doctor
     from duqpp.ops.kernels import Machine
 
@@ -232,14 +237,17 @@ def doctor(
     facts = doctor(shapes, Machine(divmod(arch, 10), sm_count) if arch else None)
     if as_json:
         print_json(facts)
-        return
-    print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    print(f"platform: {facts['platform']}")
-    print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
-    print(f"library: {_library(facts['library'])}")
-    print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
-    print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
-    print(*doctor_lines(facts), *others_lines(facts), sep="\n")
+    else:
+        print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+        print(f"platform: {facts['platform']}")
+        print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
+        print(f"library: {_library(facts['library'])}")
+        print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
+        print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
+        print(*doctor_lines(facts), *others_lines(facts), sep="\n")
+    if facts["error"] is not None:
+        print(f"error: {facts['error']}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -261,12 +269,18 @@ def selfcheck(
 
     Exits with 1 when a kernel is wrong. On a Blackwell GPU its report is what we would like to see.
     """
+    from duqpp.selfcheck import check_report_file
     from duqpp.selfcheck import selfcheck as run
 
+    if report is not None:
+        check_report_file(report)
     with Bars() as bars:
         found = run(timings=timings, progress=bars)
     if report is not None:
-        report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        try:
+            report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {report}: {error.strerror}") from error
     if as_json:
         print_json(found.to_dict())
     else:

@@ -16,6 +16,7 @@ from duqpp.options import (
     CalibrationOption,
     JsonOption,
     ModelArgument,
+    check_calibration,
     resumable,
     takes_config,
 )
@@ -159,6 +160,7 @@ def compare(
         raise InputError("--resume needs --work, the folder of the comparison to continue")
     configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
     numbers = _parse_seeds(seeds)
+    check_calibration(calib, configs.values())
     names = list(configs)
     texts = text or [BUILTIN]
     out = sys.stderr if as_json else sys.stdout

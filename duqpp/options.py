@@ -5,7 +5,8 @@ Options made from QuantizeConfig have their defaults and choices from there.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from duqpp.calibration.tokens import BUILTIN, read_text
 from duqpp.config import QuantizeConfig
 
 ModelArgument = Annotated[
@@ -95,6 +97,18 @@ def _parameter(name: str) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, typer.Option(flag, help=text)],
     )
+
+
+def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> None:
+    """Say on stderr where no method reads the calibration text that is given.
+
+    Raises: InputError where such a text cannot be read; the methods that read it find out.
+    """
+    if calibration == BUILTIN or any(config.needs_activations for config in configs):
+        return
+    if not calibration.startswith("hf:"):  # which may be large
+        read_text(calibration)
+    print("--calib is not used: the method reads no activations", file=sys.stderr)
 
 
 class ResumableError(Exception):

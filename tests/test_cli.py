@@ -27,6 +27,7 @@ from duqpp.ops.dispatch import BACKENDS
 from tests.cuda.library import full_extension
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
+NAMES = "auto, " + ", ".join(backend.name for backend in BACKENDS)
 COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "inspect", "compare")
 
 
@@ -175,6 +176,20 @@ def test_quantize_reads_a_calibration_file(tiny_llama, tmp_path, run):
     assert config["quantization_config"]["provenance"]["calibration"] == "text.txt"
 
 
+def test_a_calibration_text_that_is_not_used(tiny_llama, tmp_path, run, fail):
+    """Said where it is there; where it is not, it is a mistake all the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("some text", encoding="utf-8")
+    _, err = run("quantize", tiny_llama, tmp_path / "out", "--method", "rtn", "--calib", text)
+    assert err == "--calib is not used: the method reads no activations\n"
+    missing = "cannot read text file none.txt"
+    for command in (
+        ["quantize", tiny_llama, tmp_path / "again", "--method", "rtn"],
+        ["compare", tiny_llama, "--methods", "rtn,hadamard"],
+    ):
+        assert missing in fail(*command, "--calib", "none.txt")
+
+
 def test_eval_equals_the_library(quantized, run):
     arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
     out, err = run(*arguments, "--json")
@@ -251,12 +266,22 @@ def test_doctor(run, monkeypatch):
 
 
 def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
-    monkeypatch.setenv("DUQPP_BACKEND", "quantum")
-    facts = json.loads(run("doctor", "--json")[0])
-    assert facts["DUQPP_BACKEND"] == "quantum"
+    monkeypatch.setenv("DUQPP_BACKEND", "cuda-sm100")
+    assert json.loads(run("doctor", "--json")[0])["error"] is None, "there is such a backend"
+
+
+@pytest.mark.parametrize("name", ["quantum", ""])
+def test_doctor_fails_where_the_variable_names_no_backend(name, capsys, monkeypatch):
+    monkeypatch.setenv("DUQPP_BACKEND", name)
+    assert main(["doctor"]) == 1
+    out, err = capsys.readouterr()
+    assert f"rotate_quantize on cpu: none: backend '{name}'" in out
+    assert err == f"error: DUQPP_BACKEND='{name}' names no backend; there are {NAMES}\n"
+    assert main(["doctor", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["DUQPP_BACKEND"] == name
     assert all(entry["selected"] is None for entry in facts["ops"])
     assert "no such backend" in facts["ops"][0]["error"]
-    assert "rotate_quantize on cpu: none: backend 'quantum'" in run("doctor")[0]
 
 
 def test_doctor_names_the_kernels_of_a_shape(run):
@@ -419,6 +444,8 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["quantize", "QUANTIZED", "OUT"], "is quantized already (duqpp)"),
         (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
         (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),
+        (["eval", "MODEL"], "windows of 2048 tokens exceed the model's 512 positions"),
+        (["compare", "MODEL", "--methods", "rtn"], "exceed the model's 512 positions"),
         (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "windows must be at least 1"),
         (["eval", "QUANTIZED", "--reference", "WIDER"], "vocabulary has 330 tokens, the model's"),
         (["eval", "QUANTIZED", "--reference", "nowhere.gguf"], "no such file: nowhere.gguf"),
