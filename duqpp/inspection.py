@@ -10,7 +10,7 @@ from duqpp.errors import CheckpointError, InputError
 from duqpp.models.checkpoint import Progress, read_json
 from duqpp.models.layout import Layout, is_duqpp, quantization_of
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
-from duqpp.models.source import Source, download, is_gguf, open_source
+from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
 from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
 from duqpp.quantize_block import layout_of
 from duqpp.quantize_group import GroupReport, mean_errors
@@ -58,7 +58,7 @@ def inspect_model(
         raise InputError(f"layers must be at least 1, got {layers}")
     path = Path(model).expanduser()
     if not path.exists() and not is_gguf(model):
-        path = download(model)
+        path = download(model, check=_check_inspectable)
     if path.is_dir() and (found := _read_checkpoint(path)):
         kept = [g for g in found.groups if layers is None or layer_and_kind(g)[0] < layers]
         return replace(found, groups=kept)
@@ -102,6 +102,12 @@ def inspect_source(
         progress("inspect", count, count)
     name = Path(source.config.name_or_path or "").name or "model"
     return Inspection(name, _describe(config), groups)
+
+
+def _check_inspectable(folder: Path) -> None:
+    """Raise InputError unless config.json is of a duqpp checkpoint, or of a model to quantize."""
+    if not is_duqpp(read_json(folder / "config.json")):
+        check_float_model(folder)
 
 
 def _read_checkpoint(folder: Path) -> Inspection | None:

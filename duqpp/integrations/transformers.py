@@ -248,11 +248,8 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     folder = Path(model).expanduser()
     if not folder.exists():
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        folder = download(str(model), **hub)
-    values = quantization_of(read_json(folder / "config.json"))
-    if not values:
-        raise CheckpointError(f"{folder} is not quantized: no quantization_config")
-    layout = Layout.from_dict(values)
+        folder = download(str(model), check=_layout, **hub)
+    layout = _layout(folder)
     files = shard_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
@@ -271,6 +268,14 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
         return AutoModelForCausalLM.from_pretrained(str(folder), **options)
     finally:
         _verified.reset(token)
+
+
+def _layout(folder: Path) -> Layout:
+    """What config.json says of a checkpoint. Raises: CheckpointError when it is not duqpp's."""
+    values = quantization_of(read_json(folder / "config.json"))
+    if not values:
+        raise CheckpointError(f"{folder} is not quantized: no quantization_config")
+    return Layout.from_dict(values)
 
 
 def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, Any]:

@@ -524,13 +524,26 @@ def test_hub_name_that_does_not_exist(monkeypatch, tmp_path):
 def test_revision_of_a_hub_name(checkpoint, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns, **options):
+    def snapshot_download(name, allow_patterns, ignore_patterns=(), **options):
         asked.append((name, options))
         return str(checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     duqpp.from_pretrained("someone/out", revision="v2", cache_dir="c", dtype=torch.bfloat16)
-    assert asked == [("someone/out", {"revision": "v2", "cache_dir": "c"})]
+    assert asked == [("someone/out", {"revision": "v2", "cache_dir": "c"})] * 2
+
+
+def test_a_model_that_is_not_quantized_is_not_downloaded(tiny_llama, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(options)
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        duqpp.from_pretrained("someone/float")
+    assert asked == [{"allow_patterns": ["config.json"]}]
 
 
 def test_configuration_of_a_checkpoint_for_a_float_model(tiny_llama):
