@@ -113,7 +113,7 @@ def quantize(
 
     check_calibration(calib, [config])
     with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
-        bars.wait("opening the model")
+        bars.open(model)
         report = quantize_model(model, out, config, calibration=calib, resume=resume, progress=bars)
     linear_bytes, weights = linear_storage(out)
     errors = mean_errors(report.groups)
@@ -162,6 +162,7 @@ def export(
     from duqpp.integrations.compressed_tensors import export_compressed_tensors
 
     with Bars() as bars:
+        bars.open(model)
         report = export_compressed_tensors(model, out, progress=bars)
     if as_json:
         print_json(
@@ -193,7 +194,7 @@ def generate(
     from duqpp.integrations.transformers import load_model
 
     with Bars() as bars:
-        bars.wait("opening the model")
+        bars.open(model)
         loaded, tokenizer = load_model(model, progress=bars)
     result = run(
         loaded,
@@ -326,7 +327,7 @@ def inspect(
 
         check_plot_file(plot)
     with Bars() as bars:
-        bars.wait("opening the model")
+        bars.open(model)
         found = inspect_model(model, config, calibration=calib, layers=layers, progress=bars)
         if plot is not None:
             bars.wait("drawing")

@@ -77,13 +77,13 @@ def evaluate(
             opened = Tasks(_task_names(tasks), tasks_dir, limit=limit)
         kept = None
         if reference is not None:
-            bars.wait("opening the reference")
+            bars.open(reference, "reference")
             loaded, tokenizer = load_model(reference, progress=bars)
             tokens = tokenize(tokenizer, content)
             _, kept = perplexity_and_reference(loaded, tokens, **settings, progress=bars)
             del loaded
             gc.collect()  # a model's modules refer to each other
-        bars.wait("opening the model")
+        bars.open(model)
         loaded, tokenizer = load_model(model, progress=bars)
         if with_text:
             bars.wait("tokenizing the text")
@@ -93,6 +93,8 @@ def evaluate(
             lines += perplexity_lines(result)
         if tasks is not None:
             bars.stop()
+            if not bars.console.is_terminal:  # lm-eval draws bars of its own, on a terminal alone
+                bars.wait("running the tasks")
             scores = opened.run(loaded, tokenizer)
             found["tasks"] = [score.to_dict() for score in scores]
             lines += task_lines(scores)
@@ -172,7 +174,7 @@ def compare(
                 print(comparison_header(names, texts), file=out)
             print(comparison_line(row, names), file=out, flush=True)
 
-        bars.wait("opening the model")
+        bars.open(model)
         found = run(
             open_source(model),
             configs,

@@ -31,6 +31,12 @@ NAMES = "auto, " + ", ".join(backend.name for backend in BACKENDS)
 COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "inspect", "compare")
 
 
+@pytest.fixture(autouse=True)
+def fast_machine(monkeypatch):
+    """What these tests do is short: no line of progress, however busy the machine is."""
+    monkeypatch.setattr("duqpp.terminal._PATIENCE", 1000.0)
+
+
 @pytest.fixture
 def run(capsys):
     """Run a command line that succeeds: (stdout, stderr)."""

@@ -183,8 +183,9 @@ def test_limit_takes_the_first_samples(lm_eval, tiny_llama, documents, tmp_path)
         assert score.value == pytest.approx(sum(hits[score.metric]) / 5)
 
 
-def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys):
+def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypatch):
     """A folder with tasks and a group of them; nothing but the answer on stdout and stderr."""
+    monkeypatch.setattr("duqpp.terminal._PATIENCE", 1000.0)
     for name, part in (("one", documents[:4]), ("two", documents[4:])):
         write_task(tmp_path, name, part)
     group = "group: both\ntask: [one, two]\naggregate_metric_list:\n  - metric: acc\n"
