@@ -18,10 +18,12 @@ from duqpp.evaluation_commands import compare, evaluate
 from duqpp.options import (
     OPTIONS,
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     ResumableError,
     check_calibration,
+    choose_device,
     resumable,
     takes_config,
 )
@@ -187,15 +189,17 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT with a float or quantized MODEL."""
     from duqpp.generate import generate as run
     from duqpp.integrations.transformers import load_model
 
+    where = choose_device(device)
     with Bars() as bars:
         bars.open(model)
-        loaded, tokenizer = load_model(model, progress=bars)
+        loaded, tokenizer = load_model(model, device=where, progress=bars)
     result = run(
         loaded,
         tokenizer,
@@ -207,9 +211,16 @@ def generate(
         stream=not as_json,
     )
     if as_json:
-        print_json({"model": model, "prompt": prompt, **result.to_dict()})
+        print_json(
+            {
+                "model": model,
+                "device": str(loaded.device),
+                "prompt": prompt,
+                **result.to_dict(),
+            }
+        )
     print(
-        f"{result.tokens} tokens in {result.seconds:.1f} s, "
+        f"{result.tokens} tokens in {result.seconds:.1f} s on {loaded.device}, "
         f"{result.tokens_per_second:.1f} tokens/s",
         file=sys.stderr,
     )

@@ -14,9 +14,11 @@ from duqpp.errors import InputError
 from duqpp.options import (
     OPTIONS,
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     check_calibration,
+    choose_device,
     resumable,
     takes_config,
 )
@@ -52,6 +54,7 @@ def evaluate(
         Path | None, typer.Option(help="For --tasks: a folder with more task files.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="For --tasks: samples of each.")] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized MODEL, divergence from its float model, lm-eval tasks.
@@ -64,6 +67,7 @@ def evaluate(
 
     if tasks is None and (tasks_dir is not None or limit is not None):
         raise InputError("--tasks-dir and --limit are for --tasks")
+    where = choose_device(device)
     found: dict[str, Any] = {"model": model}
     lines = []
     with_text = tasks is None or text is not None or reference is not None
@@ -78,13 +82,14 @@ def evaluate(
         kept = None
         if reference is not None:
             bars.open(reference, "reference")
-            loaded, tokenizer = load_model(reference, progress=bars)
+            loaded, tokenizer = load_model(reference, device=where, progress=bars)
             tokens = tokenize(tokenizer, content)
             _, kept = perplexity_and_reference(loaded, tokens, **settings, progress=bars)
             del loaded
             gc.collect()  # a model's modules refer to each other
         bars.open(model)
-        loaded, tokenizer = load_model(model, progress=bars)
+        loaded, tokenizer = load_model(model, device=where, progress=bars)
+        found["device"] = str(loaded.device)
         if with_text:
             bars.wait("tokenizing the text")
             tokens = tokenize(tokenizer, content)
@@ -150,7 +155,7 @@ def compare(
 
     Perplexity, its ratio to the float model's, KL divergence from it in nats per token, and the
     share of tokens where both expect the same next one most. The quantized models are removed
-    after their evaluation.
+    after their evaluation. All of it runs on the CPU; `duqpp eval` can use a GPU.
     """
     from duqpp.compare import FLOAT, parse_methods
     from duqpp.compare import compare as run

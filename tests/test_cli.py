@@ -24,6 +24,7 @@ from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
+from duqpp.options import choose_device
 from tests.cuda.library import full_extension
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
@@ -197,7 +198,7 @@ def test_a_calibration_text_that_is_not_used(tiny_llama, tmp_path, run, fail):
 
 
 def test_eval_equals_the_library(quantized, run):
-    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3", "--device", "cpu"]
     out, err = run(*arguments, "--json")
     result = json.loads(out)
     assert err == ""
@@ -215,7 +216,8 @@ def test_eval_equals_the_library(quantized, run):
 def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 40, encoding="utf-8")
-    out, _ = run("eval", tiny_llama, "--text", text, "--seq-len", "64", "--json")
+    arguments = ["--text", text, "--seq-len", "64", "--device", "cpu"]
+    out, _ = run("eval", tiny_llama, *arguments, "--json")
     result = json.loads(out)
     tokens = tokenize(AutoTokenizer.from_pretrained(tiny_llama), text.read_text())
     assert result["windows"] == tokens.numel() // 64
@@ -224,7 +226,7 @@ def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
 
 
 def test_eval_against_a_reference(tiny_llama, quantized, run):
-    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3", "--device", "cpu"]
     out, err = run(*arguments, "--reference", tiny_llama, "--json")
     result, alone = json.loads(out), json.loads(run(*arguments, "--json")[0])
     assert err == ""
@@ -255,6 +257,61 @@ def test_generate_streams_what_json_holds(quantized, run):
     assert streamed == result["text"] + "\n"
     assert result["tokens"] == 12
     assert speed.startswith("12 tokens in ") and speed.endswith("tokens/s\n")
+    assert f" s on {result['device']}, " in speed
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as far as choosing one of them goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("DUQPP_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["eval", "MODEL"]])
+def test_the_device_reaches_the_model(command, name, gpus, fail, monkeypatch):
+    got = []
+
+    def record(model, **options):
+        got.append(options["device"])
+        raise InputError("recorded")
+
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    given = [] if name == "auto" else ["--device", name]
+    assert fail(*command, *given) == "recorded\n"
+    assert got == [torch.device("cuda" if name == "auto" else name)]
+
+
+def test_the_reference_runs_on_the_device_of_the_model(gpus, fail, monkeypatch):
+    def record(model, **options):
+        raise InputError(f"{model} on {options['device']}")
+
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    assert fail("eval", "MODEL", "--reference", "FLOAT") == "FLOAT on cuda\n"
+
+
+def test_auto_is_the_cpu_where_its_kernels_are_asked_for(gpus, monkeypatch):
+    for backend, expected in (("cpu", "cpu"), ("reference", "cuda"), ("auto", "cuda")):
+        monkeypatch.setenv("DUQPP_BACKEND", backend)
+        assert choose_device("auto") == torch.device(expected)
+    assert choose_device("cuda") == torch.device("cuda")
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_device_that_is_not_here(gpus, fail, monkeypatch):
+    for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "", "meta", "cpu:0"):
+        message = fail("eval", "MODEL", "--device", name)
+        assert message == f"--device must be auto, cpu, cuda or cuda:N, got {name!r}\n"
+    message = fail("generate", "MODEL", "x", "--device", "cuda:2")
+    assert message == "--device cuda:2: the last CUDA device here is cuda:1\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = fail("generate", "MODEL", "x", "--device", "cuda")
+    assert message.startswith("--device cuda: torch ") and "--device cpu runs anywhere" in message
 
 
 def test_doctor(run, monkeypatch):

@@ -190,12 +190,12 @@ def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypat
         write_task(tmp_path, name, part)
     group = "group: both\ntask: [one, two]\naggregate_metric_list:\n  - metric: acc\n"
     (tmp_path / "both.yaml").write_text(group + "    weight_by_size: true\n", encoding="utf-8")
-    arguments = ["eval", str(tiny_llama), "--tasks-dir", str(tmp_path)]
+    arguments = ["eval", str(tiny_llama), "--device", "cpu", "--tasks-dir", str(tmp_path)]
     assert main([*arguments, "--tasks", "both", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     found = json.loads(out)
-    assert set(found) == {"model", "tasks"}, "perplexity was not asked for"
+    assert set(found) == {"model", "device", "tasks"}, "perplexity was not asked for"
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     hits = by_hand(model, AutoTokenizer.from_pretrained(tiny_llama), documents)["acc"]
     values = {s["task"]: s["value"] for s in found["tasks"] if s["metric"] == "acc"}

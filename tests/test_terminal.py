@@ -197,20 +197,18 @@ def test_the_hub_has_the_terminal_while_it_downloads(bars, log, tmp_path):
 )
 def test_bars_of_downloads_are_for_terminals(is_terminal, variable, shown, monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
-    monkeypatch.setattr(terminal.sys, "stderr", stream)
-    for module in (hub_tqdm, huggingface_hub.constants):
-        monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", variable)
+    stream.isatty = lambda: is_terminal
     verbosity, were_shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    try:
-        with warnings.catch_warnings(record=True):
-            quiet_transformers()
-        assert are_progress_bars_disabled() is not shown
-        assert not logging.is_progress_bar_enabled()
-    finally:
-        logging.set_verbosity(verbosity)
-        if were_shown:
-            logging.enable_progress_bar()
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True):
+        patch.setattr(terminal.sys, "stderr", stream)
+        for module in (hub_tqdm, huggingface_hub.constants):
+            patch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", variable)
+        quiet_transformers()
+        found = are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(verbosity)
+    if were_shown:
+        logging.enable_progress_bar()
+    assert found == (not shown, False)
 
 
 def test_formats():

@@ -278,12 +278,33 @@ def _layout(folder: Path) -> Layout:
     return Layout.from_dict(values)
 
 
-def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, Any]:
+def load_model(
+    model: str, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> tuple[Any, Any]:
     """Any model that duqpp can evaluate, quantized or float, with its tokenizer; in eval mode.
 
-    Args: model: duqpp checkpoint or float model folder, .gguf file, or hub name.
-    Raises: InputError when it cannot be loaded; CheckpointError for a damaged duqpp checkpoint.
+    Args:
+        model: duqpp checkpoint or float model folder, .gguf file, or hub name.
+        device: where the model is to run. It is read into main memory first.
+        progress: as for `from_pretrained`.
+    Raises: InputError when it cannot be loaded, or is too large for the device; CheckpointError for
+        a damaged duqpp checkpoint.
     """
+    loaded, tokenizer = _load_model(model, progress)
+    device = torch.device(device)
+    if loaded.device != device:
+        try:
+            loaded.to(device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{model} does not fit into the memory of {device}: {first_line(error)} "
+                "(--device cpu needs no GPU)"
+            ) from error
+    return loaded, tokenizer
+
+
+def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
+    """`load_model` for the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model).expanduser()

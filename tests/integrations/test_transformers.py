@@ -205,6 +205,21 @@ def test_load_model(checkpoint, tiny_llama):
     assert not floating.training and floating.dtype == torch.float32
 
 
+def test_load_model_on_a_device(checkpoint, tiny_llama, monkeypatch):
+    for folder in (checkpoint, tiny_llama):
+        model, _ = load_model(str(folder), device="meta")
+        tensors = [*model.parameters(), *model.buffers()]
+        assert tensors and all(tensor.is_meta for tensor in tensors)
+        assert model.device.type == "meta" and not model.training
+
+    def full(model, device):
+        raise torch.OutOfMemoryError(f"{device} is full\nmuch more")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(InputError, match=r"does not fit into the memory of meta: meta is full \("):
+        load_model(str(tiny_llama), device="meta")
+
+
 def test_a_gguf_file_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
