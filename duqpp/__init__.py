@@ -6,13 +6,14 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import BackendUnavailableError, CheckpointError, DuqppError, InputError
 from duqpp.evaluate import perplexity
 from duqpp.format import MXFP4Tensor, ScaleRule
-from duqpp.integrations.transformers import from_pretrained
+from duqpp.integrations.transformers import DuqppConfig, from_pretrained
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize import QuantizeReport, quantize_model
 
 __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
+    "DuqppConfig",
     "DuqppError",
     "InputError",
     "MXFP4Linear",

@@ -18,9 +18,12 @@ from duqpp.evaluation_commands import compare, evaluate
 from duqpp.options import (
     OPTIONS,
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     ResumableError,
+    check_calibration,
+    choose_device,
     resumable,
     takes_config,
 )
@@ -110,8 +113,9 @@ def quantize(
     from duqpp.quantize import quantize_model
     from duqpp.quantize_group import mean_errors
 
+    check_calibration(calib, [config])
     with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
-        bars.wait("opening the model")
+        bars.open(model)
         report = quantize_model(model, out, config, calibration=calib, resume=resume, progress=bars)
     linear_bytes, weights = linear_storage(out)
     errors = mean_errors(report.groups)
@@ -160,6 +164,7 @@ def export(
     from duqpp.integrations.compressed_tensors import export_compressed_tensors
 
     with Bars() as bars:
+        bars.open(model)
         report = export_compressed_tensors(model, out, progress=bars)
     if as_json:
         print_json(
@@ -184,15 +189,17 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT with a float or quantized MODEL."""
     from duqpp.generate import generate as run
     from duqpp.integrations.transformers import load_model
 
+    where = choose_device(device)
     with Bars() as bars:
-        bars.wait("opening the model")
-        loaded, tokenizer = load_model(model, progress=bars)
+        bars.open(model)
+        loaded, tokenizer = load_model(model, device=where, progress=bars)
     result = run(
         loaded,
         tokenizer,
@@ -204,9 +211,16 @@ def generate(
         stream=not as_json,
     )
     if as_json:
-        print_json({"model": model, "prompt": prompt, **result.to_dict()})
+        print_json(
+            {
+                "model": model,
+                "device": str(loaded.device),
+                "prompt": prompt,
+                **result.to_dict(),
+            }
+        )
     print(
-        f"{result.tokens} tokens in {result.seconds:.1f} s, "
+        f"{result.tokens} tokens in {result.seconds:.1f} s on {loaded.device}, "
         f"{result.tokens_per_second:.1f} tokens/s",
         file=sys.stderr,
     )
@@ -224,7 +238,10 @@ def doctor(
     sm_count: Annotated[int, typer.Option(help="With --arch: its SMs; 148 on a B200.")] = 148,
     as_json: JsonOption = False,
 ) -> None:
-    """Which backend and kernel runs each op here, and why not the others."""
+    """Which backend and kernel runs each op here, and why not the others.
+
+    Exits with 1 when DUQPP_BACKEND names no backend.
+    """
     from duqpp.doctor import SHAPE, doctor
     from duqpp.ops.kernels import Machine
 
@@ -232,14 +249,17 @@ def doctor(
     facts = doctor(shapes, Machine(divmod(arch, 10), sm_count) if arch else None)
     if as_json:
         print_json(facts)
-        return
-    print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    print(f"platform: {facts['platform']}")
-    print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
-    print(f"library: {_library(facts['library'])}")
-    print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
-    print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
-    print(*doctor_lines(facts), *others_lines(facts), sep="\n")
+    else:
+        print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+        print(f"platform: {facts['platform']}")
+        print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
+        print(f"library: {_library(facts['library'])}")
+        print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
+        print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
+        print(*doctor_lines(facts), *others_lines(facts), sep="\n")
+    if facts["error"] is not None:
+        print(f"error: {facts['error']}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -261,12 +281,18 @@ def selfcheck(
 
     Exits with 1 when a kernel is wrong. On a Blackwell GPU its report is what we would like to see.
     """
+    from duqpp.selfcheck import check_report_file
     from duqpp.selfcheck import selfcheck as run
 
+    if report is not None:
+        check_report_file(report)
     with Bars() as bars:
         found = run(timings=timings, progress=bars)
     if report is not None:
-        report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        try:
+            report.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {report}: {error.strerror}") from error
     if as_json:
         print_json(found.to_dict())
     else:
@@ -312,7 +338,7 @@ def inspect(
 
         check_plot_file(plot)
     with Bars() as bars:
-        bars.wait("opening the model")
+        bars.open(model)
         found = inspect_model(model, config, calibration=calib, layers=layers, progress=bars)
         if plot is not None:
             bars.wait("drawing")

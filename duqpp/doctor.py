@@ -28,8 +28,9 @@ def doctor(
         shapes: (M, N, K) of products, for each of which a kernel is named.
         gpu: a GPU to speak of instead of this machine's devices.
     Returns: versions, python, platform, cpu, library (see `library_info`), threads, gpus,
-        DUQPP_BACKEND, and per op and device: the backend selected, or the error instead; of the
-        others, why not; and for each shape the kernel, or None, and why.
+        DUQPP_BACKEND, error (None, or that this variable names no backend), and per op and device:
+        the backend selected, or the error instead; of the others, why not; and for each shape the
+        kernel, or None, and why.
     """
     import transformers
 
@@ -46,12 +47,20 @@ def doctor(
         "threads": torch.get_num_threads(),
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+        "error": _unknown_backend(os.environ.get(ENVIRONMENT_VARIABLE)),
         "ops": [
             _op(op, machine, shapes)
             for machine in ([gpu] if gpu else kernels.machines_here())
             for op in kernels.OPS
         ],
     }
+
+
+def _unknown_backend(name: str | None) -> str | None:
+    names = ("auto", *(backend.name for backend in BACKENDS))
+    if name is None or name in names:
+        return None
+    return f"{ENVIRONMENT_VARIABLE}={name!r} names no backend; there are {', '.join(names)}"
 
 
 def _op(op: str, machine: Machine, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def perplexity(
             and windows; the result then has the divergence from it.
         progress: called with ("evaluate", windows done, windows in all).
     Raises: InputError when the text is shorter than one window, or not in the model's vocabulary,
-        or the reference is of another vocabulary or other tokens.
+        a window longer than the model's positions, or the reference of another vocabulary or other
+        tokens.
     """
     chosen = _windows(model, tokens, seq_len, windows)
     if reference:
@@ -89,6 +90,11 @@ def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> T
     """The windows to evaluate: [windows, seq_len]. Raises: InputError, as `perplexity` says."""
     if seq_len < 2:
         raise InputError(f"seq_len must be at least 2, got {seq_len}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            f"windows of {seq_len} tokens exceed the model's {limit} positions: lower --seq-len"
+        )
     available = tokens.numel() // seq_len
     if available == 0:
         raise InputError(

@@ -14,8 +14,11 @@ from duqpp.errors import InputError
 from duqpp.options import (
     OPTIONS,
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
+    check_calibration,
+    choose_device,
     resumable,
     takes_config,
 )
@@ -51,6 +54,7 @@ def evaluate(
         Path | None, typer.Option(help="For --tasks: a folder with more task files.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="For --tasks: samples of each.")] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized MODEL, divergence from its float model, lm-eval tasks.
@@ -63,6 +67,7 @@ def evaluate(
 
     if tasks is None and (tasks_dir is not None or limit is not None):
         raise InputError("--tasks-dir and --limit are for --tasks")
+    where = choose_device(device)
     found: dict[str, Any] = {"model": model}
     lines = []
     with_text = tasks is None or text is not None or reference is not None
@@ -76,14 +81,15 @@ def evaluate(
             opened = Tasks(_task_names(tasks), tasks_dir, limit=limit)
         kept = None
         if reference is not None:
-            bars.wait("opening the reference")
-            loaded, tokenizer = load_model(reference, progress=bars)
+            bars.open(reference, "reference")
+            loaded, tokenizer = load_model(reference, device=where, progress=bars)
             tokens = tokenize(tokenizer, content)
             _, kept = perplexity_and_reference(loaded, tokens, **settings, progress=bars)
             del loaded
             gc.collect()  # a model's modules refer to each other
-        bars.wait("opening the model")
-        loaded, tokenizer = load_model(model, progress=bars)
+        bars.open(model)
+        loaded, tokenizer = load_model(model, device=where, progress=bars)
+        found["device"] = str(loaded.device)
         if with_text:
             bars.wait("tokenizing the text")
             tokens = tokenize(tokenizer, content)
@@ -92,6 +98,8 @@ def evaluate(
             lines += perplexity_lines(result)
         if tasks is not None:
             bars.stop()
+            if not bars.console.is_terminal:  # lm-eval draws bars of its own, on a terminal alone
+                bars.wait("running the tasks")
             scores = opened.run(loaded, tokenizer)
             found["tasks"] = [score.to_dict() for score in scores]
             lines += task_lines(scores)
@@ -147,7 +155,7 @@ def compare(
 
     Perplexity, its ratio to the float model's, KL divergence from it in nats per token, and the
     share of tokens where both expect the same next one most. The quantized models are removed
-    after their evaluation.
+    after their evaluation. All of it runs on the CPU; `duqpp eval` can use a GPU.
     """
     from duqpp.compare import FLOAT, parse_methods
     from duqpp.compare import compare as run
@@ -159,6 +167,7 @@ def compare(
         raise InputError("--resume needs --work, the folder of the comparison to continue")
     configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
     numbers = _parse_seeds(seeds)
+    check_calibration(calib, configs.values())
     names = list(configs)
     texts = text or [BUILTIN]
     out = sys.stderr if as_json else sys.stdout
@@ -170,7 +179,7 @@ def compare(
                 print(comparison_header(names, texts), file=out)
             print(comparison_line(row, names), file=out, flush=True)
 
-        bars.wait("opening the model")
+        bars.open(model)
         found = run(
             open_source(model),
             configs,

@@ -8,9 +8,9 @@ from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, token
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.models.checkpoint import Progress, read_json
-from duqpp.models.layout import QUANT_METHOD, Layout
+from duqpp.models.layout import Layout, is_duqpp, quantization_of
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
-from duqpp.models.source import Source, download, is_gguf, open_source
+from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
 from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
 from duqpp.quantize_block import layout_of
 from duqpp.quantize_group import GroupReport, mean_errors
@@ -58,7 +58,7 @@ def inspect_model(
         raise InputError(f"layers must be at least 1, got {layers}")
     path = Path(model).expanduser()
     if not path.exists() and not is_gguf(model):
-        path = download(model)
+        path = download(model, check=_check_inspectable)
     if path.is_dir() and (found := _read_checkpoint(path)):
         kept = [g for g in found.groups if layers is None or layer_and_kind(g)[0] < layers]
         return replace(found, groups=kept)
@@ -104,12 +104,18 @@ def inspect_source(
     return Inspection(name, _describe(config), groups)
 
 
+def _check_inspectable(folder: Path) -> None:
+    """Raise InputError unless config.json is of a duqpp checkpoint, or of a model to quantize."""
+    if not is_duqpp(read_json(folder / "config.json")):
+        check_float_model(folder)
+
+
 def _read_checkpoint(folder: Path) -> Inspection | None:
     """What a duqpp checkpoint reports; None for a folder that is not one."""
-    values = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+    config = read_json(folder / "config.json")
+    if not is_duqpp(config):
         return None
-    layout = Layout.from_dict(values)
+    layout = Layout.from_dict(quantization_of(config))
     file = folder / REPORT_FILE
     if not file.exists():
         raise CheckpointError(f"{folder} has no {REPORT_FILE}; inspect the float model instead")

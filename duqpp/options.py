@@ -5,15 +5,23 @@ Options made from QuantizeConfig have their defaults and choices from there.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
+from duqpp.calibration.tokens import BUILTIN, read_text
 from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
+from duqpp.ops.native import CpuBackend
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
@@ -21,6 +29,12 @@ ModelArgument = Annotated[
 CalibrationOption = Annotated[
     str,
     typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto is the GPU where torch sees one."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -100,6 +114,43 @@ def _parameter(name: str) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, typer.Option(flag, help=text)],
     )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device names.
+
+    auto is the GPU where torch sees one, unless DUQPP_BACKEND asks for the kernels of the CPU.
+
+    Raises: InputError for what names no device, or none that is here.
+    """
+    if name == "auto":
+        on_cpu = os.environ.get(ENVIRONMENT_VARIABLE) == CpuBackend.name
+        return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(
+                f"--device {name}: torch {torch.__version__} sees no CUDA device here; "
+                "--device cpu runs anywhere"
+            )
+        if (device.index or 0) >= count:
+            raise InputError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
+    return device
+
+
+def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> None:
+    """Say on stderr where no method reads the calibration text that is given.
+
+    Raises: InputError where such a text cannot be read; the methods that read it find out.
+    """
+    if calibration == BUILTIN or any(config.needs_activations for config in configs):
+        return
+    if not calibration.startswith("hf:"):  # which may be large
+        read_text(calibration)
+    print("--calib is not used: the method reads no activations", file=sys.stderr)
 
 
 class ResumableError(Exception):

@@ -1,13 +1,15 @@
-"""What duqpp prints: progress bars with the remaining time, and tables."""
+"""What duqpp prints: progress with the remaining time, as bars or as lines, and tables."""
 
 import json
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.text import Text
 
 from duqpp.evaluate import PerplexityResult
 from duqpp.inspection import Inspection, layer_and_kind
+from duqpp.models.source import is_gguf
 from duqpp.scores import Row, Scores
 from duqpp.selfcheck import Report as SelfcheckReport
 from duqpp.tasks import TaskScore
@@ -30,40 +33,45 @@ _STAGES = {
     "verify": "checking the checkpoint's shards",
     "selfcheck": "running the kernels",
     "evaluate": "evaluating windows",
+    "export": "converting shards",
 }
+_PATIENCE = 10.0  # seconds of a stage before the first line of it, where stderr is no terminal
+_INTERVAL = 30.0  # seconds between two lines of a stage
 _RATE_STEPS = 8  # the remaining time follows the rate of the last few steps
 
 
 class Bars:
     """Progress on stderr, one stage at a time; an instance is a `progress` argument.
 
-    A bar is erased when its stage ends, so that what is printed between two stages stays in order.
-    Nothing is drawn where stderr is no terminal.
+    On a terminal a bar, erased when its stage ends, so that what is printed between two stages
+    stays in order. Elsewhere, as in a log file, lines: see `_Lines`.
     """
 
     def __init__(self) -> None:
         # The stream itself: `sys.stderr` may be redirected while a library is kept quiet.
         self.console = Console(file=sys.stderr)
         self._bar: Progress | None = None
+        self._lines: _Lines | None = None
         self._stage = ""
         self._steps: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS + 1)
 
     def __enter__(self) -> "Bars":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._end(finished=kind is None)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps of a stage are done; `total` 0 is an unknown number."""
-        if not self.console.is_terminal:
-            return
         if stage != self._stage:
             self._start(stage, total)
         self._steps.append((time.monotonic(), done))
         count = f"{done}/{total}" if total else ""
-        task = self._bar.task_ids[0]
-        self._bar.update(task, completed=done, count=count, ends=self._estimate(total))
+        ends = self._estimate(total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, count=count, ends=ends)
+        elif not total or done < total:
+            self._lines.step(count, ends)
         if total and done >= total:
             self.stop()
 
@@ -71,16 +79,33 @@ class Bars:
         """Show that something of unknown length goes on, until the next stage."""
         self(what, 0, 0)
 
+    def open(self, model: str, what: str = "model") -> None:
+        """`wait` for a model that is opened; the hub shows its own bars of what it downloads."""
+        if not self.console.is_terminal or is_gguf(model) or Path(model).expanduser().exists():
+            self.wait(f"opening the {what}")
+        else:
+            self.stop()
+
     def stop(self) -> None:
-        """Erase the bar."""
+        """End the stage: erase the bar."""
+        self._end(finished=True)
+
+    def _end(self, *, finished: bool) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._bar, self._stage = None, ""
+        if self._lines is not None:
+            self._lines.end(finished=finished)
+        self._bar, self._lines, self._stage = None, None, ""
 
     def _start(self, stage: str, total: int) -> None:
         self.stop()
         self._stage = stage
         self._steps.clear()
+        title, colon, name = stage.rpartition(": ")
+        description = title + colon + _STAGES.get(name, name)
+        if not self.console.is_terminal:
+            self._lines = _Lines(self.console.file, description)
+            return
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -92,8 +117,6 @@ class Bars:
             redirect_stdout=False,  # stdout may be a file while stderr is a terminal
             redirect_stderr=False,
         )
-        title, colon, name = stage.rpartition(": ")
-        description = title + colon + _STAGES.get(name, name)
         self._bar.add_task(escape(description), total=total or None, count="", ends=None)
         self._bar.start()
 
@@ -105,6 +128,51 @@ class Bars:
         return now + (now - started) / (done - first) * (total - done)
 
 
+class _Lines:
+    """A stage on a stream that is no terminal, such as the log of a job.
+
+    A line once the stage has lasted for `_PATIENCE` seconds, so that what is short prints nothing;
+    then one for a step, but none within `_INTERVAL` of the last; and one when it has ended.
+    """
+
+    def __init__(self, stream: IO[str], description: str) -> None:
+        self._stream, self._description = stream, description
+        self._started = time.monotonic()
+        self._printed: float | None = None  # when the last line was
+        self._count = ""
+        # A step may take minutes: the first line is not to wait for it.
+        self._timer = threading.Timer(_PATIENCE, self._begin)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def step(self, count: str, ends: float | None) -> None:
+        """A step is done. count: "3/80", or "". ends: estimated, on the monotonic clock."""
+        self._count = count
+        now = time.monotonic()
+        if self._printed is not None and now - self._printed >= _INTERVAL:
+            self._print(count, "" if ends is None else f"{_span(ends - now)} left")
+
+    def end(self, *, finished: bool) -> None:
+        """Nothing more is printed. finished: rather than broken off by an error."""
+        self._timer.cancel()
+        if self._printed is not None and finished:
+            self._print(f"done after {_span(time.monotonic() - self._started)}")
+
+    def _begin(self) -> None:
+        self._print(self._count)
+
+    def _print(self, *parts: str) -> None:
+        self._printed = time.monotonic()
+        line = ", ".join(part for part in (self._description, *parts) if part)
+        with suppress(ValueError):  # the stream is closed: the process ends
+            print(line, file=self._stream, flush=True)
+
+
+def _span(seconds: float) -> timedelta:
+    """Whole seconds, for people: printed as 0:09:00."""
+    return timedelta(seconds=max(0, round(seconds)))
+
+
 class _Remaining(ProgressColumn):
     """Time until the task's `ends`, counting down."""
 
@@ -114,16 +182,23 @@ class _Remaining(ProgressColumn):
         ends = task.fields["ends"]
         if ends is None:
             return Text("")
-        left = timedelta(seconds=max(0, round(ends - time.monotonic())))
-        return Text(f"{left} left", style="progress.remaining")
+        return Text(f"{_span(ends - time.monotonic())} left", style="progress.remaining")
 
 
 def quiet_transformers() -> None:
-    """Without transformers' own progress bars and advice, for the rest of the process."""
+    """Without transformers' own progress bars and advice, for the rest of the process.
+
+    Bars of downloads from the hub stay, on a terminal.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # those of the hub, too
+    # The variable has the last word, and the hub warns of who asks for something else.
+    if sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is not True:
+        enable_progress_bars()
 
 
 def print_json(values: dict[str, Any]) -> None:

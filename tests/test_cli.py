@@ -24,10 +24,18 @@ from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
+from duqpp.options import choose_device
 from tests.cuda.library import full_extension
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
+NAMES = "auto, " + ", ".join(backend.name for backend in BACKENDS)
 COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "inspect", "compare")
+
+
+@pytest.fixture(autouse=True)
+def fast_machine(monkeypatch):
+    """What these tests do is short: no line of progress, however busy the machine is."""
+    monkeypatch.setattr("duqpp.terminal._PATIENCE", 1000.0)
 
 
 @pytest.fixture
@@ -175,8 +183,22 @@ def test_quantize_reads_a_calibration_file(tiny_llama, tmp_path, run):
     assert config["quantization_config"]["provenance"]["calibration"] == "text.txt"
 
 
+def test_a_calibration_text_that_is_not_used(tiny_llama, tmp_path, run, fail):
+    """Said where it is there; where it is not, it is a mistake all the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("some text", encoding="utf-8")
+    _, err = run("quantize", tiny_llama, tmp_path / "out", "--method", "rtn", "--calib", text)
+    assert err == "--calib is not used: the method reads no activations\n"
+    missing = "cannot read text file none.txt"
+    for command in (
+        ["quantize", tiny_llama, tmp_path / "again", "--method", "rtn"],
+        ["compare", tiny_llama, "--methods", "rtn,hadamard"],
+    ):
+        assert missing in fail(*command, "--calib", "none.txt")
+
+
 def test_eval_equals_the_library(quantized, run):
-    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3", "--device", "cpu"]
     out, err = run(*arguments, "--json")
     result = json.loads(out)
     assert err == ""
@@ -194,7 +216,8 @@ def test_eval_equals_the_library(quantized, run):
 def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 40, encoding="utf-8")
-    out, _ = run("eval", tiny_llama, "--text", text, "--seq-len", "64", "--json")
+    arguments = ["--text", text, "--seq-len", "64", "--device", "cpu"]
+    out, _ = run("eval", tiny_llama, *arguments, "--json")
     result = json.loads(out)
     tokens = tokenize(AutoTokenizer.from_pretrained(tiny_llama), text.read_text())
     assert result["windows"] == tokens.numel() // 64
@@ -203,7 +226,7 @@ def test_eval_of_a_text_file_and_a_float_model(tiny_llama, tmp_path, run):
 
 
 def test_eval_against_a_reference(tiny_llama, quantized, run):
-    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3"]
+    arguments = ["eval", quantized, "--seq-len", "96", "--windows", "3", "--device", "cpu"]
     out, err = run(*arguments, "--reference", tiny_llama, "--json")
     result, alone = json.loads(out), json.loads(run(*arguments, "--json")[0])
     assert err == ""
@@ -234,6 +257,61 @@ def test_generate_streams_what_json_holds(quantized, run):
     assert streamed == result["text"] + "\n"
     assert result["tokens"] == 12
     assert speed.startswith("12 tokens in ") and speed.endswith("tokens/s\n")
+    assert f" s on {result['device']}, " in speed
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as far as choosing one of them goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("DUQPP_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["eval", "MODEL"]])
+def test_the_device_reaches_the_model(command, name, gpus, fail, monkeypatch):
+    got = []
+
+    def record(model, **options):
+        got.append(options["device"])
+        raise InputError("recorded")
+
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    given = [] if name == "auto" else ["--device", name]
+    assert fail(*command, *given) == "recorded\n"
+    assert got == [torch.device("cuda" if name == "auto" else name)]
+
+
+def test_the_reference_runs_on_the_device_of_the_model(gpus, fail, monkeypatch):
+    def record(model, **options):
+        raise InputError(f"{model} on {options['device']}")
+
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    assert fail("eval", "MODEL", "--reference", "FLOAT") == "FLOAT on cuda\n"
+
+
+def test_auto_is_the_cpu_where_its_kernels_are_asked_for(gpus, monkeypatch):
+    for backend, expected in (("cpu", "cpu"), ("reference", "cuda"), ("auto", "cuda")):
+        monkeypatch.setenv("DUQPP_BACKEND", backend)
+        assert choose_device("auto") == torch.device(expected)
+    assert choose_device("cuda") == torch.device("cuda")
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_device_that_is_not_here(gpus, fail, monkeypatch):
+    for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "", "meta", "cpu:0"):
+        message = fail("eval", "MODEL", "--device", name)
+        assert message == f"--device must be auto, cpu, cuda or cuda:N, got {name!r}\n"
+    message = fail("generate", "MODEL", "x", "--device", "cuda:2")
+    assert message == "--device cuda:2: the last CUDA device here is cuda:1\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = fail("generate", "MODEL", "x", "--device", "cuda")
+    assert message.startswith("--device cuda: torch ") and "--device cpu runs anywhere" in message
 
 
 def test_doctor(run, monkeypatch):
@@ -251,12 +329,22 @@ def test_doctor(run, monkeypatch):
 
 
 def test_doctor_says_why_the_backend_asked_for_cannot_run(run, monkeypatch):
-    monkeypatch.setenv("DUQPP_BACKEND", "quantum")
-    facts = json.loads(run("doctor", "--json")[0])
-    assert facts["DUQPP_BACKEND"] == "quantum"
+    monkeypatch.setenv("DUQPP_BACKEND", "cuda-sm100")
+    assert json.loads(run("doctor", "--json")[0])["error"] is None, "there is such a backend"
+
+
+@pytest.mark.parametrize("name", ["quantum", ""])
+def test_doctor_fails_where_the_variable_names_no_backend(name, capsys, monkeypatch):
+    monkeypatch.setenv("DUQPP_BACKEND", name)
+    assert main(["doctor"]) == 1
+    out, err = capsys.readouterr()
+    assert f"rotate_quantize on cpu: none: backend '{name}'" in out
+    assert err == f"error: DUQPP_BACKEND='{name}' names no backend; there are {NAMES}\n"
+    assert main(["doctor", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["DUQPP_BACKEND"] == name
     assert all(entry["selected"] is None for entry in facts["ops"])
     assert "no such backend" in facts["ops"][0]["error"]
-    assert "rotate_quantize on cpu: none: backend 'quantum'" in run("doctor")[0]
 
 
 def test_doctor_names_the_kernels_of_a_shape(run):
@@ -419,6 +507,8 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["quantize", "QUANTIZED", "OUT"], "is quantized already (duqpp)"),
         (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
         (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),
+        (["eval", "MODEL"], "windows of 2048 tokens exceed the model's 512 positions"),
+        (["compare", "MODEL", "--methods", "rtn"], "exceed the model's 512 positions"),
         (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "windows must be at least 1"),
         (["eval", "QUANTIZED", "--reference", "WIDER"], "vocabulary has 330 tokens, the model's"),
         (["eval", "QUANTIZED", "--reference", "nowhere.gguf"], "no such file: nowhere.gguf"),

@@ -246,7 +246,7 @@ def test_the_float_model_is_released(tiny_llama, monkeypatch):
         ({"texts": [BUILTIN, "none.txt"]}, "cannot read text file none.txt"),
         ({"texts": [BUILTIN, BUILTIN]}, "an evaluation text is named twice: builtin, builtin"),
         ({"texts": []}, "at least one method, one seed and one text"),
-        ({"seq_len": 10**7}, "fewer than one window"),
+        ({"seq_len": 10**7}, "exceed the model.s 512 positions"),
         ({"seeds": []}, "at least one method, one seed and one text"),
     ],
 )
@@ -469,7 +469,7 @@ def test_an_error_before_the_first_run_leaves_a_folder_to_use(tiny_llama, tmp_pa
     for seq_len in (10**7, 64):
         options = {"seq_len": seq_len, "resume": False}
         if seq_len > 64:
-            with pytest.raises(InputError, match="fewer than one window"):
+            with pytest.raises(InputError, match="exceed the model"):
                 resumed(tiny_llama, "rtn", tmp_path / "work", **options)
         else:
             assert len(resumed(tiny_llama, "rtn", tmp_path / "work", **options).rows) == 2

@@ -17,7 +17,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
 from duqpp.models import llama
-from duqpp.models.source import open_source
+from duqpp.models.source import ARCHITECTURES, open_source
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize import _spread_first
 from duqpp.rotation import BlockRotation, InputTransform
@@ -102,7 +102,7 @@ def test_logits_before_and_after_saving(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", llama.ARCHITECTURES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_logits_of_every_family(family, tied, make_tiny, tmp_path, finished_blocks):
     model = make_tiny(family, tie_word_embeddings=tied)
     out = quantize(model, tmp_path / "out")

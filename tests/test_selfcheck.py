@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from duqpp import selfcheck as module
-from duqpp.cli import app
+from duqpp.cli import app, main
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import dispatch
 from duqpp.ops.large_gemm import Route, large_gemm
@@ -143,6 +143,19 @@ def test_nothing_to_check_is_no_pass(install):
     report = selfcheck()
     assert not report.passed
     assert "rotate_quantize on cpu: it rained" in report.skipped
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("", "it is a folder"), ("none/x.json", "none is no folder that can be")]
+)
+def test_a_report_that_cannot_be_written_is_refused_before_any_check(
+    place, reason, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(module, "selfcheck", None)
+    assert main(["selfcheck", "--report", str(tmp_path / place)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: cannot write the report to ")
+    assert reason in err and err.count("\n") == 1
 
 
 def test_command_writes_its_report(tmp_path):

@@ -183,18 +183,19 @@ def test_limit_takes_the_first_samples(lm_eval, tiny_llama, documents, tmp_path)
         assert score.value == pytest.approx(sum(hits[score.metric]) / 5)
 
 
-def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys):
+def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypatch):
     """A folder with tasks and a group of them; nothing but the answer on stdout and stderr."""
+    monkeypatch.setattr("duqpp.terminal._PATIENCE", 1000.0)
     for name, part in (("one", documents[:4]), ("two", documents[4:])):
         write_task(tmp_path, name, part)
     group = "group: both\ntask: [one, two]\naggregate_metric_list:\n  - metric: acc\n"
     (tmp_path / "both.yaml").write_text(group + "    weight_by_size: true\n", encoding="utf-8")
-    arguments = ["eval", str(tiny_llama), "--tasks-dir", str(tmp_path)]
+    arguments = ["eval", str(tiny_llama), "--device", "cpu", "--tasks-dir", str(tmp_path)]
     assert main([*arguments, "--tasks", "both", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     found = json.loads(out)
-    assert set(found) == {"model", "tasks"}, "perplexity was not asked for"
+    assert set(found) == {"model", "device", "tasks"}, "perplexity was not asked for"
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     hits = by_hand(model, AutoTokenizer.from_pretrained(tiny_llama), documents)["acc"]
     values = {s["task"]: s["value"] for s in found["tasks"] if s["metric"] == "acc"}

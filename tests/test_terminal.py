@@ -1,10 +1,15 @@
 """Progress bars on a terminal, and formats for people."""
 
+import importlib
 import io
+import warnings
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from rich.console import Console
+from transformers.utils import logging
 
 from duqpp import terminal
 from duqpp.divergence import Divergence
@@ -17,9 +22,12 @@ from duqpp.terminal import (
     comparison_line,
     percent,
     perplexity_lines,
+    quiet_transformers,
     size,
     task_lines,
 )
+
+hub_tqdm = importlib.import_module("huggingface_hub.utils.tqdm")  # hidden by a class of its name
 
 
 @pytest.fixture
@@ -68,12 +76,139 @@ def test_a_stage_that_ends_erases_its_bar(bars):
     assert bars.console.file.getvalue().endswith("\x1b[2K")  # erase the line
 
 
-def test_nothing_is_drawn_without_a_terminal():
-    with Bars() as bars:
-        bars.console = Console(file=io.StringIO())
-        bars.wait("opening the model")
-        bars("quantize", 1, 2)
-        assert bars.console.file.getvalue() == ""
+class Clock:
+    """Time and the timers that wait for it, as `terminal` sees them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list = []
+
+    def timer(self, seconds: float, call) -> "Clock.Timer":
+        return Clock.Timer(self, self.now + seconds, call)
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in [timer for timer in self.timers if timer.at <= self.now]:
+            timer.cancel()
+            timer.call()
+
+    class Timer:
+        def __init__(self, clock, at, call) -> None:
+            self.clock, self.at, self.call = clock, at, call
+
+        def start(self) -> None:
+            self.clock.timers.append(self)
+
+        def cancel(self) -> None:
+            if self in self.clock.timers:
+                self.clock.timers.remove(self)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(terminal.threading, "Timer", clock.timer)
+    return clock
+
+
+def log_of(bars: Bars) -> list[str]:
+    return bars.console.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def log():
+    bars = Bars()
+    bars.console = Console(file=io.StringIO())
+    return bars
+
+
+def test_a_long_job_says_where_it_is_in_its_log(log, clock):
+    with log:
+        log.wait("opening the model")
+        clock.pass_(5)
+        for done in range(81):
+            log("a: quantize", done, 80)
+            clock.pass_(20)
+    lines = log_of(log)
+    assert lines[:3] == [
+        "a: quantizing decoder blocks, 0/80",
+        "a: quantizing decoder blocks, 3/80, 0:25:40 left",
+        "a: quantizing decoder blocks, 5/80, 0:25:00 left",
+    ]
+    assert lines[-1] == "a: quantizing decoder blocks, done after 0:26:40"
+    assert len(lines) == 1 + 39 + 1, "a line for 40 seconds, two steps; none for the last, done"
+    assert not clock.timers
+
+
+def test_the_first_line_does_not_wait_for_a_step(log, clock):
+    with log:
+        log.wait("opening the model")
+        clock.pass_(9)
+        assert log_of(log) == []
+        clock.pass_(1)
+        assert log_of(log) == ["opening the model"]
+        clock.pass_(3000)
+    assert log_of(log) == ["opening the model", "opening the model, done after 0:50:10"]
+
+
+def test_short_stages_print_nothing_into_a_log(log, clock):
+    with log:
+        for seed in range(100):
+            for done in range(5):
+                log(f"rtn, seed {seed}: evaluate", done, 4)
+                clock.pass_(2)
+    assert log_of(log) == []
+
+
+def test_a_stage_that_an_error_breaks_off_is_not_done(log, clock):
+    with pytest.raises(ValueError, match="broken"), log:
+        log("distill", 0, 9)
+        clock.pass_(60)
+        raise ValueError("broken")
+    assert log_of(log) == ["distilling, 0/9"]
+    assert not clock.timers
+
+
+def test_the_timer_is_a_real_one(log, monkeypatch):
+    monkeypatch.setattr(terminal, "_PATIENCE", 0.01)
+    with log:
+        log("selfcheck", 1, 9)
+        log._lines._timer.join()
+        assert log_of(log) == ["running the kernels, 1/9"]
+    assert log_of(log)[1:] == ["running the kernels, done after 0:00:00"]
+
+
+def test_the_hub_has_the_terminal_while_it_downloads(bars, log, tmp_path):
+    bars.open(str(tmp_path))
+    assert "opening the model" in shown(bars)
+    bars.open("someone/some-model")
+    assert bars._bar is None
+    bars.open("model.gguf", "reference")
+    assert "opening the reference" in shown(bars)
+    with log:
+        log.open("someone/some-model")
+        assert log._stage == "opening the model"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variable", "shown"),
+    [(True, None, True), (False, None, False), (True, True, False), (True, False, True)],
+)
+def test_bars_of_downloads_are_for_terminals(is_terminal, variable, shown, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    verbosity, were_shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True):
+        patch.setattr(terminal.sys, "stderr", stream)
+        for module in (hub_tqdm, huggingface_hub.constants):
+            patch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", variable)
+        quiet_transformers()
+        found = are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(verbosity)
+    if were_shown:
+        logging.enable_progress_bar()
+    assert found == (not shown, False)
 
 
 def test_formats():

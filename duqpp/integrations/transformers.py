@@ -22,7 +22,14 @@ from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.models.checkpoint import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.models.finish import GUARD_FIELD
-from duqpp.models.layout import QUANT_METHOD, Layout, convert_model, share_inputs
+from duqpp.models.layout import (
+    QUANT_METHOD,
+    Layout,
+    convert_model,
+    is_duqpp,
+    quantization_of,
+    share_inputs,
+)
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
 from duqpp.nn import MXFP4Linear, unshare_input
@@ -241,11 +248,8 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     folder = Path(model).expanduser()
     if not folder.exists():
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        folder = download(str(model), **hub)
-    values = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder} is not quantized: no quantization_config")
-    layout = Layout.from_dict(values)
+        folder = download(str(model), check=_layout, **hub)
+    layout = _layout(folder)
     files = shard_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
@@ -266,21 +270,50 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
         _verified.reset(token)
 
 
-def load_model(model: str, *, progress: Progress | None = None) -> tuple[Any, Any]:
+def _layout(folder: Path) -> Layout:
+    """What config.json says of a checkpoint. Raises: CheckpointError when it is not duqpp's."""
+    values = quantization_of(read_json(folder / "config.json"))
+    if not values:
+        raise CheckpointError(f"{folder} is not quantized: no quantization_config")
+    return Layout.from_dict(values)
+
+
+def load_model(
+    model: str, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> tuple[Any, Any]:
     """Any model that duqpp can evaluate, quantized or float, with its tokenizer; in eval mode.
 
-    Args: model: duqpp checkpoint or float model folder, .gguf file, or hub name.
-    Raises: InputError when it cannot be loaded; CheckpointError for a damaged duqpp checkpoint.
+    Args:
+        model: duqpp checkpoint or float model folder, .gguf file, or hub name.
+        device: where the model is to run. It is read into main memory first.
+        progress: as for `from_pretrained`.
+    Raises: InputError when it cannot be loaded, or is too large for the device; CheckpointError for
+        a damaged duqpp checkpoint.
     """
+    loaded, tokenizer = _load_model(model, progress)
+    device = torch.device(device)
+    if loaded.device != device:
+        try:
+            loaded.to(device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{model} does not fit into the memory of {device}: {first_line(error)} "
+                "(--device cpu needs no GPU)"
+            ) from error
+    return loaded, tokenizer
+
+
+def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
+    """`load_model` for the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if is_gguf(model):
-        return load_gguf(Path(model))
     folder = Path(model).expanduser()
+    if is_gguf(model):
+        return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    quantized = is_duqpp(read_json(folder / "config.json"))
     try:
-        if quantization.get("quant_method") == QUANT_METHOD:
+        if quantized:
             loaded = from_pretrained(folder, progress=progress)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.models.checkpoint import linear_storage, read_json, settle_metadata, write_json
-from duqpp.models.layout import QUANT_METHOD
+from duqpp.models.layout import is_duqpp
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by duqpp, and again whenever the model is saved; to keep your own text, "
@@ -33,7 +33,7 @@ def finish_folder(folder: Path, repository: str | None = None) -> None:
     Args: repository: its name on the hub, for the card.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+    if not is_duqpp(config):
         return
     if config.get(GUARD_FIELD) != GUARD:
         write_json(folder / "config.json", config | {GUARD_FIELD: GUARD})
@@ -113,8 +113,7 @@ def _body(
         "",
         "## Measured",
         "",
-        *_table(_measured(folder, quantization)),
-        "",
+        *_measured(folder, quantization),
         "Perplexity is not measured while a model is quantized:",
         "`duqpp eval CHECKPOINT --text TEXT --reference MODEL` does that.",
         "",
@@ -129,8 +128,11 @@ def _origin(config: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[
     provenance = quantization.get("provenance", {})
     options, data = provenance.get("configuration", {}), provenance.get("calibration")
     rules = quantization["scale_rule"]
+    method = f"`{quantization['method']}`"
+    if refine := _refinement(provenance):
+        method += f", then refined: `{refine}`"
     rows = [
-        ("method", f"`{quantization['method']}`"),
+        ("method", method),
         ("rotation of the inputs", quantization["rotation"].replace("_", " ")),
         ("scale rule", f"weights `{rules['weights']}`, activations `{rules['activations']}`"),
         ("in floating point", ", ".join(f"`{s}`" for s in quantization["modules_to_not_convert"])),
@@ -139,8 +141,9 @@ def _origin(config: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[
     if data == "none":
         rows.append(("calibration", "none: the method reads no activations"))
     elif data:
-        given = {"samples", "seq_len"} <= set(options) and data != "tokens"
-        size = f", {options['samples']} x {options['seq_len']} tokens" if given else ""
+        count = "refine_samples" if refine else "samples"
+        given = {count, "seq_len"} <= set(options) and data != "tokens"
+        size = f", {options[count]} x {options['seq_len']} tokens" if given else ""
         rows.append(("calibration", f"{data}{size}"))
     if "seed" in options:
         rows.append(("seed", str(options["seed"])))
@@ -150,19 +153,34 @@ def _origin(config: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[
     return rows
 
 
-def _measured(folder: Path, quantization: dict[str, Any]) -> list[tuple[str, str]]:
+def _measured(folder: Path, quantization: dict[str, Any]) -> list[str]:
+    """The size of the linears, and what their rounding costs."""
     size, weights = linear_storage(folder)
-    rows = []
+    lines = []
     if weights:
         bits = f"{size:,} bytes, {8 * size / weights:.2f} bits a weight, rotations included"
-        rows.append(("quantized linears", bits))
-    errors = quantization.get("provenance", {}).get("mean_errors", {})
-    for field, name in (
-        ("weight_error", "relative error of the weights"),
-        ("activation_error_before", "of their inputs, had they not been rotated"),
-        ("activation_error", "of their inputs"),
-        ("output_error", "of their outputs"),
-    ):
-        if errors.get(field) is not None:
-            rows.append((f"{name}, mean over linear groups", f"{100 * errors[field]:.1f} %"))
-    return rows
+        lines += [f"Quantized linears: {bits}.", ""]
+    provenance = quantization.get("provenance", {})
+    errors = provenance.get("mean_errors", {})
+    rows = [
+        (name, f"{100 * errors[field]:.1f} %")
+        for field, name in (
+            ("weight_error", "weights"),
+            ("activation_error_before", "inputs, without the rotation"),
+            ("activation_error", "inputs, as rotated"),
+            ("output_error", "outputs"),
+        )
+        if errors.get(field) is not None
+    ]
+    if rows:
+        lines += ["### Mean relative rounding error over the linear groups", ""]
+        if _refinement(provenance):
+            lines += ["Measured before the refinement, which trains the weights further.", ""]
+        lines += [*_table(rows), ""]
+    return lines
+
+
+def _refinement(provenance: dict[str, Any]) -> str | None:
+    """The kind of refinement that came after the quantization, if one did."""
+    refine = provenance.get("configuration", {}).get("refine", "none")
+    return None if refine == "none" else refine

@@ -120,6 +120,17 @@ class Layout:
         )
 
 
+def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` in a model's config.json; empty where it is none, or no object."""
+    values = config.get("quantization_config")
+    return values if isinstance(values, dict) else {}
+
+
+def is_duqpp(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that its folder holds a duqpp checkpoint, good or bad."""
+    return quantization_of(config).get("quant_method") == QUANT_METHOD
+
+
 def _field(
     values: dict[str, Any], name: str, kind: type, where: str = "quantization_config"
 ) -> Any:

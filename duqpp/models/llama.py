@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE
-from duqpp.models.source import Source, first_line
+from duqpp.models.source import Source, check_family, first_line
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
 
@@ -74,11 +73,7 @@ def is_whole(group: LinearGroup) -> bool:
 
 def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
     """Raise InputError unless the model is of the family and each K is a multiple of 32."""
-    kind = getattr(config, "model_type", None)
-    if kind not in ARCHITECTURES:
-        raise InputError(
-            f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(ARCHITECTURES)}"
-        )
+    check_family(config)
     for name in _SIZES:
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:

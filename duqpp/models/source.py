@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from duqpp.errors import InputError
 
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The weights a second time, for other programs: Mistral's, Meta's, and those of an ONNX runtime.
+_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +53,21 @@ def open_source(model: str) -> Source:
         return GgufSource(path)
     if path.exists():
         raise InputError(f"{model} is neither a model folder nor a .gguf file")
-    return SafetensorsSource(download(model))
+    return SafetensorsSource(download(model, check=check_float_model))
+
+
+def check_family(config: Any) -> None:
+    """Raise InputError unless the configuration is of a family that duqpp knows."""
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(ARCHITECTURES)}"
+        )
+
+
+def check_float_model(folder: Path) -> None:
+    """Raise InputError unless config.json is that of a float model of a known family."""
+    check_family(_float_config(folder))
 
 
 def fingerprint(source: Source) -> str:
@@ -71,13 +88,8 @@ class SafetensorsSource:
     """A folder with config.json and one or more safetensors shards, mapped into memory."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig
-
         self._folder = folder
-        self.config = _load(AutoConfig, folder, "configuration")
-        if getattr(self.config, "quantization_config", None):
-            method = dict(self.config.quantization_config).get("quant_method")
-            raise InputError(f"{folder} is quantized already ({method}); quantize the float model")
+        self.config = _float_config(folder)
         self._shard_of = _shards(folder)
         self.names = frozenset(self._shard_of)
         self._open: tuple[Path, Any] | None = None
@@ -171,6 +183,17 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def _float_config(folder: Path) -> Any:
+    """A float model's transformers configuration. Raises: InputError, of a quantized one too."""
+    from transformers import AutoConfig
+
+    config = _load(AutoConfig, folder, "configuration")
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method")
+        raise InputError(f"{folder} is quantized already ({method}); quantize the float model")
+    return config
+
+
 def _load(cls: Any, folder: Path, what: str, **options: Any) -> Any:
     """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
     try:
@@ -216,17 +239,34 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def download(model: str, **options: Any) -> Path:
+def download(model: str, *, check: Callable[[Path], object] | None = None, **options: Any) -> Path:
     """A hub repository's configuration, tokenizer and safetensors, in the local cache.
 
-    Args: options: for `huggingface_hub.snapshot_download`, such as revision.
-    Raises: InputError when the hub does not give it.
+    Args:
+        check: called with a folder that has config.json, before anything else is fetched: what it
+            raises saves the download of the weights.
+        options: for `huggingface_hub.snapshot_download`, such as revision.
+    Raises: InputError when the hub does not give it, or the name is a path; what `check` raises.
     """
+    if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise InputError(f"no such folder or file: {model}")
+    if check is not None:
+        folder = _snapshot(model, allow_patterns=["config.json"], **options)
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{model} has no config.json on the hub; of a repository of GGUF files, download "
+                "one and give its path"
+            )
+        check(folder)
+    return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
+
+
+def _snapshot(model: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, **options))
+        return Path(snapshot_download(model, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{model} is no local folder or .gguf file, and the hub has not given it: "

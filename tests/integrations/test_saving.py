@@ -74,7 +74,11 @@ def test_card_of_a_quantization(permuted, tmp_path):
     assert "16 x 1024" not in card.text  # tokens were given, two sequences of 48
     report = json.loads((permuted / "quantization_report.json").read_text())["groups"]
     errors = [group["weight_error"] for group in report]
-    assert f"{100 * sum(errors) / len(errors):.1f} %" in card.text
+    assert f"| weights | {100 * sum(errors) / len(errors):.1f} % |" in card.text
+    rows = ("inputs, without the rotation", "inputs, as rotated", "outputs")
+    assert all(f"| {row} | " in card.text for row in rows)
+    assert "### Mean relative rounding error over the linear groups" in card.text
+    assert "refine" not in card.text
     stored = decoder.Checkpoint(permuted)
     kinds = ("weight_packed", "weight_scale", "rotation", "permutation")
     size = sum(len(data) for name, data in stored.data.items() if name.endswith(kinds))
@@ -118,6 +122,30 @@ def test_card_of_someone_else_stays(hadamard, tmp_path):
     assert "mine" in ModelCard.load(folder / "README.md").data.tags
 
 
+def test_card_of_a_refined_model(hadamard, tmp_path):
+    folder = damage.copy_of(hadamard, tmp_path / "out")
+    options = {"refine": "distill", "samples": 16, "refine_samples": 72, "seq_len": 1024}
+
+    def change(config):
+        provenance = config["quantization_config"]["provenance"]
+        provenance["configuration"] |= options
+        provenance["calibration"] = "wiki.txt"
+
+    damage.edit_json(folder / "config.json", change)
+    write_card(folder)
+    text = ModelCard.load(folder / "README.md").text
+    assert ", then refined: `distill` |" in text
+    assert "| calibration | wiki.txt, 72 x 1024 tokens |" in text
+    assert "Measured before the refinement" in text
+    damage.edit_json(
+        folder / "config.json",
+        lambda c: c["quantization_config"]["provenance"].pop("mean_errors"),
+    )
+    write_card(folder)
+    text = ModelCard.load(folder / "README.md").text
+    assert "Mean relative" not in text and "Measured before" not in text
+
+
 def test_provenance_may_be_absent(hadamard, tmp_path):
     folder = damage.copy_of(hadamard, tmp_path / "out")
     damage.edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("provenance"))
@@ -132,6 +160,12 @@ def test_folders_of_other_models_stay_as_they_are(make_tiny, tmp_path):
     finish_folder(folder)
     finish_folder(tmp_path / "empty")
     assert files(folder) == before and not files(tmp_path / "empty")
+    for value in (5, "duqpp", [], {"quant_method": "fp8"}):
+        config = folder / "config.json"
+        damage.edit_json(config, lambda c, value=value: c.update(quantization_config=value))
+        before = files(folder)
+        finish_folder(folder)
+        assert files(folder) == before
 
 
 def pickled(model):

@@ -205,6 +205,28 @@ def test_load_model(checkpoint, tiny_llama):
     assert not floating.training and floating.dtype == torch.float32
 
 
+def test_load_model_on_a_device(checkpoint, tiny_llama, monkeypatch):
+    for folder in (checkpoint, tiny_llama):
+        model, _ = load_model(str(folder), device="meta")
+        tensors = [*model.parameters(), *model.buffers()]
+        assert tensors and all(tensor.is_meta for tensor in tensors)
+        assert model.device.type == "meta" and not model.training
+
+    def full(model, device):
+        raise torch.OutOfMemoryError(f"{device} is full\nmuch more")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(InputError, match=r"does not fit into the memory of meta: meta is full \("):
+        load_model(str(tiny_llama), device="meta")
+
+
+def test_a_gguf_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=f"cannot load the GGUF model of {tmp_path}"):
+        load_model("~/bad.gguf")
+
+
 def test_progress(checkpoint):
     calls = []
     duqpp.from_pretrained(checkpoint, progress=lambda *call: calls.append(call))
@@ -466,8 +488,9 @@ def test_malformed_config(content, damaged):
     (damaged / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json|is not quantized"):
         duqpp.from_pretrained(damaged)
-    with pytest.raises(DuqppError):
+    with pytest.raises(DuqppError) as raised:
         load_model(str(damaged))
+    assert "object has no attribute 'get'" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 5}', '{"weight_map": {}}'])
@@ -516,13 +539,26 @@ def test_hub_name_that_does_not_exist(monkeypatch, tmp_path):
 def test_revision_of_a_hub_name(checkpoint, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns, **options):
+    def snapshot_download(name, allow_patterns, ignore_patterns=(), **options):
         asked.append((name, options))
         return str(checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     duqpp.from_pretrained("someone/out", revision="v2", cache_dir="c", dtype=torch.bfloat16)
-    assert asked == [("someone/out", {"revision": "v2", "cache_dir": "c"})]
+    assert asked == [("someone/out", {"revision": "v2", "cache_dir": "c"})] * 2
+
+
+def test_a_model_that_is_not_quantized_is_not_downloaded(tiny_llama, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(options)
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        duqpp.from_pretrained("someone/float")
+    assert asked == [{"allow_patterns": ["config.json"]}]
 
 
 def test_configuration_of_a_checkpoint_for_a_float_model(tiny_llama):

@@ -8,7 +8,7 @@ from torch import nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format import ScaleRule
-from duqpp.models.layout import FORMAT_VERSION, Layout
+from duqpp.models.layout import FORMAT_VERSION, Layout, is_duqpp, quantization_of
 
 LAYOUT = Layout(
     method="duquant",
@@ -20,6 +20,18 @@ LAYOUT = Layout(
     provenance={"calibration": "builtin"},
 )
 MISSING = object()
+
+
+@pytest.mark.parametrize("value", [MISSING, None, 5, "duqpp", ["quant_method"], {}])
+def test_what_is_no_quantization_is_no_duqpp_checkpoint(value):
+    config = {} if value is MISSING else {"quantization_config": value}
+    assert quantization_of(config) == {} and not is_duqpp(config)
+
+
+def test_a_duqpp_checkpoint_is_told_by_its_method():
+    assert is_duqpp({"quantization_config": LAYOUT.to_dict()})
+    assert is_duqpp({"quantization_config": {"quant_method": "duqpp"}}), "a bad one is one, too"
+    assert not is_duqpp({"quantization_config": {"quant_method": "fp8"}})
 
 
 def changed(field: str, value: object) -> dict:

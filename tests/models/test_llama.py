@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from duqpp.errors import InputError
 from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
-    ARCHITECTURES,
     GROUPS,
     DecoderStack,
     check_architecture,
@@ -18,7 +17,7 @@ from duqpp.models.llama import (
     is_whole,
     quantized_groups,
 )
-from duqpp.models.source import open_source
+from duqpp.models.source import ARCHITECTURES, open_source
 
 TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
 
