@@ -314,7 +314,9 @@ def _library(facts: dict[str, Any]) -> str:
 
 
 @app.command()
-@takes_config(*(n for n in OPTIONS if n not in ("next_inputs", "refine", "refine_samples")))
+@takes_config(
+    *(n for n in OPTIONS if n not in ("drift", "next_inputs", "refine", "refine_samples"))
+)
 def inspect(
     model: ModelArgument,
     config: QuantizeConfig,

@@ -311,6 +311,7 @@ def calibrate_and_quantize(
         outputs = list(inputs.outputs(block, index)) if config.next_inputs == "float" else None
         targets, calibrating, float_inputs = None, inputs, None
         if float_stream is not None:
+            float_stream.latents = {}  # of the block before, which need no memory any more
             calibrating = inputs.first(float_stream.calibration_batches)
             calibrating_exact = float_stream.exact.first(float_stream.calibration_batches)
             if config.drift:

@@ -29,10 +29,15 @@ def make_up_for_drift(weight: Tensor, hessian: Tensor, drift: Tensor, *, share: 
     """
     if not torch.stack(hessian.aminmax()).isfinite().all():
         return weight
-    matrix = hessian.double()
+    # Its columns are contiguous, as LAPACK wants them, so that it is factored where it is.
+    matrix = torch.empty_like(
+        hessian, dtype=torch.float64, memory_format=torch.contiguous_format
+    ).mT
+    matrix.copy_(hessian)
     matrix.diagonal().add_(_DAMPING * hessian.diagonal().double().mean())
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
     if failed:
         return weight
-    change = torch.cholesky_solve((weight @ drift).double().T, factor)  # [K, N]
+    change = torch.cholesky_solve((weight @ drift).double().T, matrix)  # [K, N]
     return weight + share * change.T.float()

@@ -80,7 +80,7 @@ class DuqppVllmConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
         """Verify the shards of a local checkpoint: once, before other processes load them.
 
-        What comes from the hub is verified by its hash when it is downloaded.
+        Of a model of the hub nothing is verified here: vLLM downloads it, and reads it, later.
         """
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # none with `--load-format dummy`
