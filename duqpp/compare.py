@@ -101,21 +101,22 @@ def compare(
     settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
     if work is None and resume:
         raise InputError("resume needs the folder of the comparison to go on with: work")
-    if work is not None:
-        progress("fingerprint", 0, 1)
-        job = comparison_job(source, tokens, settings)
-        folder = ComparisonFolder(work, job, calibration_text, resume=resume)
-
-    float_model = _float_model(source)
-    staged = _staged(progress, FLOAT)
-    float_row, references = _float_row(float_model, skip, tokens, settings, staged)
-    on_row(float_row)
-    del float_model
-    rows = [float_row]
     with ExitStack() as stack:
+        if work is not None:
+            progress("fingerprint", 0, 1)
+            job = comparison_job(source, tokens, settings)
+            folder = stack.enter_context(
+                ComparisonFolder(work, job, calibration_text, resume=resume)
+            )
+        float_model = _float_model(source)
+        staged = _staged(progress, FLOAT)
+        float_row, references = _float_row(float_model, skip, tokens, settings, staged)
+        on_row(float_row)
+        del float_model
+        rows = [float_row]
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
-            folder = ComparisonFolder(Path(scratch, "work"), {}, "")
+            folder = stack.enter_context(ComparisonFolder(Path(scratch, "work"), {}, ""))
         for name, config in methods.items():
             runs: dict[str, list[Run]] = {text: [] for text in texts}
             for index, seed in enumerate(seeds if _uses_seed(config) else seeds[:1]):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.models.checkpoint import read_json, write_json
 from duqpp.models.source import Source, fingerprint
+from duqpp.models.work_folder import locked
 from duqpp.scores import Run
 
 COMPARISON_FILE = "comparison.json"
@@ -37,9 +39,11 @@ class ComparisonFolder:
 
     A folder in which no quantization was begun is as good as empty.
 
+    A context manager: until it ends, no other process may work in the folder.
+
     Args: job: from `comparison_job`. calibration: the text itself.
     Raises: InputError when the folder has something in it and resume is not asked for, or it is of
-        another comparison, or no comparison's.
+        another comparison, or no comparison's, or another process works in it.
     """
 
     def __init__(
@@ -50,13 +54,22 @@ class ComparisonFolder:
         file = folder / COMPARISON_FILE
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is not a folder")
-        if folder.exists() and {entry.name for entry in folder.iterdir()} - {file.name}:
-            _check_same(folder, file, json.loads(json.dumps(job)), resume)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, job)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder))
+                if {entry.name for entry in folder.iterdir()} - {file.name}:
+                    _check_same(folder, file, json.loads(json.dumps(job)), resume)
+                write_json(file, job)
+            except OSError as error:
+                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> "ComparisonFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def model(self, config: QuantizeConfig) -> Path:
         """Where the quantized model is to be, until it is evaluated."""

@@ -36,6 +36,7 @@ from duqpp.quantize_group import (
     fill_linear,
     group_generator,
     group_outputs,
+    named,
     observed,
     plan_group,
     plan_weights,
@@ -99,7 +100,8 @@ def quantize_block(
     """Replace the linears of a float block by quantized ones, in place.
 
     Args:
-        inputs, statistics: from calibration; None for a method that reads no activations.
+        inputs, statistics: from calibration; None for a method that reads no activations. Second
+            moments are let go of once the Hessians are made of them.
         model_config: transformers configuration, for the attention heads.
         learned: rotations by group name, for the method learned.
     Returns: one report per linear group.
@@ -112,17 +114,20 @@ def quantize_block(
     smoothed_scales = _smooth(block, plans, statistics, config, model_config)
     for name, plan in plans.items():
         generator = group_generator(config.seed, f"{layer_prefix(index)}.{name}")
-        plan.transform = (
-            InputTransform(BlockRotation.rounded(learned[name]))
-            if learned
-            else _transform(config, plan, samples.get(name), smoothed_scales.get(name), generator)
-        )
+        with named(f"{layer_prefix(index)}.{name}"):
+            plan.transform = (
+                InputTransform(BlockRotation.rounded(learned[name]))
+                if learned
+                else _transform(
+                    config, plan, samples.get(name), smoothed_scales.get(name), generator
+                )
+            )
     hessians = _hessians(block, index, config, plans, inputs, statistics)
     biases = {n: block.get_submodule(n).bias for g in groups for n in g.linears}
     convert_block(block, index, layout, device="cpu")
     reports = []
     for name, plan in plans.items():
-        quantized = quantize_weights(plan, hessians.get(name), config, index)
+        quantized = quantize_weights(plan, hessians.pop(name, None), config, index)
         for linear_name, rounded in quantized.items():
             linear = block.get_submodule(linear_name)
             fill_linear(linear, rounded.quantized, plan.transform, biases[linear_name])
@@ -148,7 +153,8 @@ def quantize_linear(
     group = next(g for g in quantized_groups(int(index), config.skip) if linear in g.linears)
     plan = plan_weights(replace(group, linears=(linear,)), {linear: weight})
     generator = group_generator(config.seed, f"{layer_prefix(int(index))}.{group.name}")
-    plan.transform = _transform(config, plan, None, None, generator)
+    with named(f"{layer_prefix(int(index))}.{group.name}"):
+        plan.transform = _transform(config, plan, None, None, generator)
     return quantize_weights(plan, None, config, int(index))[linear].quantized, plan.transform
 
 
@@ -271,12 +277,12 @@ def _hessians(
     if not config.gptq:
         return {}
     if config.hessian == "float":
-        return {
-            name: transform_second_moment(
-                statistics[name].gram, statistics[name].tokens, plan.apply
-            )
-            for name, plan in plans.items()
-        }
+        hessians = {}
+        for name, plan in plans.items():
+            own = statistics[name]
+            hessians[name] = transform_second_moment(own.gram, own.tokens, plan.apply)
+            own.gram = None  # as large as the Hessian, and not read again
+        return hessians
     accumulators = {name: HessianAccumulator(p.scales.numel()) for name, p in plans.items()}
 
     def observe(plan: GroupPlan, accumulator: HessianAccumulator) -> Callable[[Tensor], None]:

@@ -31,8 +31,9 @@ class GroupReport:
     name: for instance "model.layers.3.qkv". Errors are relative: ||quantized - exact|| / ||exact||.
     weight_error: of the folded weights. activation_error_before, activation_error: of the input
     quantized as it is, and transformed. output_error: of the group's outputs. block_amax_before,
-    block_amax: largest magnitude of each block of 32 channels among the samples, untransformed and
-    transformed. The last five are None for a method that reads no activations.
+    block_amax: largest magnitude of each block of 32 channels, untransformed and transformed, among
+    the samples, which hold that of each channel; by the method duqpp, among all tokens. The last
+    five are None for a method that reads no activations.
     """
 
     name: str
@@ -107,6 +108,15 @@ def observed(module: nn.Module, update: Callable[[Tensor], Any]) -> Iterator[Non
         handle.remove()
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of what is being quantized before an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def quantize_weights(
     plan: GroupPlan,
     hessian: Tensor | None,
@@ -129,10 +139,8 @@ def quantize_weights(
         start = exact
         if drift is not None:
             start = make_up_for_drift(exact, hessian, drift, share=config.drift)
-        try:
+        with named(f"{layer_prefix(index)}.{names[0]}"):
             result = gptq(start, hessian, rule=config.weight_rule, damping=config.damping)
-        except InputError as error:
-            raise InputError(f"{layer_prefix(index)}.{names[0]}: {error}") from error
         quantized, latent = result.weight, result.compensated
     rows = [plan.weights[n].shape[0] for n in names]
     parts = zip(
@@ -193,12 +201,13 @@ def report_group(
         activation_error_before=_relative(plain, before),
         activation_error=_relative(rounded, x),
         output_error=_relative(rounded @ weight.T, exact_output),
-        block_amax_before=_block_amax(samples),
-        block_amax=_block_amax(transformed),
+        block_amax_before=block_amax(samples),
+        block_amax=block_amax(transformed),
     )
 
 
-def _block_amax(x: Tensor) -> list[float]:
+def block_amax(x: Tensor) -> list[float]:
+    """Largest magnitude of each block of 32 channels of x [n, K], to four digits."""
     amax = x.abs().amax(0).view(-1, BLOCK_SIZE).amax(1)
     return [float(f"{value:.4g}") for value in amax.tolist()]
 

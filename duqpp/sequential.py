@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from duqpp.calibration.statistics import InputStatistics, draw_sample
+from duqpp.calibration.statistics import draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize
@@ -18,9 +20,11 @@ from duqpp.quantize_group import (
     SAMPLE_TOKENS,
     GroupPlan,
     GroupReport,
+    block_amax,
     fill_linear,
     group_generator,
     group_outputs,
+    named,
     observed,
     plan_group,
     quantize_weights,
@@ -57,26 +61,25 @@ def quantize_sequentially(
     for group in quantized_groups(index, config.skip):
         plan = plan_group(block, group)
         reader = block.get_submodule(group.linears[0])
-        x, samples = _group_input(block, index, reader, group.linears[0], inputs, config)
-        exact = group_outputs(plan, samples[:REPORT_ROWS])
-        generator = group_generator(config.seed, f"{layer_prefix(index)}.{group.name}")
-        weights = torch.cat(list(plan.weights.values()))  # [sum N, K]
-        matrix = balanced_transform(second_moments(x), second_moments(weights), generator)
-        plan.transform = InputTransform(BlockRotation.rounded(matrix))
-        hessian, drift = None, None
-        if config.gptq:
+        x = _group_input(block, index, reader, group.linears[0], inputs)
+        samples = x[draw_sample(len(x), SAMPLE_TOKENS, config.seed)[:REPORT_ROWS]]
+        exact = group_outputs(plan, samples)
+        with named(f"{layer_prefix(index)}.{group.name}"):
+            generator = group_generator(config.seed, f"{layer_prefix(index)}.{group.name}")
+            plan.transform = _transform(x, torch.cat(list(plan.weights.values())), generator)
             exact_x = None if float_inputs is None else float_inputs[group.name]
-            hessian, drift = _second_moments(x, exact_x, plan, config)
-            if drift is not None and not drift.isfinite().all():
-                name = f"{layer_prefix(index)}.{group.linears[0]}"
-                raise InputError(f"{name}: the float model's activations are not finite")
+            hessian, drift, amax = _observe(x, exact_x, plan, config)
+        del x
         quantized = quantize_weights(plan, hessian, config, index, drift)
+        del hessian, drift
         biases = {name: block.get_submodule(name).bias for name in group.linears}
         convert_group(block, group, layout, device="cpu")
         for name, weight in quantized.items():
             fill_linear(block.get_submodule(name), weight.quantized, plan.transform, biases[name])
             latents[name] = weight.latent
-        reports.append(report_group(index, plan, quantized, samples, exact, config))
+        report = report_group(index, plan, quantized, samples, exact, config)
+        before, after = (block_amax(channels) for channels in amax)
+        reports.append(replace(report, block_amax_before=before, block_amax=after))
     return reports, latents
 
 
@@ -100,50 +103,73 @@ def group_inputs(
 
 
 def _group_input(
-    block: nn.Module,
-    index: int,
-    reader: nn.Module,
-    name: str,
-    inputs: BlockInputs,
-    config: QuantizeConfig,
-) -> tuple[Tensor, Tensor]:
-    """What a linear reads: every row float32 [tokens, K], and the sample that reports are of."""
-    rows: list[Tensor] = []
-    statistics = InputStatistics(
-        f"{layer_prefix(index)}.{name}",
-        reader.in_features,
-        draw_sample(inputs.tokens, SAMPLE_TOKENS, config.seed),
-        second_moment=False,
-    )
+    block: nn.Module, index: int, reader: nn.Module, name: str, inputs: BlockInputs
+) -> Tensor:
+    """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
+    x, filled = torch.empty(inputs.tokens, reader.in_features), 0
 
-    def update(x: Tensor) -> None:
-        statistics.update(x)
-        rows.append(x.flatten(0, -2).float())
+    def update(batch: Tensor) -> None:
+        nonlocal filled
+        rows = batch.flatten(0, -2)
+        x[filled : filled + len(rows)] = rows
+        filled += len(rows)
 
     with observed(reader, update):
         inputs.run_up_to(block, index, reader)
-    return torch.cat(rows), statistics.samples()
+    if not torch.isfinite(torch.stack(x.aminmax())).all():
+        raise InputError(
+            f"the input of {layer_prefix(index)}.{name} has NaN or infinite values in calibration"
+        )
+    return x
 
 
-def _second_moments(
-    x: Tensor, exact: Tensor | None, plan: GroupPlan, config: QuantizeConfig
-) -> tuple[Tensor, Tensor | None]:
-    """H and C of `make_up_for_drift`, float32 [K, K], in the basis of the transformed input.
+def _transform(x: Tensor, weights: Tensor, generator: torch.Generator) -> InputTransform:
+    """What balances a group's input [tokens, K] with its weights [sum N, K], as it is stored."""
+    activation_moments, weight_moments = second_moments(x), second_moments(weights)
+    for name, moments in (("input", activation_moments), ("weights", weight_moments)):
+        if not torch.isfinite(moments).all():
+            raise InputError(f"the squares of its {name} overflow float32")
+    matrix = balanced_transform(activation_moments, weight_moments, generator)
+    return InputTransform(BlockRotation.rounded(matrix))
 
-    Args:
-        x: what the group gets, float32 [tokens, K]. exact: what the float model's gets, [tokens, K]
-            in any dtype; None leaves C out.
+
+class _Observed(NamedTuple):
+    """hessian, drift: float32 [K, K], H and C of `make_up_for_drift`, of the transformed input,
+    rounded or not; None where GPTQ is off, and drift where it is not made up for.
+    amax: the largest magnitude of each channel, [1, K], untransformed and transformed.
     """
-    hessian = torch.zeros(x.shape[1], x.shape[1])
-    drift = None if exact is None else torch.zeros_like(hessian)
+
+    hessian: Tensor | None
+    drift: Tensor | None
+    amax: tuple[Tensor, Tensor]
+
+
+def _observe(x: Tensor, exact: Tensor | None, plan: GroupPlan, config: QuantizeConfig) -> _Observed:
+    """Go once through a group's input x [tokens, K] as it is quantized.
+
+    Args: exact: what the group reads in the float model, [tokens, K] in any dtype.
+    """
+    channels = x.shape[1]
+    hessian = torch.zeros(channels, channels) if config.gptq else None
+    drift = torch.zeros(channels, channels) if config.gptq and exact is not None else None
+    before, after = torch.zeros(1, channels), torch.zeros(1, channels)
     for start in range(0, len(x), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
         rotated = plan.transform.apply(x[rows])
+        before = torch.maximum(before, x[rows].abs().amax(0))
+        after = torch.maximum(after, rotated.abs().amax(0))
+        if hessian is None:
+            continue
         rounded = rotated
         if config.hessian == "quantized":
             rounded = dequantize(quantize(rotated, rule=config.activation_rule))
         hessian.addmm_(rounded.T, rounded)
         if exact is not None and drift is not None:
-            drift.addmm_((plan.transform.apply(exact[rows].float()) - rotated).T, rounded)
-    scale = 2.0 / len(x)
-    return hessian.mul_(scale), None if drift is None else drift.mul_(scale)
+            change = plan.transform.apply(exact[rows].float()) - rotated
+            drift.addmm_(change.T, rounded)
+    for sums in (hessian, drift):
+        if sums is not None:
+            sums.mul_(2.0 / len(x))
+    if drift is not None and not torch.isfinite(drift).all():
+        raise InputError("the float model's activations are not finite, or overflow float32")
+    return _Observed(hessian, drift, (before, after))

@@ -18,6 +18,7 @@ TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(
 UP = "model.layers.1.mlp.up_proj.weight"
 CONFIG = QuantizeConfig(max_steps=4)
 RTN = QuantizeConfig(method="rtn")
+DUQPP = QuantizeConfig(method="duqpp")
 GPTQ = QuantizeConfig(method="hadamard", gptq=True)
 
 
@@ -171,6 +172,41 @@ def test_activations_that_overflow(config, make_tiny, model, out):
     damage.set_tensor(model, UP, damage.get_tensor(model, UP) * 1e38)
     message = r"the input of model\.layers\.1\.mlp\.down_proj has NaN or infinite"
     assert_refuses(model, out, message, config, finished=1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GPTQ, DUQPP], ids=["duquant++", "gptq", "duqpp"])
+def test_a_norm_that_overflows(config, model, out):
+    name = "model.layers.1.input_layernorm.weight"
+    damage.set_tensor(model, name, damage.get_tensor(model, name) * 4e37)
+    message = r"the input of model\.layers\.1\.self_attn\.q_proj has NaN or infinite"
+    assert_refuses(model, out, message, config, finished=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("post_attention_layernorm", "model.layers.0.gate_up: the squares of its input overflow"),
+        ("mlp.up_proj", "model.layers.0.gate_up: the squares of its weights overflow"),
+    ],
+)
+def test_squares_that_overflow(name, message, model, out):
+    """Values are finite, and so is what they compute; the transform needs their squares."""
+    name = f"model.layers.0.{name}.weight"
+    damage.set_tensor(model, name, damage.get_tensor(model, name) * 1e25)
+    assert_refuses(model, out, f"^{message} float32", DUQPP)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DUQPP, CONFIG, QuantizeConfig(method="random")],
+    ids=["duqpp", "duquant++", "no activations"],
+)
+def test_a_rotation_that_is_singular_names_its_group(config, model, out, monkeypatch):
+    def refuse(matrix, name):
+        raise InputError(f"{name} is singular")
+
+    monkeypatch.setattr("duqpp.rotation.block_rotation.check_invertible", refuse)
+    assert_refuses(model, out, r"^model\.layers\.0\.qkv: rotation is singular", config)
 
 
 def test_activations_that_are_not_a_number(model, out):
@@ -330,6 +366,12 @@ def test_a_backend_that_is_not_there(model, out, monkeypatch):
 @pytest.mark.parametrize("skip", ["model.layers.2", "o_projection", "model.norm", ""])
 def test_skip_that_names_nothing(skip, model, out):
     assert_refuses(model, out, f"--skip {skip} names no linear", QuantizeConfig(skip=(skip,)))
+
+
+@pytest.mark.parametrize("skip", [("mlp", "self_attn"), ("model.layers.0", "model.layers.1")])
+def test_skip_that_leaves_nothing(skip, model, out):
+    message = "^--skip .* --skip .* leaves no linear to quantize; skip fewer$"
+    assert_refuses(model, out, message, QuantizeConfig(skip=skip))
 
 
 # Output.

@@ -417,6 +417,28 @@ def test_stopped_in_an_evaluation_it_does_not_quantize_again(tiny_llama, tmp_pat
     assert not list(work.glob("model-*"))
 
 
+def test_two_comparisons_do_not_work_in_one_folder(tiny_llama, tmp_path):
+    """The second one is refused while the first one runs, and not after it, however it ended."""
+    work, refused = tmp_path / "work", []
+
+    def again(stage: str, done: int, total: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(InputError) as raised:
+                resumed(tiny_llama, "rtn", work, resume=resume)
+            refused.append(str(raised.value))
+        raise KeyboardInterrupt
+
+    def begin(stage: str, done: int, total: int) -> None:
+        if stage != "fingerprint":
+            again(stage, done, total)
+
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        resumed(tiny_llama, "rtn", work, progress=begin)
+    assert refused == [f"another process is working in {work}: let it finish"] * 2
+    assert len(resumed(tiny_llama, "rtn", work).rows) == 2
+    assert interrupted.value.__traceback__ is not None  # which keeps the frames of the first one
+
+
 def test_methods_and_seeds_can_be_added(tiny_llama, tmp_path, reports):
     work = tmp_path / "work"
     resumed(tiny_llama, "random", work, resume=False)

@@ -1,11 +1,13 @@
 """The method duqpp on tiny models: what it preserves, and that each group sees its real input."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 
 import duqpp.sequential as module
+from duqpp.calibration.statistics import draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
@@ -165,10 +167,56 @@ def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, mak
     block, config = stack.block(0), QuantizeConfig(method="duqpp")
     exact = group_inputs(block, 0, config, first)
     exact["gate_up"][5, 7] = float("inf")
-    with pytest.raises(
-        InputError, match=r"layers\.0\.mlp\.gate_proj: the float model's activations"
-    ):
+    with pytest.raises(InputError, match=r"layers\.0\.gate_up: the float model's activations"):
         quantize_sequentially(block, 0, config, layout_of(config, {}), first, exact)
+
+
+@pytest.mark.parametrize("gptq", [True, False])
+def test_reports_are_of_all_that_a_group_reads(gptq, run, monkeypatch):
+    """block_amax of every row, errors of the drawn ones; many batches, and parts of one."""
+    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr(module, "REPORT_ROWS", 7)
+    seen, plans, reported = [], [], []
+    monkeypatch.setattr(
+        module, "second_moments", lambda x, real=module.second_moments: seen.append(x) or real(x)
+    )
+    monkeypatch.setattr(
+        module,
+        "report_group",
+        lambda index, plan, weights, samples, *rest, real=module.report_group: (
+            plans.append(plan)
+            or reported.append(samples)
+            or real(index, plan, weights, samples, *rest)
+        ),
+    )
+    reports = run("llama", gptq=gptq)[3]
+    rows = draw_sample(6 * 48, module.SAMPLE_TOKENS, 0)[:7]
+    for report, x, plan, samples in zip(reports, seen[0::2], plans, reported, strict=True):
+        assert torch.equal(samples, x[rows])
+        for found, values in (
+            (report.block_amax_before, x),
+            (report.block_amax, plan.transform.apply(x)),
+        ):
+            expected = values.abs().amax(0).view(-1, 32).amax(1)
+            assert found == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_the_input_is_let_go_of_before_gptq(run, monkeypatch):
+    alive = []
+    monkeypatch.setattr(
+        module,
+        "second_moments",
+        lambda x, real=module.second_moments: alive.append(weakref.ref(x)) or real(x),
+    )
+    monkeypatch.setattr(
+        module,
+        "quantize_weights",
+        lambda *arguments, real=module.quantize_weights: (
+            alive.append(alive[-2]() is not None) or real(*arguments)
+        ),
+    )
+    run("llama")
+    assert [entry for entry in alive if isinstance(entry, bool)] == [False] * 4
 
 
 def test_gptq_lowers_the_output_error(run):

@@ -72,7 +72,10 @@ def is_whole(group: LinearGroup) -> bool:
 
 
 def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
-    """Raise InputError unless the model is of the family and each K is a multiple of 32."""
+    """Raise InputError unless the model is of the family, and each K a multiple of 32.
+
+    Args: skip: must name linears of the model, and leave some.
+    """
     check_family(config)
     for name in _SIZES:
         value = getattr(config, name, None)
@@ -92,6 +95,8 @@ def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
     unknown = [s for s in skip if s != "lm_head" and not any(is_skipped(n, (s,)) for n in linears)]
     if unknown:
         raise InputError(f"--skip {unknown[0]} names no linear of the model")
+    if not any(quantized_groups(index, skip) for index in range(config.num_hidden_layers)):
+        raise InputError(f"--skip {' --skip '.join(skip)} leaves no linear to quantize; skip fewer")
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

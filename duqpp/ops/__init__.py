@@ -62,8 +62,9 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     if backend == "reference" and x.device.type == "cpu":
         warn_of_reference(x.device)
     rows = rotate_quantize(x.float(), None, rule=rule, backend=backend)
-    codes = rows.codes.view(*x.shape[:-1], -1)
-    return MXFP4Tensor(codes, rows.scales.view(*x.shape[:-1], -1))
+    # Not -1 for the last dimension: it is ambiguous where another one is 0.
+    codes = rows.codes.view(*x.shape[:-1], x.shape[-1] // 2)
+    return MXFP4Tensor(codes, rows.scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE))
 
 
 def rmsnorm_rotate_quantize(

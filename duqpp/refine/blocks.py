@@ -82,14 +82,14 @@ def refine_block(
     held = held_back(len(inputs.hidden))
     groups = quantized_groups(index, config.skip)
     parameters = to_latents(block, groups, latents, rule=config.weight_rule)
-    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
-
     loss = block_loss(block, index, inputs, targets)
-
     stopping = EarlyStopping(
         lambda: sum(float(loss(batch)) for batch in held) / len(held),
         lambda: {name: latent.detach().clone() for name, latent in parameters.items()},
     )
+    if not groups:  # all skipped
+        return RefineReport(stopping.first, stopping.least, 0), {}
+    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
     steps, every = 0, -(-held.start // _CHECKS)
     with torch.enable_grad():
         for batch in torch.randperm(held.start, generator=generator).tolist():

@@ -78,8 +78,10 @@ def learn_rotations(
     Raises: InputError when there are fewer than two batches.
     """
     held = held_back(len(inputs.hidden))
-    loss = block_loss(block, index, inputs, list(inputs.outputs(block, index)))
     groups = quantized_groups(index, config.skip)
+    if not groups:  # all skipped
+        return {}
+    loss = block_loss(block, index, inputs, list(inputs.outputs(block, index)))
     rotations = {g.name: _start(block, g, config, generator) for g in groups}
     floats = {name: block.get_submodule(name) for g in groups for name in g.linears}
     for group in groups:

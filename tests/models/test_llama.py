@@ -96,6 +96,9 @@ def test_architecture_names_what_is_wrong(make_tiny):
     check_architecture(config, ("lm_head", "down_proj", "model.layers.1.self_attn"))
     with pytest.raises(InputError, match="--skip down_prj names no linear"):
         check_architecture(config, ("down_prj",))
+    check_architecture(config, ("mlp", "model.layers.0.self_attn"))
+    with pytest.raises(InputError, match="--skip mlp --skip self_attn leaves no linear to quant"):
+        check_architecture(config, ("mlp", "self_attn"))
     config.hidden_size = 72
     with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):
         check_architecture(config, ())

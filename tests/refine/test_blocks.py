@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import duqpp
 import duqpp.refine.blocks as module
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
@@ -94,6 +95,21 @@ def test_skipped_linears_are_not_trained(job):
     refine_block(block, 0, config, latents, block_inputs, targets, inputs.generator(0))
     for name, weight in kept.items():
         assert torch.equal(block.get_submodule(name).weight, weight)
+
+
+@pytest.mark.parametrize("refine", ["blocks", "distill"])
+def test_a_block_without_quantized_linears_is_left_out(refine, make_tiny, tmp_path):
+    config = QuantizeConfig(
+        method="duqpp", refine=refine, samples=1, refine_samples=2, skip=("model.layers.0",)
+    )
+    tokens = torch.randint(0, 300, (9, 512), generator=inputs.generator(1))
+    report = duqpp.quantize_model(
+        str(make_tiny("llama")), tmp_path / "out", config, calibration=tokens
+    )
+    assert report.refined[0] == module.RefineReport(0.0, 0.0, steps=0)
+    assert report.refined[1].steps > 0
+    assert {group.name.rpartition(".")[0] for group in report.groups} == {"model.layers.1"}
+    duqpp.from_pretrained(tmp_path / "out")
 
 
 def test_one_batch_is_too_few(job):

@@ -42,6 +42,12 @@ def output_error(block, exact, block_inputs, batches) -> float:
     )
 
 
+def test_a_block_without_quantized_linears_has_none(job):
+    _, block, block_inputs = job
+    config = QuantizeConfig(method="learned", samples=1, skip=("model.layers.0",))
+    assert learn_rotations(block, 0, config, block_inputs, inputs.generator(0)) == {}
+
+
 @pytest.mark.parametrize("scope", ["shared", "per-block"])
 def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained_on(
     scope, job, monkeypatch
