@@ -14,6 +14,8 @@ COLD_BYTES = 1 << 29  # copies that are used in turn, so that none is found in a
 MOST_CALLS = 64  # in one sample of a GPU's time
 SAMPLE_SECONDS = 1e-3  # of one sample: a thousand times what events resolve
 WARM_UPS = 3  # calls, untimed: libraries are loaded, kernels chosen, workspaces allocated
+PROBE_CALLS = 8  # whose time, in a graph like a sample's, says how many calls make a sample
+SLEEP_CYCLES = 200_000  # some 0.1 ms of a GPU, in which Python launches what is to be timed
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class CudaClock:
 
     A sample is as many calls as take SAMPLE_SECONDS, captured in a CUDA graph, so that the time
     that Python takes to launch them is not in it; or, with `graph` False, launched one by one.
-    Before a sample its L2 is made `cold`, by writing more than it holds, or warm, by the same calls
-    untimed; the GPU is then busy while the sample is launched. Cold calls of one sample find none
-    of each other's inputs where these turn through `copies_for` their size.
+    Before a sample its L2 is made `cold`, by reading more than it holds, or warm, by the same calls
+    untimed; the GPU then sleeps while the sample is launched. Cold calls of one sample find none of
+    each other's inputs where these turn through `copies_for` their size.
 
     Args: cuda, flush: torch.cuda, and what empties the L2; tests give others.
     """
@@ -88,13 +90,11 @@ class CudaClock:
         for _ in range(WARM_UPS):
             call()
         self._cuda.synchronize()
-        calls = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / max(self._seconds(call), 1e-9))))
-
-        def sample() -> None:
-            for _ in range(calls):
-                call()
-
-        run = self._captured(sample, pool) if self._graph else sample
+        probe = self._sample(call, PROBE_CALLS, pool)
+        probe()  # untimed: the first replay of a graph takes it to the GPU
+        each = max(self._seconds(probe) / PROBE_CALLS, 1e-9)
+        calls = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / each)))
+        run = self._sample(call, calls, pool)
         before = self._flush if self._cold else run
 
         def seconds() -> float:
@@ -103,7 +103,15 @@ class CudaClock:
 
         return seconds
 
-    def _captured(self, sample: Call, pool: Any) -> Call:
+    def _sample(self, call: Call, calls: int, pool: Any) -> Call:
+        """What makes `calls` calls: by a graph, which is captured here, or one by one."""
+
+        def sample() -> None:
+            for _ in range(calls):
+                call()
+
+        if not self._graph:
+            return sample
         graph = self._cuda.CUDAGraph()
         with self._cuda.graph(graph, pool=pool):
             sample()
@@ -111,6 +119,7 @@ class CudaClock:
 
     def _seconds(self, run: Call) -> float:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._cuda._sleep(SLEEP_CYCLES)
         start.record()
         run()
         end.record()
@@ -119,9 +128,14 @@ class CudaClock:
 
 
 def _l2_flush() -> Call:
-    """What writes twice as many bytes as the current GPU's L2 holds."""
+    """What reads twice as many bytes as the current GPU's L2 holds.
+
+    Written lines would be taken back to memory during the sample, in its time.
+    """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return torch.empty(2 * size, dtype=torch.uint8, device="cuda").zero_
+    unrelated = torch.empty(2 * size, dtype=torch.uint8, device="cuda").zero_().view(torch.float32)
+    largest = unrelated[:1].clone()  # kept, so that the reads are for something
+    return lambda: torch.amax(unrelated, 0, keepdim=True, out=largest)
 
 
 def clock_for(device: str, *, cold: bool, graph: bool = True) -> Clock:

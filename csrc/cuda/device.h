@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+#include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -20,20 +23,49 @@ inline void check_cuda(cudaError_t status, const char* op, const char* call) {
 // Callers that see no CUDA header pass a stream as void*; null is the default stream.
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
+// Devices 0 .. kKnownDevices - 1 are asked once, others each time.
+inline constexpr int kKnownDevices = 64;
+
+// A set of known devices, for what is done once on each. Threads may add the same one at a time.
+class DeviceSet {
+ public:
+  bool has(int index) const { return (bits_.load(std::memory_order_acquire) & bit(index)) != 0; }
+  void add(int index) { bits_.fetch_or(bit(index), std::memory_order_release); }
+
+ private:
+  static uint64_t bit(int index) { return index < kKnownDevices ? uint64_t{1} << index : 0; }
+
+  std::atomic<uint64_t> bits_{0};
+};
+
 // What a launch depends on, of the calling thread's current device.
 struct Device {
+  int index;
   int capability_major;  // 9 for compute capability 9.0
   int sm_count;
+  int shared_memory;  // bytes that a CTA can ask for
 };
 
 inline Device current_device(const char* op) {
+  static Device known[kKnownDevices];
+  static DeviceSet asked;
+  static std::mutex writing;
   int index = 0;
-  Device device{};
   DUQPP_CHECK_CUDA(op, cudaGetDevice(&index));
+  if (asked.has(index)) return known[index];
+
+  Device device{index, 0, 0, 0};
   DUQPP_CHECK_CUDA(op, cudaDeviceGetAttribute(&device.capability_major,
                                               cudaDevAttrComputeCapabilityMajor, index));
   DUQPP_CHECK_CUDA(op,
                    cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
+  DUQPP_CHECK_CUDA(op, cudaDeviceGetAttribute(&device.shared_memory,
+                                              cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  const std::lock_guard<std::mutex> lock(writing);
+  if (index < kKnownDevices && !asked.has(index)) {
+    known[index] = device;
+    asked.add(index);
+  }
   return device;
 }
 

@@ -1,6 +1,4 @@
 // Configuration and launch of mxfp4_gemm_sm80.cuh.
-#include <limits>
-
 #include "cuda/device.h"
 #include "cuda/kernel_table.h"
 #include "cuda/mxfp4_gemm_instance.h"
@@ -23,38 +21,39 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads)
     gemm_sm80_kernel(const __grid_constant__ GemmSm80Params params) {
   extern __shared__ __align__(16) uint8_t shared[];
-  auto* const memory = reinterpret_cast<WarpMemory<Traits>*>(shared);
-  auto* const totals = reinterpret_cast<float*>(memory + params.plan.warps);
+  auto* const all_memory = reinterpret_cast<WarpMemory<Traits>*>(shared);
+  auto* const totals = reinterpret_cast<float*>(all_memory + params.plan.warps);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int warp = __shfl_sync(~0u, thread / kWarpLanes, 0);
-  const CtaTask task = cta_task<Traits>(params, blockIdx.x);
+  const CtaTask task = cta_task<Traits>(params, static_cast<int>(blockIdx.x),
+                                        static_cast<int>(blockIdx.y + gridDim.y * blockIdx.z));
+  if (task.first_n >= params.problem.N) return;  // the grid is a box
+  WarpMemory<Traits>& memory = all_memory[warp];
 
   GpuGemmWarp::Lanes<LaneConstants80<Traits>> constants;
-  GpuGemmWarp::Lanes<LaneWeights<Traits>> weights{};
   GpuGemmWarp::Lanes<LaneScales<Traits>> scales;
-  GpuGemmWarp::Lanes<LaneActivations<Traits>> activations{};
   make_constants<Traits, GpuGemmWarp>(params, task, constants);
-  load_first_codes<Traits, GpuGemmWarp>(task, warp, constants, weights);
+  if (!params.early_weights) wait_for_kernel_before();
+  copy_first_weights<Traits, GpuGemmWarp>(task, warp, constants, memory);
   GpuGemmWarp::for_each_lane([&](int lane) {
     load_weight_scales<Traits, GpuGemmWarp>(params, task, warp, lane, scales[lane]);
   });
-  wait_for_kernel_before();
+  wait_for_kernel_before();  // returns at once where it has
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   GpuGemmWarp::for_each_lane([&](int lane) {
     load_activation_scales<Traits, GpuGemmWarp>(params, task, warp, lane, scales[lane]);
   });
-  load_first_activations<Traits, GpuGemmWarp>(task, warp, constants, activations);
+  copy_first_activations<Traits, GpuGemmWarp>(task, warp, constants, memory);
 
   for (int round = 0; round < params.plan.rounds; ++round) {
     const int segment = round * params.plan.warps + warp;
     if (segment < task.segments) {
-      multiply_segment<Traits, GpuGemmWarp>(params, task, segment, memory[warp], constants, weights,
-                                            scales, activations);
+      multiply_segment<Traits, GpuGemmWarp>(params, task, segment, memory, constants, scales);
     }
     __syncthreads();
-    add_round<Traits>(params, task, round, memory, totals, thread, threads);
+    add_round<Traits>(params, task, round, all_memory, totals, thread, threads);
     __syncthreads();
   }
 }
@@ -77,39 +76,51 @@ struct GemmSm80 {
 
   static constexpr int kSharedMemory = gemm_sm80_shared_memory(
       gemm_sm80_max_warps(kRowTiles, kColumnTiles), kRowTiles, kColumnTiles);
-  static_assert(sizeof(WarpMemory<Traits>) == 1024 * (kRowTiles + kColumnTiles));
-  static_assert(kSharedMemory <= 99 * 1024, "what a CTA of sm_86 and sm_89 can have");
+  static_assert(sizeof(WarpMemory<Traits>) == gemm_sm80_warp_memory(kRowTiles, kColumnTiles));
+  static_assert(kSharedMemory <= gemm_sm80_most_shared_memory(90), "all warps, on sm_90");
+  static_assert(gemm_sm80_warps(kRowTiles, kColumnTiles, gemm_sm80_most_shared_memory(86)) > 4,
+                "more than a warp for each scheduler, on any device");
+
+  // More than 48 KiB must be asked for, once on each device.
+  static void allow_shared_memory(const Device& device) {
+    static DeviceSet allowed;
+    if (allowed.has(device.index)) return;
+    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, device.shared_memory);
+    DUQPP_CHECK_CUDA(kOp, cudaFuncSetAttribute(
+                              gemm_sm80_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              gemm_sm80_shared_memory(warps, kRowTiles, kColumnTiles)));
+    allowed.add(device.index);
+  }
 
   static void launch(const MXFP4GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
-    const auto ceil_div = [](int64_t a, int64_t b) {
-      return static_cast<unsigned>((a + b - 1) / b);
-    };
-    GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), 1};
-    // More than 48 KiB must be asked for.
-    DUQPP_CHECK_CUDA(
-        kOp, cudaFuncSetAttribute(gemm_sm80_kernel<Traits>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
+    constexpr int64_t kMostInGrid = 65535;  // along y, and along z
+    const Device device = current_device(kOp);
+    const GemmSm80Params params{
+        problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles, device.shared_memory),
+        plan.early_weights};
+    allow_shared_memory(device);
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     // Parts of x side by side: those that read the same W run at the same time, and share it in L2.
-    params.row_parts = static_cast<int>(ceil_div(problem.M, 8 * kColumnTiles));
-    config.gridDim = dim3(ceil_div(problem.N, kFragmentRows * kRowTiles) * params.row_parts);
+    const int64_t parts = ceil_div(problem.M, 8 * kColumnTiles);
+    const int64_t tiles = ceil_div(problem.N, kFragmentRows * kRowTiles);
+    const int64_t layers = ceil_div(tiles, kMostInGrid);
+    config.gridDim =
+        dim3(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(tiles, layers)),
+             static_cast<unsigned>(layers));
     config.blockDim = dim3(params.plan.warps * kWarpLanes);
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
     config.stream = stream;
     config.attrs = &overlap;
-    // W is read before the wait: a kernel that may have written it must have ended.
-    config.numAttrs =
-        plan.early_weights && current_device(kOp).capability_major >= 9 && has_wait<Traits>() ? 1
-                                                                                              : 0;
+    config.numAttrs = device.capability_major >= 9 && has_wait<Traits>() ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 
-  static bool can_implement(const MXFP4GemmProblem& problem, const GemmPlan& plan) {
-    return problem.N % 8 == 0 && problem.K % kBlockSize == 0 &&
-           gemm_tiles(plan.kernel, problem.M, problem.N) <= std::numeric_limits<int32_t>::max();
+  // Any M and N that are 32-bit integers fit the grid.
+  static bool can_implement(const MXFP4GemmProblem& problem, const GemmPlan&) {
+    return problem.N % 8 == 0 && problem.K % kBlockSize == 0;
   }
   static int64_t workspace_size(const MXFP4GemmProblem&, const GemmPlan&) { return 0; }
   static std::string clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {

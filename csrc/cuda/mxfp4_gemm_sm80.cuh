@@ -7,8 +7,11 @@
 // sums to its totals in the order of segments. A CTA has all of K: the order of every sum is fixed,
 // and an output does not depend on the batch.
 //
-// Traffic. W streams from memory to registers, 4.25 bits a value, kStagePairs pairs of blocks
-// ahead, a lane's 16 bytes at a time (format/weight_fragment.h). x is read once per CTA, from L2.
+// Traffic. W streams from memory, 4.25 bits a value, x is read once per CTA, from L2. Each warp has
+// the codes of kStages pairs of blocks on the way to a ring in shared memory (cp.async): a lane
+// copies what it multiplies itself (format/weight_fragment.h), so that it waits for its own copies
+// and for no other lane, and for the oldest pair alone. Registers could hold as much, but a load to
+// registers is waited for by scoreboard, of which there are six, and compilers give one to all.
 //
 // Arithmetic. Twice an E2M1 value is an integer of at most 12, so that one MMA is a block's exact
 // dot product, times four. A code becomes an integer by PRMT, whose selectors are nibbles: three
@@ -44,9 +47,10 @@ template <int kRowTiles_, int kColumnTiles_>
 struct GemmSm80Traits {
   static constexpr int kRowTiles = kRowTiles_;        // tiles of 16 rows of W
   static constexpr int kColumnTiles = kColumnTiles_;  // tiles of 8 rows of x
-  static constexpr int kStagePairs = 2;
+  static constexpr int kStages = gemm_sm80_stages(kRowTiles);
   static constexpr int kSegmentPairs = kSegmentBlocks / kPairBlocks;
-  static_assert(kSegmentPairs % kStagePairs == 0);
+  static_assert(kStages >= 2, "one is multiplied while another is on its way");
+  static_assert(kSegmentPairs % kStages == 0, "pair p of K has place p % kStages of the ring");
   static constexpr int kMaxThreads = kWarpLanes * gemm_sm80_max_warps(kRowTiles, kColumnTiles);
   static constexpr int kSums = gemm_sm80_sums(kRowTiles, kColumnTiles);
 };
@@ -54,7 +58,7 @@ struct GemmSm80Traits {
 struct GemmSm80Params {
   MXFP4GemmProblem problem;
   GemmSm80Plan plan;
-  int row_parts;  // CTAs side by side that share rows of W: parts of the rows of x
+  bool early_weights;  // W may be read before the kernel before has ended
 };
 
 // ---- Constants ----
@@ -100,11 +104,6 @@ struct MmaC32 {  // row r: columns 2 q, 2 q + 1; row r + 8
 };
 
 template <class Traits>
-struct LaneWeights {  // codes of the pairs in flight
-  Words pair[Traits::kStagePairs][Traits::kRowTiles];
-};
-
-template <class Traits>
 struct LaneScales {  // of the next segment, for blocks 4 q .. 4 q + 3: rows r and r + 8 of W, row r
                      // of x
   uint32_t weight[Traits::kRowTiles][2];
@@ -112,23 +111,32 @@ struct LaneScales {  // of the next segment, for blocks 4 q .. 4 q + 3: rows r a
 };
 
 template <class Traits>
-struct LaneActivations {  // codes of the next pair
-  uint32_t word[kPairBlocks][Traits::kColumnTiles];
-};
-
-template <class Traits>
 struct LaneSums {
   float value[Traits::kRowTiles][Traits::kColumnTiles][4];
 };
 
-// What a warp keeps of a segment in shared memory, by block. When it is done, its sums go there.
+// The codes of a pair of blocks, each lane's where it alone writes and reads them.
+struct alignas(8) PairWords {
+  uint32_t word[kPairBlocks];
+};
 template <class Traits>
-union WarpMemory {
-  struct {
-    float weight[kSegmentBlocks][8][2 * Traits::kRowTiles];        // [r][tile, r or r + 8]
-    float activation[Traits::kColumnTiles][kSegmentBlocks][8][2];  // [row of x][a, -kMagic a]
-  } scales;
-  float sums[Traits::kSums];  // [tile of W][tile of x][value of MmaC32][lane]
+struct PairCodes {
+  Words weight[Traits::kRowTiles][kWarpLanes];  // as format/weight_fragment.h has them
+  PairWords activation[Traits::kColumnTiles][kWarpLanes];
+};
+
+// What a warp keeps in shared memory: the ring, and of a segment the scales, by block. When the
+// segment is done, its sums take their place.
+template <class Traits>
+struct WarpMemory {
+  PairCodes<Traits> ring[Traits::kStages];
+  union {
+    struct {
+      float weight[kSegmentBlocks][8][2 * Traits::kRowTiles];        // [r][tile, r or r + 8]
+      float activation[Traits::kColumnTiles][kSegmentBlocks][8][2];  // [row of x][a, -kMagic a]
+    } scales;
+    float sums[Traits::kSums];  // [tile of W][tile of x][value of MmaC32][lane]
+  };
 };
 
 // What does not change from segment to segment: the first row of W and of x.
@@ -139,12 +147,13 @@ struct CtaTask {
   bool whole;  // none of them of 8 rows
 };
 
+// `part` counts parts of the rows of x, `tile` those of W.
 template <class Traits>
-DUQPP_WARP_PROGRAM CtaTask cta_task(const GemmSm80Params& params, int cta) {
-  const int64_t first_n = int64_t{cta / params.row_parts} * Traits::kRowTiles * kFragmentRows;
+DUQPP_WARP_PROGRAM CtaTask cta_task(const GemmSm80Params& params, int part, int tile) {
+  const int64_t first_n = int64_t{tile} * Traits::kRowTiles * kFragmentRows;
   const int64_t rows = params.problem.N - first_n;
   return {first_n,
-          int64_t{cta % params.row_parts} * Traits::kColumnTiles * 8,
+          int64_t{part} * Traits::kColumnTiles * 8,
           static_cast<int>(params.problem.K / kBlockSize),
           params.plan.segments,
           params.plan.warps,
@@ -189,37 +198,75 @@ DUQPP_WARP_PROGRAM void make_constants(
   });
 }
 
-// Whether a segment is there and the usual loop takes it, as far as shapes go.
+// Whether the usual loop takes a segment, as far as shapes go.
 DUQPP_WARP_PROGRAM bool is_plain(const CtaTask& task, int segment) {
-  return segment < task.segments && task.whole &&
-         (segment + 1 < task.segments || task.blocks % kPairBlocks == 0);
+  return task.whole && (segment + 1 < task.segments || task.blocks % kPairBlocks == 0);
 }
 
 // ---- Loads ----
 
-// The codes of a pair of blocks, counted from the first of K, where it is there. Otherwise the
-// words stay: whatever they are, the scales of x make them 0.
+// Pairs of whole tiles, counted from the first of K, that the usual loop may ask for.
+DUQPP_WARP_PROGRAM bool has_pair(const CtaTask& task, int pair) {
+  return task.whole && pair < task.blocks / kPairBlocks;
+}
+
+// Start to copy a pair's codes of W, and of x, where it is there: it is waited for in any case.
 template <class Traits, class Warp>
-DUQPP_WARP_PROGRAM void load_codes(const CtaTask& task, const LaneConstants80<Traits>& constants,
-                                   int pair, bool valid, Words (&words)[Traits::kRowTiles]) {
+DUQPP_WARP_PROGRAM void copy_weights(
+    const CtaTask& task, const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
+    int pair, PairCodes<Traits>& codes) {
+  Warp::for_each_lane([&](int lane) {
+    DUQPP_UNROLL
+    for (int t = 0; t < Traits::kRowTiles; ++t) {
+      const int64_t tile_bytes = int64_t{task.blocks} * 256;
+      Warp::copy(codes.weight[t][lane],
+                 constants[lane].weight + t * tile_bytes + int64_t{pair} * 512,
+                 has_pair(task, pair) && t < task.tiles);
+    }
+  });
+}
+
+template <class Traits, class Warp>
+DUQPP_WARP_PROGRAM void copy_activations(
+    const CtaTask& task, const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
+    int pair, PairCodes<Traits>& codes) {
+  Warp::for_each_lane([&](int lane) {
+    DUQPP_UNROLL
+    for (int t = 0; t < Traits::kColumnTiles; ++t) {
+      DUQPP_UNROLL
+      for (int b = 0; b < kPairBlocks; ++b) {
+        Warp::copy(codes.activation[t][lane].word[b],
+                   constants[lane].activation[t] + int64_t{pair} * 32 + 16 * b,
+                   has_pair(task, pair));
+      }
+    }
+  });
+}
+
+// Start to copy the first kStages pairs of a segment, one group of copies for each. Before x is
+// known to be there, those of W.
+template <class Traits, class Warp>
+DUQPP_WARP_PROGRAM void copy_first_weights(
+    const CtaTask& task, int segment,
+    const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
+    WarpMemory<Traits>& memory) {
   DUQPP_UNROLL
-  for (int t = 0; t < Traits::kRowTiles; ++t) {
-    const int64_t tile_bytes = int64_t{task.blocks} * 256;
-    Warp::load_once(words[t], constants.weight + t * tile_bytes + int64_t{pair} * 512,
-                    valid && t < task.tiles);
+  for (int j = 0; j < Traits::kStages; ++j) {
+    copy_weights<Traits, Warp>(task, constants, segment * Traits::kSegmentPairs + j,
+                               memory.ring[j]);
   }
 }
 
 template <class Traits, class Warp>
-DUQPP_WARP_PROGRAM void load_activations(const LaneConstants80<Traits>& constants, int pair,
-                                         bool valid, LaneActivations<Traits>& activations) {
+DUQPP_WARP_PROGRAM void copy_first_activations(
+    const CtaTask& task, int segment,
+    const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
+    WarpMemory<Traits>& memory) {
   DUQPP_UNROLL
-  for (int t = 0; t < Traits::kColumnTiles; ++t) {
-    DUQPP_UNROLL
-    for (int b = 0; b < kPairBlocks; ++b) {
-      Warp::load_word(activations.word[b][t], constants.activation[t] + int64_t{pair} * 32 + 16 * b,
-                      valid);
-    }
+  for (int j = 0; j < Traits::kStages; ++j) {
+    copy_activations<Traits, Warp>(task, constants, segment * Traits::kSegmentPairs + j,
+                                   memory.ring[j]);
+    Warp::commit_copies();
   }
 }
 
@@ -268,46 +315,16 @@ DUQPP_WARP_PROGRAM void load_activation_scales(const GemmSm80Params& params, con
   }
 }
 
-// What a warp loads of a segment of W ahead of it, and of x: of W also before x is known to be
-// there.
-template <class Traits, class Warp>
-DUQPP_WARP_PROGRAM void load_first_codes(
-    const CtaTask& task, int segment,
-    const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
-    typename Warp::template Lanes<LaneWeights<Traits>>& weights) {
-  Warp::for_each_lane([&](int lane) {
-    DUQPP_UNROLL
-    for (int j = 0; j < Traits::kStagePairs; ++j) {
-      const int pair = segment * Traits::kSegmentPairs + j;
-      load_codes<Traits, Warp>(task, constants[lane], pair,
-                               is_plain(task, segment) && kPairBlocks * pair < task.blocks,
-                               weights[lane].pair[j]);
-    }
-  });
-}
-
-template <class Traits, class Warp>
-DUQPP_WARP_PROGRAM void load_first_activations(
-    const CtaTask& task, int segment,
-    const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
-    typename Warp::template Lanes<LaneActivations<Traits>>& activations) {
-  Warp::for_each_lane([&](int lane) {
-    load_activations<Traits, Warp>(constants[lane], segment * Traits::kSegmentPairs,
-                                   is_plain(task, segment), activations[lane]);
-  });
-}
-
 // ---- Arithmetic ----
 
 DUQPP_HOST_DEVICE constexpr bool is_huge_scale(uint32_t exponent) {
   return exponent >= kFirstHugeScale && exponent != kNanScale;
 }
 
-// The scales of a segment as floats; those of x beyond the last block are 0. Returns whether one of
-// x, in any lane, is too large for the usual arithmetic.
+// The scales of a segment as floats, of blocks beyond the last whatever they are. Returns whether
+// one of x, in any lane, is too large for the usual arithmetic.
 template <class Traits, class Warp>
 DUQPP_WARP_PROGRAM bool decode_scales(
-    const CtaTask& task, int segment,
     const typename Warp::template Lanes<LaneScales<Traits>>& scales, WarpMemory<Traits>& memory) {
   typename Warp::template Lanes<bool> huge;
   Warp::for_each_lane([&](int lane) {
@@ -323,11 +340,10 @@ DUQPP_WARP_PROGRAM bool decode_scales(
           weight[2 * t + h] = decode_e8m0((scales[lane].weight[t][h] >> (8 * i)) & 0xFFu);
         }
       }
-      const bool live = segment * kSegmentBlocks + block < task.blocks;
       DUQPP_UNROLL
       for (int t = 0; t < Traits::kColumnTiles; ++t) {
         const uint32_t exponent = (scales[lane].activation[t] >> (8 * i)) & 0xFFu;
-        const float a = live ? decode_e8m0(exponent) : 0.0f;
+        const float a = decode_e8m0(exponent);
         float (&activation)[2] = memory.scales.activation[t][block][lane_row(lane)];
         activation[0] = a;
         activation[1] = -kMagic * a;
@@ -427,54 +443,46 @@ DUQPP_WARP_PROGRAM void multiply_block(
   }
 }
 
-// The blocks of a plain segment, while what comes after them is loaded.
+// The blocks of a plain segment. The place of a pair in the ring, once it is in registers, goes to
+// the pair kStages after it, in the warp's next segment where this one has no more: kStages groups
+// of copies are under way at any time, the oldest that of the pair that comes next.
 template <class Traits, class Warp>
 DUQPP_WARP_PROGRAM void multiply_plain(
-    const CtaTask& task, int segment, const WarpMemory<Traits>& memory,
+    const CtaTask& task, int segment, WarpMemory<Traits>& memory,
     const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
-    typename Warp::template Lanes<LaneWeights<Traits>>& weights,
-    typename Warp::template Lanes<LaneActivations<Traits>>& activations,
     typename Warp::template Lanes<LaneSums<Traits>>& sums) {
-  constexpr int kPairs = Traits::kSegmentPairs, kStage = Traits::kStagePairs;
-  const int all_pairs = task.blocks / kPairBlocks;
-  const int begin = segment * kPairs;
-  const int end = begin + kPairs < all_pairs ? begin + kPairs : all_pairs;
-  const int next_segment = segment + task.warps;
-  const bool next_is_plain = is_plain(task, next_segment);
+  constexpr int kPairs = Traits::kSegmentPairs;
+  const int first = segment * kPairs;
+  const int left = task.blocks / kPairBlocks - first;
+  const int pairs = left < kPairs ? left : kPairs;
   DUQPP_NO_UNROLL
-  for (int first = begin; first < end; first += kStage) {
-    const bool last = first + kStage >= end;
-    const int next = last ? next_segment * kPairs : first + kStage;
-    const bool valid = !last || next_is_plain;
-    DUQPP_UNROLL
-    for (int j = 0; j < kStage; ++j) {
-      const auto x = activations;
-      Warp::for_each_lane([&](int lane) {
-        const bool within = j + 1 < kStage;
-        load_activations<Traits, Warp>(constants[lane], within ? first + j + 1 : next,
-                                       within ? first + j + 1 < end : valid, activations[lane]);
-      });
+  for (int pair = 0; pair < pairs; ++pair) {
+    typename Warp::template Lanes<LaneBlock<Traits>> codes[kPairBlocks];
+    PairCodes<Traits>& place = memory.ring[static_cast<unsigned>(pair) % Traits::kStages];
+    Warp::template wait_for_copies<Traits::kStages - 1>();
+    Warp::for_each_lane([&](int lane) {
       DUQPP_UNROLL
-      for (int b = 0; b < kPairBlocks; ++b) {
-        typename Warp::template Lanes<LaneBlock<Traits>> codes;
-        Warp::for_each_lane([&](int lane) {
-          DUQPP_UNROLL
-          for (int t = 0; t < Traits::kRowTiles; ++t) {
-            codes[lane].weight[t][0] = weights[lane].pair[j][t].word[2 * b];
-            codes[lane].weight[t][1] = weights[lane].pair[j][t].word[2 * b + 1];
-          }
-          DUQPP_UNROLL
-          for (int t = 0; t < Traits::kColumnTiles; ++t) {
-            codes[lane].activation[t] = x[lane].word[b][t];
-          }
-        });
-        multiply_block<Traits, false, Warp>(memory, kPairBlocks * (first - begin + j) + b,
-                                            constants, codes, sums);
+      for (int t = 0; t < Traits::kRowTiles; ++t) {
+        const Words weight = place.weight[t][lane];
+        DUQPP_UNROLL
+        for (int i = 0; i < 4; ++i) codes[i / 2][lane].weight[t][i % 2] = weight.word[i];
       }
-      Warp::for_each_lane([&](int lane) {
-        load_codes<Traits, Warp>(task, constants[lane], next + j, valid && next + j < all_pairs,
-                                 weights[lane].pair[j]);
-      });
+      DUQPP_UNROLL
+      for (int t = 0; t < Traits::kColumnTiles; ++t) {
+        const PairWords activation = place.activation[t][lane];
+        DUQPP_UNROLL
+        for (int b = 0; b < kPairBlocks; ++b) codes[b][lane].activation[t] = activation.word[b];
+      }
+    });
+    const int ahead = pair + Traits::kStages;
+    const int next = first + ahead + (ahead < pairs ? 0 : (task.warps - 1) * kPairs);
+    copy_weights<Traits, Warp>(task, constants, next, place);
+    copy_activations<Traits, Warp>(task, constants, next, place);
+    Warp::commit_copies();
+    DUQPP_UNROLL
+    for (int b = 0; b < kPairBlocks; ++b) {
+      multiply_block<Traits, false, Warp>(memory, kPairBlocks * pair + b, constants, codes[b],
+                                          sums);
     }
   }
 }
@@ -517,17 +525,15 @@ DUQPP_WARP_PROGRAM void multiply_any(
   }
 }
 
-// A warp's part of a round: the sums of a segment, in its memory. Loads the start of the segment
-// that it has in the next round.
+// A warp's part of a round: the sums of a segment, in its memory. The start of the segment that it
+// has in the next round is on its way then, as that of this one is at first.
 template <class Traits, class Warp>
 DUQPP_WARP_PROGRAM void multiply_segment(
     const GemmSm80Params& params, const CtaTask& task, int segment, WarpMemory<Traits>& memory,
     const typename Warp::template Lanes<LaneConstants80<Traits>>& constants,
-    typename Warp::template Lanes<LaneWeights<Traits>>& weights,
-    typename Warp::template Lanes<LaneScales<Traits>>& scales,
-    typename Warp::template Lanes<LaneActivations<Traits>>& activations) {
+    typename Warp::template Lanes<LaneScales<Traits>>& scales) {
   typename Warp::template Lanes<LaneSums<Traits>> sums;
-  const bool huge = decode_scales<Traits, Warp>(task, segment, scales, memory);
+  const bool huge = decode_scales<Traits, Warp>(scales, memory);
   const int next = segment + task.warps;
   // Addresses that are needed once a segment are computed then, and take no registers until.
   CtaTask here = task;
@@ -538,12 +544,14 @@ DUQPP_WARP_PROGRAM void multiply_segment(
     load_activation_scales<Traits, Warp>(params, here, next, lane, scales[lane]);
     sums[lane] = LaneSums<Traits>{};
   });
+  Warp::sync();  // lanes took their own number of turns for bytes of scales
   if (is_plain(task, segment) && !huge) {
-    multiply_plain<Traits, Warp>(task, segment, memory, constants, weights, activations, sums);
+    multiply_plain<Traits, Warp>(task, segment, memory, constants, sums);
   } else {
     multiply_any<Traits, Warp>(params, here, segment, memory, constants, sums);
-    load_first_codes<Traits, Warp>(task, next, constants, weights);
-    load_first_activations<Traits, Warp>(task, next, constants, activations);
+    Warp::template wait_for_copies<0>();  // none may land on those that take its place
+    copy_first_weights<Traits, Warp>(task, next, constants, memory);
+    copy_first_activations<Traits, Warp>(task, next, constants, memory);
   }
   Warp::sync();  // the sums take the place of the scales
   Warp::for_each_lane([&](int lane) {

@@ -7,8 +7,8 @@
 
 namespace duqpp::cuda {
 
-// Loads are volatile: they keep their order, and those of x cannot move above the wait for the
-// kernel before this one.
+// Loads and copies are volatile: they keep their order, and those of x cannot move above the wait
+// for the kernel before this one.
 struct GpuGemmWarp {
   template <class T>
   struct Lanes {
@@ -22,14 +22,38 @@ struct GpuGemmWarp {
     body(static_cast<int>(threadIdx.x) % kWarpLanes);
   }
 
-  // 128 bits where `valid`, which no other warp will ask for: W leaves L1 to x.
-  static __device__ __forceinline__ void load_once(Words& words, const void* address, bool valid) {
+  // Copies to shared memory, where `valid`, that take their time: 128 bits, which no other warp
+  // will ask for and which leave L1 to x, or 32. They end in groups, those of a lane in order. A
+  // load from the same place that comes before a copy reads what was there: both pass through one
+  // queue, in order. Source: PTX ISA, cp.async.
+  static __device__ __forceinline__ void copy(Words& to, const void* from, bool valid) {
     asm volatile(
         "{.reg .pred valid;\n"
-        "setp.ne.b32 valid, %5, 0;\n"
-        "@valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
-        : "l"(address), "r"(static_cast<int>(valid)));
+        "setp.ne.b32 valid, %2, 0;\n"
+        "@valid cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared_address(&to)),
+        "l"(from), "r"(static_cast<int>(valid))
+        : "memory");
+  }
+
+  static __device__ __forceinline__ void copy(uint32_t& to, const void* from, bool valid) {
+    asm volatile(
+        "{.reg .pred valid;\n"
+        "setp.ne.b32 valid, %2, 0;\n"
+        "@valid cp.async.ca.shared.global [%0], [%1], 4;}" ::"r"(shared_address(&to)),
+        "l"(from), "r"(static_cast<int>(valid))
+        : "memory");
+  }
+
+  // The copies since the last such call are a group, none of them too.
+  static __device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // Until all groups but the newest kGroups have ended: what they brought is there for the lane
+  // that copied it.
+  template <int kGroups>
+  static __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
   }
 
   // 32 bits where `valid`; otherwise `word` keeps its value.
@@ -86,8 +110,13 @@ struct GpuGemmWarp {
     return __any_sync(~0u, condition.value) != 0;
   }
 
-  // What a lane wrote to shared memory is there for the others.
+  // What a lane wrote to shared memory is there for the others; all lanes are at one place.
   static __device__ __forceinline__ void sync() { __syncwarp(); }
+
+ private:
+  static __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  }
 };
 
 }  // namespace duqpp::cuda

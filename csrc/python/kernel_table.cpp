@@ -56,19 +56,20 @@ void bind_kernel_table(py::module_& module) {
       "reason for which one is chosen.");
   module.def(
       "gemm_sm80_launch",
-      [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K) {
+      [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K, int arch) {
         const cuda::GemmKernelInfo& info = cuda::gemm_kernel_info(plan.kernel);
         if (info.arch != 80) throw py::value_error(std::string(info.name) + " is not for sm_80");
         const int rows = info.tile_m / 16, columns = info.tile_n / 8;
-        const cuda::GemmSm80Plan split = cuda::plan_gemm_sm80(K, rows, columns);
+        const cuda::GemmSm80Plan split =
+            cuda::plan_gemm_sm80(K, rows, columns, cuda::gemm_sm80_most_shared_memory(arch));
         return py::dict(
             "ctas"_a = cuda::gemm_tiles(plan.kernel, M, N), "warps"_a = split.warps,
             "rounds"_a = split.rounds, "segments"_a = split.segments,
             "shared_memory"_a = cuda::gemm_sm80_shared_memory(split.warps, rows, columns));
       },
-      "plan"_a, "M"_a, "N"_a, "K"_a,
-      "How a kernel for sm_80 is launched: ctas, warps of each, rounds in which these take the "
-      "segments of K, and bytes of shared memory of a CTA.");
+      "plan"_a, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
+      "How a kernel for sm_80 is launched on compute capability arch / 10: ctas, warps of each, "
+      "rounds in which these take the segments of K, and bytes of shared memory of a CTA.");
   module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "sm_count"_a,
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");

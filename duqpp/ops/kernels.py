@@ -133,10 +133,11 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
     known = crossover(machine.capability)
     if known is not None and m >= known.at(n, k):
         return _large_gemm(m, n, k, machine, known)
-    plan = library.select_gemm(m, n, k, arch=10 * major + minor, sm_count=machine.sm_count)
+    arch = 10 * major + minor
+    plan = library.select_gemm(m, n, k, arch=arch, sm_count=machine.sm_count)
     row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
     if row["arch"] == 80:
-        launch = library.gemm_sm80_launch(plan, m, n, k)
+        launch = library.gemm_sm80_launch(plan, m, n, k, arch=arch)
         warps, rounds, segments = (launch[key] for key in ("warps", "rounds", "segments"))
         return Kernel(
             f"{plan.kernel} of N x M, {_count(launch['ctas'], 'CTA')} of {_count(warps, 'warp')}, "

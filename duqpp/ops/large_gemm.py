@@ -211,7 +211,10 @@ def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _float32_sums() -> Iterator[None]:
-    """Keep cuBLAS from adding parts of a sum in bfloat16, which torch allows it by default."""
+    """Keep cuBLAS from adding parts of a sum in bfloat16, which torch allows it by default.
+
+    A boolean restores split-k with it: torch refuses to allow the former without the latter.
+    """
     settings = torch.backends.cuda.matmul
     if not settings.allow_bf16_reduced_precision_reduction:
         yield

@@ -6,20 +6,38 @@ from types import SimpleNamespace
 import pytest
 import timing
 import torch
-from timing import COLD_BYTES, MOST_CALLS, WARM_UPS, CudaClock, HostClock, alternate, copies_for
+from timing import (
+    COLD_BYTES,
+    MOST_CALLS,
+    PROBE_CALLS,
+    SLEEP_CYCLES,
+    WARM_UPS,
+    CudaClock,
+    HostClock,
+    alternate,
+    copies_for,
+)
 
 
 class PlayedCuda:
-    """What CudaClock uses of torch.cuda: work takes the seconds it says, and is written down."""
+    """What CudaClock uses of torch.cuda: work takes the seconds it says, and is written down.
 
-    def __init__(self) -> None:
+    launch: seconds more that a call takes where Python makes it, and no graph.
+    """
+
+    def __init__(self, launch: float = 0.0) -> None:
         self.now, self.log, self.pools, self._captured = 0.0, [], [], None
+        self._launch = launch
 
     def work(self, name: str, seconds: float):
         def call() -> None:
             if self._captured is not None:
-                self._captured.append(call)
+                self._captured.append(run)
                 return
+            self.now += self._launch
+            run()
+
+        def run() -> None:
             self.now += seconds
             self.log.append(name)
 
@@ -55,6 +73,10 @@ class PlayedCuda:
     def synchronize(self) -> None:
         self.log.append("sync")
 
+    def _sleep(self, cycles: int) -> None:
+        assert cycles == SLEEP_CYCLES
+        self.log.append("sleep")
+
 
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize(("seconds", "calls"), [(1e-5, MOST_CALLS), (3e-4, 3), (5e-3, 1)])
@@ -64,29 +86,45 @@ def test_a_sample_lasts_a_millisecond_and_starts_cold_or_warm(graph, seconds, ca
         flush = cuda.work("flush", 1e-4)
         clock = CudaClock(cold=cold, graph=graph, cuda=cuda, flush=flush if cold else None)
         timer = clock.timers({"a": cuda.work("a", seconds)})["a"]
-        # Warm-ups, then one call whose time says how many make a sample.
-        assert cuda.log == [*["a"] * WARM_UPS, "sync", "|", "a", "|"]
+        # Warm-ups, then some calls whose time says how many make a sample.
+        probe = ["a"] * PROBE_CALLS
+        assert cuda.log == [*["a"] * WARM_UPS, "sync", *probe, "sleep", "|", *probe, "|"]
         for _ in range(2):
             cuda.log.clear()
             assert timer() == pytest.approx(seconds)
             before = ["flush"] if cold else ["a"] * calls
-            assert cuda.log == [*before, "|", *["a"] * calls, "|"]
+            assert cuda.log == [*before, "sleep", "|", *["a"] * calls, "|"]
 
 
-def test_the_flush_writes_twice_what_the_l2_holds(monkeypatch):
-    empty, made = torch.empty, []
+def test_launches_by_python_do_not_shorten_a_sample():
+    cuda = PlayedCuda(launch=5e-5)
+    timer = CudaClock(cold=False, cuda=cuda).timers({"a": cuda.work("a", 1.2e-5)})["a"]
+    cuda.log.clear()
+    assert timer() == pytest.approx(1.2e-5)
+    assert cuda.log.count("a") == 2 * MOST_CALLS  # untimed, to warm the L2, and timed
+
+
+def test_the_flush_reads_twice_what_the_l2_holds_and_writes_next_to_nothing(monkeypatch):
+    empty, amax, read = torch.empty, torch.amax, []
 
     def on_the_host(size: int, *, dtype: torch.dtype, device: str) -> torch.Tensor:
         assert device == "cuda"
-        made.append(empty(size, dtype=dtype).fill_(1))
-        return made[-1]
+        return empty(size, dtype=dtype).fill_(1)
+
+    def watched(values: torch.Tensor, *arguments, out: torch.Tensor, **options) -> torch.Tensor:
+        read.append((values.nbytes, out.nbytes, bool(values.any())))
+        return amax(values, *arguments, out=out, **options)
 
     monkeypatch.setattr(torch, "empty", on_the_host)
+    monkeypatch.setattr(torch, "amax", watched)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     facts = {3: SimpleNamespace(L2_cache_size=1024)}
     monkeypatch.setattr(torch.cuda, "get_device_properties", facts.__getitem__)
-    CudaClock(cold=True, cuda=None)._flush()
-    assert made[0].nbytes == 2048 and not made[0].any()
+    clock = CudaClock(cold=True, cuda=None)
+    assert read == []
+    clock._flush()
+    clock._flush()
+    assert read == [(2048, 4, False)] * 2
 
 
 def test_the_clock_of_a_device():
@@ -99,7 +137,7 @@ def test_candidates_share_one_pool_and_take_turns():
     clock = CudaClock(cold=True, cuda=cuda, flush=cuda.work("flush", 0))
     calls = {"a": cuda.work("a", 2e-3), "b": cuda.work("b", 1e-3)}
     times, ratios = alternate(calls, clock, seconds=0, turns=4)
-    assert len(set(cuda.pools)) == 1 and len(cuda.pools) == 2
+    assert len(set(cuda.pools)) == 1 and len(cuda.pools) == 4
     assert [entry for entry in cuda.log if entry in "ab"][-8:] == ["a", "b"] * 4
     assert times["a"].median == pytest.approx(2e-3) and times["a"].turns == 4
     assert ratios == pytest.approx({"a": 1, "b": 2})

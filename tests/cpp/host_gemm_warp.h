@@ -1,9 +1,14 @@
 // The warp policy of csrc/cuda/mxfp4_gemm_sm80.cuh on a CPU: 32 lanes as an array, and its two
-// special instructions written from their definitions.
+// special instructions written from their definitions. A copy to shared memory arrives when its
+// group is waited for and not before: until then its place holds codes that no result may come
+// from.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <utility>
+#include <vector>
 
 #include "cuda/mxfp4_gemm_sm80.cuh"
 
@@ -22,10 +27,41 @@ struct HostGemmWarp {
 
   static inline int misaligned_loads = 0;
 
-  static void load_once(duqpp::Words& words, const void* address, bool valid) {
+  // A warp's copies, in groups; the newest takes more until it is committed.
+  struct Copy {
+    void* to;
+    std::vector<uint8_t> bytes;
+  };
+  using Group = std::vector<Copy>;
+  struct Copies {
+    Group open;
+    std::deque<Group> committed;
+  };
+  static inline Copies* copies = nullptr;  // of the warp that runs
+
+  template <class T>
+  static void copy(T& to, const void* from, bool valid) {
     if (!valid) return;
-    misaligned_loads += reinterpret_cast<uintptr_t>(address) % sizeof words != 0;
-    std::memcpy(&words, address, sizeof words);
+    misaligned_loads += reinterpret_cast<uintptr_t>(from) % sizeof to != 0;
+    misaligned_loads += reinterpret_cast<uintptr_t>(&to) % sizeof to != 0;
+    const auto* const bytes = static_cast<const uint8_t*>(from);
+    copies->open.push_back({&to, {bytes, bytes + sizeof to}});
+    std::memset(&to, 0x5A, sizeof to);
+  }
+
+  static void commit_copies() {
+    copies->committed.push_back(std::move(copies->open));
+    copies->open.clear();
+  }
+
+  template <int kGroups>
+  static void wait_for_copies() {
+    while (copies->committed.size() > kGroups) {
+      for (const Copy& copy : copies->committed.front()) {
+        std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+      }
+      copies->committed.pop_front();
+    }
   }
 
   static void load_word(uint32_t& word, const void* address, bool valid) {

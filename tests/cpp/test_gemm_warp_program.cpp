@@ -1,7 +1,7 @@
 // The whole program of mxfp4_gemm_sm80, CTAs, rounds, warps and lanes, on a CPU: every byte of out
 // against the CPU's portable GEMM, over ragged shapes, scales of every size, NaN among them, and
-// memory around and between the operands that no result may show. And the weight layout: a
-// permutation, undone by its inverse.
+// memory around and between the operands that no result may show, codes on their way to shared
+// memory among it. And the weight layout: a permutation, undone by its inverse.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -32,6 +32,7 @@ enum class Scales {
   kAny,      // every byte but NaN
   kExtreme,  // the ends of the range, where single factors overflow or are subnormal
   kNan,      // kNear, and a NaN here and there
+  kHuge,     // kNear, and one here and there that is too large for the usual arithmetic
 };
 
 struct Case {
@@ -50,6 +51,7 @@ uint8_t random_scale(Scales scales) {
     return kEnds[bits % 12];
   }
   if (scales == Scales::kNan && bits % 97 == 0) return kNanScale;
+  if (scales == Scales::kHuge && bits % 199 == 0) return kFirstHugeScale;
   return static_cast<uint8_t>(119 + (bits >> 8) % 16);
 }
 
@@ -96,57 +98,67 @@ std::vector<uint8_t> swizzled(const std::vector<uint8_t>& scales, int64_t rows, 
   return result;
 }
 
-// What mxfp4_gemm_sm80.cu launches, with loops for the grid and loops between barriers for a CTA.
+// What mxfp4_gemm_sm80.cu launches, with loops for the grid and loops between barriers for a CTA,
+// in the shared memory of so many warps at most.
 template <int kRowTiles, int kColumnTiles>
-void run_kernel(const MXFP4GemmProblem& problem) {
+void run_kernel(const MXFP4GemmProblem& problem, int most_warps) {
   using Traits = GemmSm80Traits<kRowTiles, kColumnTiles>;
   struct Warp {
     HostGemmWarp::Lanes<LaneConstants80<Traits>> constants;
-    HostGemmWarp::Lanes<LaneWeights<Traits>> weights;
     HostGemmWarp::Lanes<LaneScales<Traits>> scales;
-    HostGemmWarp::Lanes<LaneActivations<Traits>> activations;
   };
-  GemmSm80Params params{problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles), 1};
-  params.row_parts = static_cast<int>(ceil_div(problem.M, 8 * kColumnTiles));
+  const int shared_memory = gemm_sm80_shared_memory(most_warps, kRowTiles, kColumnTiles);
+  const GemmSm80Params params{
+      problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles, shared_memory), true};
   const int warps = params.plan.warps, threads = warps * kWarpLanes;
-  CHECK(threads <= Traits::kMaxThreads, "%d threads", threads);
+  CHECK(threads <= Traits::kMaxThreads && warps <= most_warps, "%d threads", threads);
   CHECK(params.plan.rounds * warps >= params.plan.segments, "%d rounds", params.plan.rounds);
-  const int64_t ctas = ceil_div(problem.N, kFragmentRows * kRowTiles) * params.row_parts;
+  const int64_t parts = ceil_div(problem.M, 8 * kColumnTiles);
+  const int64_t ctas = ceil_div(problem.N, kFragmentRows * kRowTiles) * parts;
   for (int cta = 0; cta < ctas; ++cta) {
-    const CtaTask task = cta_task<Traits>(params, cta);
+    const CtaTask task =
+        cta_task<Traits>(params, static_cast<int>(cta % parts), static_cast<int>(cta / parts));
     std::vector<WarpMemory<Traits>> memory(warps);
     std::memset(static_cast<void*>(memory.data()), 0xFF, warps * sizeof memory[0]);  // NaN
     std::vector<float> totals(Traits::kSums, NAN);
     std::vector<Warp> state(warps);
+    std::vector<HostGemmWarp::Copies> copies(warps);
     for (int warp = 0; warp < warps; ++warp) {
       Warp& s = state[warp];
       std::memset(static_cast<void*>(&s), 0xFF, sizeof s);
+      HostGemmWarp::copies = &copies[warp];
       make_constants<Traits, HostGemmWarp>(params, task, s.constants);
-      load_first_codes<Traits, HostGemmWarp>(task, warp, s.constants, s.weights);
+      copy_first_weights<Traits, HostGemmWarp>(task, warp, s.constants, memory[warp]);
       HostGemmWarp::for_each_lane([&](int lane) {
         load_weight_scales<Traits, HostGemmWarp>(params, task, warp, lane, s.scales[lane]);
         load_activation_scales<Traits, HostGemmWarp>(params, task, warp, lane, s.scales[lane]);
       });
-      load_first_activations<Traits, HostGemmWarp>(task, warp, s.constants, s.activations);
+      copy_first_activations<Traits, HostGemmWarp>(task, warp, s.constants, memory[warp]);
     }
     for (int round = 0; round < params.plan.rounds; ++round) {
       for (int warp = warps - 1; warp >= 0; --warp) {
         const int segment = round * warps + warp;
         Warp& s = state[warp];
         if (segment >= task.segments) continue;
+        HostGemmWarp::copies = &copies[warp];
         multiply_segment<Traits, HostGemmWarp>(params, task, segment, memory[warp], s.constants,
-                                               s.weights, s.scales, s.activations);
+                                               s.scales);
       }
       for (int thread = threads - 1; thread >= 0; --thread) {
         add_round<Traits>(params, task, round, memory.data(), totals.data(), thread, threads);
       }
+    }
+    for (const HostGemmWarp::Copies& left : copies) {
+      const bool none = std::all_of(left.committed.begin(), left.committed.end(),
+                                    [](const auto& group) { return group.empty(); });
+      CHECK(none && left.open.empty(), "copies under way when a CTA ends");
     }
   }
 }
 
 struct Kernel {
   const char* name;
-  void (*run)(const MXFP4GemmProblem&);
+  void (*run)(const MXFP4GemmProblem&, int most_warps);
 };
 constexpr Kernel kKernels[] = {
     {"sm80_16x8", run_kernel<1, 1>},  {"sm80_32x8", run_kernel<2, 1>},
@@ -155,7 +167,7 @@ constexpr Kernel kKernels[] = {
     {"sm80_32x32", run_kernel<2, 4>},
 };
 
-void check_case(const Case& c, const Kernel& kernel) {
+void check_case(const Case& c, const Kernel& kernel, int most_warps = 16) {
   const int64_t blocks = c.K / kBlockSize;
   const Operand a = random_operand(c.M, c.K, c.scales), b = random_operand(c.N, c.K, c.scales);
   std::vector<uint8_t> bias(c.N * (c.bias_dtype == Dtype::kFloat32 ? 4 : 2));
@@ -197,7 +209,7 @@ void check_case(const Case& c, const Kernel& kernel) {
       swizzled(a.scales, c.M, blocks, random_bits() % 2 ? 0xFF : 0xEE);
   problem.a_scales = scales.data();
   std::fill(out.begin(), out.end(), uint16_t{0xFFFF});
-  kernel.run(problem);
+  kernel.run(problem, most_warps);
   int64_t wrong = 0, first = -1, shown = 0;
   for (int64_t i = 0; i < c.M * c.N; ++i) {
     if (out[i] != expected[i] && wrong++ == 0) first = i;
@@ -260,7 +272,7 @@ void check_batch_invariance() {
                              1.0f,
                              out.data(),
                              Dtype::kBFloat16};
-    kernel.run(problem);
+    kernel.run(problem, 16);
     return out;
   };
   const std::vector<uint16_t> together = run(0, 19, kKernels[6]);
@@ -296,6 +308,15 @@ int main() {
     // Several rounds: 18 segments, and 17 and a block.
     const int64_t K = kernel.name[5] == '1' ? 8736 : 9216;
     check_case({5, 40, K, Scales::kNear, Dtype::kFloat16, Dtype::kFloat32, false, 1.0f}, kernel);
+    // A warp's segments in turn, plain ones and others: eight, and then one of 1, 3 or 8 pairs.
+    for (const int64_t K : {4160, 4288, 4608}) {
+      for (const Scales scales : {Scales::kNear, Scales::kHuge}) {
+        for (const int most_warps : {1, 3}) {
+          check_case({5, 64, K, scales, kDtypes[K % 3 % 2], Dtype::kFloat32, false, 1.0f}, kernel,
+                     most_warps);
+        }
+      }
+    }
   }
   check_batch_invariance();
   CHECK(HostGemmWarp::misaligned_loads == 0, "%d loads", HostGemmWarp::misaligned_loads);

@@ -110,17 +110,29 @@ def test_older_gpus_have_as_many_columns_as_rows_of_x_and_ctas_for_their_sms(arc
 KERNELS_SM80 = ("16x8", "32x8", "64x8", "16x16", "32x16", "64x16", "32x32")
 
 
+@pytest.mark.parametrize(("arch", "most"), [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227)])
 @pytest.mark.parametrize("kernel", KERNELS_SM80)
-def test_rounds_take_every_segment_once_and_their_ctas_fit(kernel):
+def test_rounds_take_every_segment_once_and_their_ctas_fit(kernel, arch, most):
     module = extension()
     plan = module.GemmPlan(f"sm80_{kernel}", sm_count=132)
     for k in (32, 512, 544, 4096, 8192, 14336, 28672, 53248):
-        launch = module.gemm_sm80_launch(plan, 1, 4096, k)
+        launch = module.gemm_sm80_launch(plan, 1, 4096, k, arch=arch)
         assert launch["segments"] == -(-k // 512)
         assert launch["warps"] * launch["rounds"] >= launch["segments"]
         assert launch["warps"] * (launch["rounds"] - 1) < launch["segments"]
         assert 1 <= launch["warps"] <= 16
-        assert launch["shared_memory"] <= 99 * 1024  # of sm_86 and sm_89
+        assert launch["shared_memory"] <= most * 1024
+
+
+@pytest.mark.parametrize("kernel", KERNELS_SM80)
+def test_a_gpu_with_less_shared_memory_has_fewer_warps_in_a_cta(kernel):
+    module = extension()
+    plan = module.GemmPlan(f"sm80_{kernel}", sm_count=132)
+    warps = [
+        module.gemm_sm80_launch(plan, 1, 4096, 8192, arch=arch)["warps"] for arch in (86, 80, 90)
+    ]
+    assert warps == sorted(warps) and warps[0] > 4
+    assert warps[2] == (8 if kernel in ("64x16", "32x32") else 16)
 
 
 @pytest.mark.parametrize("arch", [75, 110, 130])

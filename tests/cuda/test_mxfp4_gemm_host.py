@@ -124,7 +124,8 @@ def test_workspace_of_explicit_splits_is_the_formula():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_shared_memory_fits_the_architecture(kernel):
     module, plan = built_plan(kernel)
-    most = 227 * 1024 if kernel.startswith("sm100") else 99 * 1024
+    # Of a CTA for sm_80 to sm_90 with all of its warps: it has fewer where they do not fit.
+    most = 99 * 1024 if kernel.startswith("sm120") else 227 * 1024
     assert 0 < module.mxfp4_gemm_shared_memory(plan) <= most
 
 

@@ -57,15 +57,8 @@ MUTATIONS = (
     Mutation(
         "a tile of 8 rows taken for a whole one",
         KERNEL,
-        "return segment < task.segments && task.whole &&",
-        "return segment < task.segments &&",
-        WARP_PROGRAM,
-    ),
-    Mutation(
-        "scales of x beyond the last block kept",
-        KERNEL,
-        "const float a = live ? decode_e8m0(exponent) : 0.0f;",
-        "const float a = decode_e8m0(exponent);",
+        "return task.whole && (segment + 1",
+        "return (segment + 1",
         WARP_PROGRAM,
     ),
     Mutation(
@@ -90,10 +83,40 @@ MUTATIONS = (
         WARP_PROGRAM,
     ),
     Mutation(
-        "next stage of the same segment loaded twice",
+        "a pair multiplied while its codes are on their way",
         KERNEL,
-        "const int next = last ? next_segment * kPairs : first + kStage;",
-        "const int next = last ? next_segment * kPairs : first;",
+        "Warp::template wait_for_copies<Traits::kStages - 1>();",
+        "Warp::template wait_for_copies<Traits::kStages>();",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "every pair on its way waited for",
+        KERNEL,
+        "Warp::template wait_for_copies<Traits::kStages - 1>();",
+        "Warp::template wait_for_copies<0>();",
+        f"{SASS_TESTS}::test_the_hot_loop_waits_for_the_oldest_pair_alone",
+        library=True,
+    ),
+    Mutation(
+        "a pair's place in the ring given away before it is read",
+        KERNEL,
+        "    Warp::template wait_for_copies<Traits::kStages - 1>();\n",
+        "    Warp::template wait_for_copies<Traits::kStages - 1>();\n"
+        "    copy_weights<Traits, Warp>(task, constants, first + pair + Traits::kStages, place);\n",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "pairs of a segment that is not a plain one land on those after it",
+        KERNEL,
+        "    Warp::template wait_for_copies<0>();",
+        "    ",
+        WARP_PROGRAM,
+    ),
+    Mutation(
+        "the pair kStages ahead sought beyond the segment",
+        KERNEL,
+        "first + ahead + (ahead < pairs ? 0 : (task.warps - 1) * kPairs);",
+        "first + ahead;",
         WARP_PROGRAM,
     ),
     Mutation(
@@ -158,9 +181,17 @@ MUTATIONS = (
     Mutation(
         "x read before the wait",
         LAUNCH,
-        "  wait_for_kernel_before();\n#if __CUDA_ARCH__",
-        "  load_first_activations<Traits, GpuGemmWarp>(task, warp, constants, activations);\n"
-        "  wait_for_kernel_before();\n#if __CUDA_ARCH__",
+        "  wait_for_kernel_before();  // returns at once where it has\n",
+        "  copy_first_activations<Traits, GpuGemmWarp>(task, warp, constants, memory);\n"
+        "  wait_for_kernel_before();\n",
+        f"{SASS_TESTS}::test_waits_before_it_reads_x",
+        library=True,
+    ),
+    Mutation(
+        "W read before the kernel that may have written it has ended",
+        LAUNCH,
+        "  if (!params.early_weights) wait_for_kernel_before();\n",
+        "",
         f"{SASS_TESTS}::test_waits_before_it_reads_x",
         library=True,
     ),

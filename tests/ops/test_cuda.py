@@ -180,6 +180,29 @@ def test_a_chain_of_linears_waits_for_what_it_reads(multiplier):
             oracle.assert_same(captured.cpu(), expected.cpu(), f"{rows} rows, replay {replay}")
 
 
+def test_a_product_waits_for_a_weight_written_just_before_it(few_rows):
+    """It may start before the kernel that flips every sign of the weight has ended."""
+    k = 4096
+    a = rotate_quantize(activation(16, k, 18), None, rule=RULE, backend=few_rows)
+    w = weight(k, k, few_rows)
+
+    def product() -> torch.Tensor:
+        return mxfp4_gemm(a, w, out_dtype=torch.bfloat16, backend=few_rows)
+
+    expected, products = product(), []
+    assert expected.any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(8):
+            w.codes.bitwise_xor_(0x88)
+            products.append(product())
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        for turn, y in enumerate(products):
+            assert torch.equal(y, expected if turn % 2 else -expected), turn
+
+
 def test_a_linear_is_its_two_ops_and_its_kernels_are_adjacent(multiplier):
     """The barriers of stream-K, which few rows need, are cleared before both kernels."""
     options = {"rule": RULE, "backend": multiplier}

@@ -103,7 +103,7 @@ def test_older_gpus_are_told_how_their_gemm_is_launched():
     hopper = Machine((9, 0), 132)
     name, kernel = chosen("mxfp4_gemm", hopper, (16, 4096, 14336))
     assert name == "cuda-sm80"
-    launch = "128 CTAs of 10 warps, K in 28 segments, 3 rounds"
+    launch = "128 CTAs of 14 warps, K in 28 segments, 2 rounds"
     assert kernel.name == f"sm80_32x16 of N x M, {launch}"
     least = crossover((9, 0)).at(4096, 14336)
     assert kernel.why == (

@@ -337,20 +337,32 @@ def test_the_setting_of_torch_is_restored(monkeypatch):
     a, b = operand(4, 64, seed=19), operand(32, 64, seed=20)
     seen, mm = [], torch.mm
 
+    def state() -> list[bool]:
+        """Whether reduced precision is allowed and, where torch knows of it, split-k."""
+        name = "allow_bf16_reduced_precision_reduction"
+        return [
+            getattr(settings, key) for key in (name, f"{name}_split_k") if hasattr(settings, key)
+        ]
+
     def watched(*arguments, **options):
         seen.append(settings.allow_bf16_reduced_precision_reduction)
         return mm(*arguments, **options)
 
     monkeypatch.setattr(torch, "mm", watched)
     assert settings.allow_bf16_reduced_precision_reduction, "torch's default"
+    choices = [True, False, (False, True), (False, False)][: 2 * len(state())]
     try:
-        for before in (True, False):
-            settings.allow_bf16_reduced_precision_reduction = before
+        for choice in choices:
+            settings.allow_bf16_reduced_precision_reduction = choice
+            before = state()
             multiply(a, b, route=Route.BFLOAT16)
-            assert settings.allow_bf16_reduced_precision_reduction == before
+            assert state() == before
+        if len(choices) > 2:
+            with pytest.raises(RuntimeError, match="allow_splitk"):
+                settings.allow_bf16_reduced_precision_reduction = (True, False)
     finally:
         settings.allow_bf16_reduced_precision_reduction = True
-    assert seen == [False, False]
+    assert seen == [False] * len(choices)
 
 
 # ------------------------------------------------------------------ weights, and the choice
