@@ -69,7 +69,7 @@ def refine_block(
     The block reads the quantized stream and is asked for the float stream's outputs, so that it
     also makes up for what the blocks before it got wrong. Batches are seen once. The latents with
     the least loss on held-back batches are kept, and nothing is changed where that is the start;
-    training stops early when checks bring nothing more.
+    training stops early when checks are clearly worse.
 
     Args:
         latents: by linear, from `quantize_sequentially`.

@@ -62,8 +62,8 @@ def distill(
 
     The whole model, its latents, their gradients and Adam's two moments are in memory, and what is
     inside of one block for one batch. The codes with the least divergence on held-back batches
-    are kept, and nothing is changed where that is the start; training stops early when checks bring
-    nothing more.
+    are kept, and nothing is changed where that is the start; training stops early when checks are
+    clearly worse.
 
     Args:
         blocks: quantized decoder blocks. latents: of each, by linear.

@@ -12,9 +12,11 @@ from duqpp.errors import InputError
 _HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 _WARM_UP_STEPS = 5
 _LAST_RATE = 0.05  # of the first
-# Checks in a row without a new least loss, after which training stops. While the rate is high a
-# check can be worse than the one before, and the end still the best.
+# Training stops after so many checks in a row that are so much worse than the least loss. While the
+# rate is high losses are often a few percent above that of the start, and the end still the best:
+# stopped when two checks brought nothing new, 6 of SmolLM2-135M's 30 blocks stayed as they were.
 _PATIENCE = 2
+_WORSE = 1.1
 
 Snapshot = TypeVar("Snapshot")
 
@@ -33,7 +35,7 @@ class EarlyStopping(Generic[Snapshot]):
     """Keeps what had the least loss on held-back batches, and says when to look no further.
 
     first, least: the loss of the start, and the least so far. best: what was kept of the state that
-    had it, None where that is the start. stale: checks since.
+    had it, None where that is the start. stale: checks in a row that were clearly worse.
 
     Args:
         loss: of the current state on the held-back batches.
@@ -51,7 +53,9 @@ class EarlyStopping(Generic[Snapshot]):
         found = self._measured()
         if found < self.least:
             self.least, self.best, self.stale = found, self._snapshot(), 0
-        else:
+        elif found <= _WORSE * self.least:
+            self.stale = 0
+        else:  # NaN too
             self.stale += 1
         return self.stale < _PATIENCE
 

@@ -136,14 +136,12 @@ def falling(values, monkeypatch) -> None:
     monkeypatch.setattr(module, "divergence", next_value)
 
 
-def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_no_better(
-    job, monkeypatch
-):
+def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_worse(job, monkeypatch):
     """Checks after steps 1, 2, 3 and 4: the second is the best, so 4 of 8 steps are taken."""
     monkeypatch.setattr(module, "_CHECK_STEPS", 1)
     states = []
     monkeypatch.setattr(module, "_save", lambda _, parameters, *__: states.append(parameters))
-    falling([0.5, 0.4, 0.3, 0.35, 0.3], monkeypatch)
+    falling([0.5, 0.4, 0.3, 0.35, 0.4], monkeypatch)
     blocks, latents, *rest = job()
     kept = []
 
@@ -191,7 +189,7 @@ def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeyp
 def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     """Whichever is the best of the checks: the start, that of the state, or the last."""
     monkeypatch.setattr(module, "_CHECK_STEPS", 3)
-    divergences = {"start": [0.1, 0.2], "saved": [0.3, 0.1, 0.2], "end": [0.3, 0.2, 0.15, 0.1]}
+    divergences = {"start": [0.1, 0.2, 0.2], "saved": [0.3, 0.1, 0.2], "end": [0.3, 0.2, 0.15, 0.1]}
     falling(divergences[best], monkeypatch)
     whole, parts = job(), job()
     assert not whole[-1].exists()

@@ -11,8 +11,10 @@ from duqpp.refine.schedule import EarlyStopping
     ("losses", "checks", "least", "best"),
     [
         ([1.0, 0.9, 0.8, 0.7], 3, 0.7, 3),  # each better
-        ([1.0, 1.1, 1.2, 0.1], 2, 1.0, None),  # two worse than the start
-        ([1.0, 1.1, 0.9, 0.95, 0.9, 0.1], 4, 0.9, 2),  # as good is not better
+        ([1.0, 1.2, 1.3, 0.1], 2, 1.0, None),  # two clearly worse than the start
+        ([1.0, 1.2, 0.9, 1.2, 1.0, 0.1], 4, 0.9, 2),  # worse than the least, not than the start
+        ([1.0, 1.09, 1.09, 1.0, 1.05, 0.9], 5, 0.9, 5),  # a little worse, for long; as good
+        ([1.0, 1.2, 1.05, 1.2, 1.05, 1.2], 5, 1.0, None),  # never two in a row
         ([1.0, math.nan, 0.9, math.nan, math.inf], 4, 0.9, 2),  # a loss that is no number
     ],
 )
