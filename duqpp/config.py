@@ -38,7 +38,8 @@ class QuantizeConfig:
     hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
         quantized for duqpp, float for the others.
     drift: share of what quantization has done to a linear's input before it that GPTQ's weights
-        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp; None: 0.3 for duqpp.
+        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp; None: 0.3 for duqpp
+        without refinement, which makes up for it better by itself (docs/accuracy.md).
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
@@ -69,7 +70,10 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, get_args(Method))
-        for name, value in (_DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS).items():
+        defaults = _DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS
+        if self.refine != "none":
+            defaults = defaults | {"drift": 0.0}
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _one_of("rotation", self.rotation, get_args(RotationScope))
@@ -130,9 +134,14 @@ class QuantizeConfig:
         return self.method == "duqpp"
 
     @property
+    def makes_up_for_drift(self) -> bool:
+        """Whether GPTQ aims at a share of what the float model's inputs would give."""
+        return bool(self.gptq and self.drift)
+
+    @property
     def needs_float_stream(self) -> bool:
         """Whether the float model's activations are followed beside the quantized stream's."""
-        return self.refine != "none" or bool(self.gptq and self.drift)
+        return self.refine != "none" or self.makes_up_for_drift
 
     @property
     def needs_activations(self) -> bool:

@@ -64,8 +64,8 @@ OPTIONS = {
     ),
     "drift": (
         "--drift",
-        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; 0.3 for duqpp, "
-        "which alone has it.",
+        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; 0.3 for duqpp "
+        "without --refine, which alone has it.",
     ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
     "refine": (

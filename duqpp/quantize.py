@@ -45,7 +45,7 @@ from duqpp.refine.blocks import RefineReport, refine_block
 from duqpp.refine.distill import DistillReport
 from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
-from duqpp.sequential import group_inputs, quantize_sequentially
+from duqpp.sequential import quantize_sequentially, run_float_block
 
 logger = logging.getLogger(__name__)
 
@@ -313,10 +313,10 @@ def calibrate_and_quantize(
         if float_stream is not None:
             float_stream.latents = {}  # of the block before, which need no memory any more
             calibrating = inputs.first(float_stream.calibration_batches)
-            calibrating_exact = float_stream.exact.first(float_stream.calibration_batches)
-            if config.drift:
-                float_inputs = group_inputs(block, index, config, calibrating_exact)
-            targets = list(float_stream.exact.outputs(block, index))
+            observed = float_stream.calibration_batches if config.makes_up_for_drift else 0
+            targets, float_inputs = run_float_block(
+                block, index, config, float_stream.exact, observed
+            )
         groups, latents = quantize_sequentially(
             block, index, config, layout, calibrating, float_inputs
         )

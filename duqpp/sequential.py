@@ -52,7 +52,8 @@ def quantize_sequentially(
 
     Args:
         inputs: of the quantized stream.
-        float_inputs: of the float model, from `group_inputs`, which `config.drift` aims at.
+        float_inputs: of the float model, from `run_float_block`, which `config.drift` aims at;
+            None or empty for nothing to make up for.
     Returns: one report per linear group; and by linear what its codes were rounded from, float32
         [N, K], for refinement.
     Raises: InputError when an input is not finite, or a weight cannot be quantized.
@@ -67,7 +68,7 @@ def quantize_sequentially(
         with named(f"{layer_prefix(index)}.{group.name}"):
             generator = group_generator(config.seed, f"{layer_prefix(index)}.{group.name}")
             plan.transform = _transform(x, torch.cat(list(plan.weights.values())), generator)
-            exact_x = None if float_inputs is None else float_inputs[group.name]
+            exact_x = float_inputs[group.name] if float_inputs else None
             hessian, drift, amax = _observe(x, exact_x, plan, config)
         del x
         quantized = quantize_weights(plan, hessian, config, index, drift)
@@ -83,11 +84,15 @@ def quantize_sequentially(
     return reports, latents
 
 
-def group_inputs(
-    block: nn.Module, index: int, config: QuantizeConfig, inputs: BlockInputs
-) -> dict[str, Tensor]:
-    """What each linear group of a float block reads: [tokens, K] in the block's dtype, by name."""
-    groups = quantized_groups(index, config.skip)
+def run_float_block(
+    block: nn.Module, index: int, config: QuantizeConfig, inputs: BlockInputs, observed_batches: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run a float block over the batches, and keep what its linear groups read in the first ones.
+
+    Returns: outputs, batch by batch; and by group, of the first `observed_batches`, what it reads:
+        [tokens, K] in the block's dtype, in an empty mapping where there are none.
+    """
+    groups = quantized_groups(index, config.skip) if observed_batches else []
     rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     with ExitStack() as stack:
         for group in groups:
@@ -97,9 +102,9 @@ def group_inputs(
                 own.append(x.flatten(0, -2))
 
             stack.enter_context(observed(block.get_submodule(group.linears[0]), keep))
-        for _ in inputs.outputs(block, index):
-            pass
-    return {name: torch.cat(own) for name, own in rows.items()}
+        outputs = list(inputs.first(observed_batches).outputs(block, index))
+    outputs += inputs.after(observed_batches).outputs(block, index)
+    return outputs, {name: torch.cat(own) for name, own in rows.items()}
 
 
 def _group_input(

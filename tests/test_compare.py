@@ -283,6 +283,8 @@ def test_method_names():
         QuantizeConfig(method="duqpp", drift=0.0, **common),
     ]
     assert parse_methods("duqpp")["duqpp"].drift == 0.3
+    assert parse_methods("duqpp:refine=blocks")["duqpp:refine=blocks"].drift == 0.0
+    assert parse_methods("duqpp:refine=blocks:drift=0.1").popitem()[1].drift == 0.1
     assert list(parsed)[1] == "hadamard:alpha=0.6"
 
 

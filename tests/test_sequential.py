@@ -15,7 +15,7 @@ from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize_block import layout_of
-from duqpp.sequential import group_inputs, quantize_sequentially
+from duqpp.sequential import quantize_sequentially, run_float_block
 from tests import inputs, oracle
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -119,15 +119,26 @@ def test_the_hessian_of_float_activations_is_not_rounded(run, monkeypatch):
     torch.testing.assert_close(hessian, 2 / len(y) * y.T @ y, rtol=1e-4, atol=1e-4)
 
 
-def test_group_inputs_are_what_the_float_block_reads(run):
+def test_a_float_block_is_run_once_for_outputs_and_group_inputs(run, monkeypatch):
+    """Of the first batches alone, what the groups read; of all of them, the block's outputs."""
+    monkeypatch.setattr("duqpp.models.llama.TOKENS_PER_BATCH", 2 * 48)
     original, _, block_inputs, _ = run("llama")
     config = QuantizeConfig(method="duqpp", skip=("o_proj",))
-    found = group_inputs(original, 0, config, block_inputs)
+    batches = len(block_inputs.hidden)
+    assert batches == 3
+    runs = []
+    handle = original.register_forward_hook(lambda *_: runs.append(1))
+    outputs, found = run_float_block(original, 0, config, block_inputs, batches - 1)
+    handle.remove()
+    assert len(runs) == batches
+    for out, expected in zip(outputs, block_inputs.outputs(original, 0), strict=True):
+        oracle.assert_same(out, expected, "outputs")
     assert list(found) == ["qkv", "gate_up", "down"]
     for group in GROUPS:
         if group.name in found:
-            read = read_by(original, group.linears[0], block_inputs)
+            read = read_by(original, group.linears[0], block_inputs.first(batches - 1))
             oracle.assert_same(found[group.name], read, group.name)
+    assert run_float_block(original, 0, config, block_inputs, 0)[1] == {}
 
 
 def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_tiny, monkeypatch):
@@ -152,7 +163,7 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
         for seed in (1, 2)
     )
     block, config = stack.block(0), QuantizeConfig(method="duqpp")
-    exact = group_inputs(block, 0, config, other)
+    _, exact = run_float_block(block, 0, config, other, len(other.hidden))
     quantize_sequentially(block, 0, config, layout_of(config, {}), own, exact)
     for group, x, (plan, drift) in zip(GROUPS, xs[0::2], seen, strict=True):
         ours, theirs = plan.transform.apply(x), plan.transform.apply(exact[group.name])
@@ -165,7 +176,7 @@ def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, mak
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
     block, config = stack.block(0), QuantizeConfig(method="duqpp")
-    exact = group_inputs(block, 0, config, first)
+    _, exact = run_float_block(block, 0, config, first, len(first.hidden))
     exact["gate_up"][5, 7] = float("inf")
     with pytest.raises(InputError, match=r"layers\.0\.gate_up: the float model's activations"):
         quantize_sequentially(block, 0, config, layout_of(config, {}), first, exact)

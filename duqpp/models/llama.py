@@ -241,6 +241,10 @@ class BlockInputs:
         """The first batches alone; the tensors are shared."""
         return BlockInputs(self.hidden[:batches], self.arguments[:batches])
 
+    def after(self, batches: int) -> "BlockInputs":
+        """Without the first batches; the tensors are shared."""
+        return BlockInputs(self.hidden[batches:], self.arguments[batches:])
+
     def run_up_to(self, block: nn.Module, index: int, last: nn.Module) -> None:
         """Run a block over the batches only until `last` gets its input, for its hooks' sake."""
 
