@@ -29,14 +29,20 @@ FLOAT = "float"
 _FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
 _FLAGS |= {"per-block": ("rotation", "per-block")}
 _VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
-_VALUES |= {"hessian": "hessian", "drift": "drift", "next": "next_inputs", "refine": "refine"}
+_VALUES |= {
+    "hessian": "hessian",
+    "drift": "drift",
+    "order": "block_order",
+    "next": "next_inputs",
+    "refine": "refine",
+}
 
 
 def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
     """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
 
     Options: gptq, rtn, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
-    drift=SHARE, next=STREAM, refine=blocks|distill.
+    drift=SHARE, order=diagonal|channels, next=STREAM, refine=blocks|distill.
 
     Args: base: gives what a method leaves open.
     Raises: InputError for an unknown method, option or value, and for a method given twice.

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from duqpp.calibration.gptq import BlockOrder
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 
@@ -14,8 +15,23 @@ Refine = Literal["none", "blocks", "distill"]
 DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
 _SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
 # Fields whose default depends on the method.
-METHOD_DEFAULTS = {"rotation": "shared", "gptq": False, "hessian": "float", "drift": 0.0}
-_DUQPP_DEFAULTS = {"rotation": "per-block", "gptq": True, "hessian": "quantized", "drift": 0.3}
+METHOD_DEFAULTS = {
+    "rotation": "shared",
+    "gptq": False,
+    "hessian": "float",
+    "block_order": "diagonal",
+    "drift": 0.0,
+}
+_DUQPP_DEFAULTS = {
+    "rotation": "per-block",
+    "gptq": True,
+    "hessian": "quantized",
+    "block_order": "diagonal",
+    "drift": 0.3,
+}
+# What training starts from: both steps gain on text like the calibration's what refinement gains
+# there anyway, and after it lose more on other text (docs/accuracy.md).
+_REFINED_DEFAULTS = {"block_order": "channels", "drift": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +53,12 @@ class QuantizeConfig:
     damping: GPTQ damping, as a fraction of the Hessian's mean diagonal.
     hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
         quantized for duqpp, float for the others.
+    block_order: in which GPTQ rounds the blocks of 32 channels of a weight: diagonal, by falling
+        sum of the Hessian's diagonal, or channels, as they come; None: diagonal, channels with
+        refinement.
     drift: share of what quantization has done to a linear's input before it that GPTQ's weights
         make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp; None: 0.3 for duqpp
-        without refinement, which makes up for it better by itself (docs/accuracy.md).
+        without refinement, 0 with it.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
@@ -59,6 +78,7 @@ class QuantizeConfig:
     max_steps: int = 256
     damping: float = 0.01
     hessian: Stream | None = None
+    block_order: BlockOrder | None = None
     drift: float | None = None
     next_inputs: Stream = "quantized"
     refine: Refine = "none"
@@ -72,12 +92,13 @@ class QuantizeConfig:
         _one_of("method", self.method, get_args(Method))
         defaults = _DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS
         if self.refine != "none":
-            defaults = defaults | {"drift": 0.0}
+            defaults = defaults | _REFINED_DEFAULTS
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _one_of("rotation", self.rotation, get_args(RotationScope))
         _one_of("hessian", self.hessian, get_args(Stream))
+        _one_of("block_order", self.block_order, get_args(BlockOrder))
         _one_of("next_inputs", self.next_inputs, get_args(Stream))
         _one_of("refine", self.refine, get_args(Refine))
         for name in ("activation_rule", "weight_rule"):

@@ -62,6 +62,11 @@ OPTIONS = {
         "--hessian",
         "Activations that the GPTQ Hessian is made from; quantized for duqpp, else float.",
     ),
+    "block_order": (
+        "--block-order",
+        "Order in which GPTQ rounds blocks of 32 channels: by falling Hessian diagonal, or as they "
+        "come; diagonal, and channels with --refine.",
+    ),
     "drift": (
         "--drift",
         "Share of the quantized model's drift that GPTQ makes up for, 0 is off; 0.3 for duqpp "

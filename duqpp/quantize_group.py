@@ -140,7 +140,13 @@ def quantize_weights(
         if drift is not None:
             start = make_up_for_drift(exact, hessian, drift, share=config.drift)
         with named(f"{layer_prefix(index)}.{names[0]}"):
-            result = gptq(start, hessian, rule=config.weight_rule, damping=config.damping)
+            result = gptq(
+                start,
+                hessian,
+                rule=config.weight_rule,
+                damping=config.damping,
+                order=config.block_order,
+            )
         quantized, latent = result.weight, result.compensated
     rows = [plan.weights[n].shape[0] for n in names]
     parts = zip(

@@ -283,8 +283,11 @@ def test_method_names():
         QuantizeConfig(method="duqpp", drift=0.0, **common),
     ]
     assert parse_methods("duqpp")["duqpp"].drift == 0.3
-    assert parse_methods("duqpp:refine=blocks")["duqpp:refine=blocks"].drift == 0.0
-    assert parse_methods("duqpp:refine=blocks:drift=0.1").popitem()[1].drift == 0.1
+    assert parse_methods("duqpp")["duqpp"].block_order == "diagonal"
+    refined = parse_methods("duqpp:refine=blocks")["duqpp:refine=blocks"]
+    assert (refined.drift, refined.block_order) == (0.0, "channels")
+    refined = parse_methods("duqpp:refine=blocks:drift=0.1:order=diagonal").popitem()[1]
+    assert (refined.drift, refined.block_order) == (0.1, "diagonal")
     assert list(parsed)[1] == "hadamard:alpha=0.6"
 
 

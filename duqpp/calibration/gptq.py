@@ -1,11 +1,12 @@
 """GPTQ over 32-wide blocks: round a weight column by column, feeding each error to later columns.
 
-Source: GPTQ (arXiv 2210.17323), with the order of its authors' code, by falling diagonal of H, for
-whole blocks, whose columns share a scale. It is chosen when the block is reached, from its
-error-compensated values.
+Source: GPTQ (arXiv 2210.17323), in either order of its authors' code, by the channels or by falling
+diagonal of H, for whole blocks, whose columns share a scale. It is chosen when the block is
+reached, from its error-compensated values.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, quantize
 from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
 from duqpp.format.e8m0 import decode_e8m0, inverse_scale
 from duqpp.threads import single_thread
+
+BlockOrder = Literal["diagonal", "channels"]
 
 _DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
 
@@ -29,11 +32,15 @@ class GptqResult:
     compensated: Tensor
 
 
-def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) -> GptqResult:
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    rule: ScaleRule,
+    damping: float,
+    order: BlockOrder = "diagonal",
+) -> GptqResult:
     """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
-
-    Blocks are rounded by falling sum of their diagonal in H: what is left of the errors ends up
-    where it costs least.
 
     Args:
         weight: float32 [N, K], K a multiple of 32.
@@ -41,13 +48,18 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
             is 0 are never excited: they are rounded as zero.
         rule: how a block's exponent is chosen.
         damping: added to the diagonal, as a fraction of its mean.
+        order: in which blocks are rounded. diagonal: by falling sum of their diagonal in H, so that
+            what is left of the errors ends up where it costs least; channels: as they come.
     Returns: GptqResult.
     Raises: InputError when H is not finite, or not positive definite even after more damping.
     """
     if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
         raise InputError("GPTQ: the Hessian has NaN or infinite values")
     rows, width = weight.shape
-    blocks = _block_order(hessian)
+    if order == "diagonal":
+        blocks = _by_falling_diagonal(hessian)
+    else:
+        blocks = torch.arange(width // BLOCK_SIZE, device=weight.device)
     columns = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=blocks.device)).view(
         -1
     )
@@ -77,7 +89,7 @@ def gptq(weight: Tensor, hessian: Tensor, *, rule: ScaleRule, damping: float) ->
     return GptqResult(weight, remaining[:, back])
 
 
-def _block_order(hessian: Tensor) -> Tensor:
+def _by_falling_diagonal(hessian: Tensor) -> Tensor:
     """Indices of the blocks of 32 columns by falling sum of their diagonal: int64 [K / 32]."""
     sums = hessian.diagonal().view(-1, BLOCK_SIZE).sum(1)
     return sums.argsort(descending=True, stable=True)

@@ -185,7 +185,8 @@ def test_rows_are_independent():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_a_textbook(rule, seed):
+@pytest.mark.parametrize("order", ["diagonal", "channels"])
+def test_agrees_with_a_textbook(order, rule, seed):
     """Column by column with the explicit inverse of what is left of H, in float64.
 
     The textbook takes over each code that was chosen and checks it: it must be what its own value
@@ -194,15 +195,17 @@ def test_agrees_with_a_textbook(rule, seed):
     n, k, damping = 12, 96, 0.01
     weight, H = inputs.outliers(n, k, seed), correlated(k, seed + 20)
     H[:, 50] = H[50] = 0.0
-    H[64:] *= 2  # the last block comes first
+    H[64:] *= 2  # the last block comes first in the order of the diagonal
     H[:, 64:] *= 2
-    quantized = gptq(weight, H, rule=rule, damping=damping)
+    quantized = gptq(weight, H, rule=rule, damping=damping, order=order)
     codes, scales = unpack_e2m1(quantized.codes).numpy(), quantized.scales.numpy()
 
     W, H = weight.double().numpy().copy(), H.double().numpy()
     W[:, 50] = 0.0
     blocks = H.diagonal().reshape(-1, 32).sum(1).argsort()[::-1]
     assert blocks[0] == 2
+    if order == "channels":
+        blocks = np.arange(3)
     mean = np.diag(H)[np.diag(H) > 0].mean()
     H = H + np.eye(k) * damping * mean
     H[50, 50] += mean
@@ -220,7 +223,9 @@ def test_agrees_with_a_textbook(rule, seed):
         value = oracle.E2M1_VALUES[codes[:, j]]
         below = oracle.E2M1_VALUES[oracle.encode_e2m1((W[:, j] - tolerance) / scale)]
         above = oracle.E2M1_VALUES[oracle.encode_e2m1((W[:, j] + tolerance) / scale)]
-        assert ((below <= value) & (value <= above)).all(), f"column {j}, rule {rule}, seed {seed}"
+        assert ((below <= value) & (value <= above)).all(), (
+            f"column {j}, rule {rule}, seed {seed}, order {order}"
+        )
         decided += (below == above).sum()
         inverse = np.linalg.inv(H[j:, j:])
         error = (W[:, j] - value * scale) / inverse[0, 0]
