@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from duqpp.calibration.gptq import BlockOrder
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 
@@ -11,6 +10,7 @@ Method = Literal["rtn", "hadamard", "random", "learned", "duquant", "duquant++",
 RotationScope = Literal["shared", "per-block"]
 Stream = Literal["float", "quantized"]
 Refine = Literal["none", "blocks", "distill"]
+BlockOrder = Literal["diagonal", "channels"]
 
 DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
 _SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
