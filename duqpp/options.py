@@ -69,8 +69,8 @@ OPTIONS = {
     ),
     "drift": (
         "--drift",
-        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; 0.3 for duqpp "
-        "without --refine, which alone has it.",
+        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; for duqpp "
+        "alone: 0.3, and 0 with --refine.",
     ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
     "refine": (
