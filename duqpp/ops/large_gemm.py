@@ -133,7 +133,8 @@ def bytes_per_row(route: Route, m: int, k: int, *, in_place: bool) -> int:
 def writes_in_place(route: Route, bias: Tensor | None, out: Tensor) -> bool:
     """Whether products go straight into columns of out; else they are rounded or copied there."""
     if route is Route.BFLOAT16:
-        return out.dtype == torch.bfloat16 and (bias is None or bias.dtype == out.dtype)
+        # With a bias torch rounds twice into columns of a matrix: the product, then the sum.
+        return out.dtype == torch.bfloat16 and bias is None
     return route is Route.CUBLASLT and out.shape[1] % _SCALED_MM_ROWS == 0
 
 
@@ -198,10 +199,8 @@ def _multiply_bfloat16(
         if not writes_in_place(route, bias, out):
             product = _float32_mm(a[0], values.t())
             target.copy_(product if bias is None else product.add_(bias))
-        elif bias is None:
-            torch.mm(a[0], values.t(), out=target)
         else:
-            torch.addmm(bias, a[0], values.t(), out=target)
+            torch.mm(a[0], values.t(), out=target)
 
 
 def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
