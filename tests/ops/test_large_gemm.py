@@ -22,7 +22,32 @@ from tests import inputs, oracle
 from tests.ops import cuda_workload
 
 E4M3 = torch.float8_e4m3fn
-ROUTES = list(Route)
+
+
+def _no_cpu_product() -> str | None:
+    """Why torch on this CPU does not multiply float8_e4m3fn with a scale for each row.
+
+    torch 2.11 hands such products to oneDNN where it has them, which takes one scale a tensor.
+    """
+    values, scales = torch.zeros(16, 32).to(E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(values, values.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return f"torch {torch.__version__}: {str(error).splitlines()[0]}"
+    return None
+
+
+WHY_NOT = _no_cpu_product()
+
+
+def on_this_cpu(route: Route) -> bool:
+    return route is Route.BFLOAT16 or WHY_NOT is None
+
+
+ROUTES = [
+    pytest.param(route, marks=pytest.mark.skipif(not on_this_cpu(route), reason=f"{WHY_NOT}"))
+    for route in Route
+]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -270,7 +295,7 @@ def test_strides_of_the_activation_do_not_matter():
 
 def test_no_rows():
     a = operand(0, 64, seed=15)
-    for route in ROUTES:
+    for route in filter(on_this_cpu, Route):
         assert multiply(a, operand(32, 64, seed=16), route=route).shape == (0, 32)
 
 
@@ -494,7 +519,7 @@ def test_the_kernels_expand_what_the_cpu_does(k, dtype):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", Route)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_products_on_a_gpu_are_within_the_bounds(route, out_dtype, with_bias):
