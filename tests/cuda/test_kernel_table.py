@@ -99,12 +99,12 @@ def test_older_gpus_have_as_many_columns_as_rows_of_x_and_ctas_for_their_sms(arc
 
     assert [chosen(m, 4096) for m in (1, 8, 9, 16)] == ["32x8", "32x8", "32x16", "32x16"]
     assert [chosen(m, 4096) for m in (17, 32, 33, 64, 65, 8192)] == ["32x32"] * 6
-    assert [chosen(8, n) for n in (8, 1024, 3136, 3168, 16824, 16840, 57344)] == [
-        *["16x8"] * 3,
-        *["32x8"] * 2,
-        *["64x8"] * 2,
-    ]
-    assert [chosen(16, n) for n in (1024, 4096, 28672)] == ["16x16", "32x16", "64x16"]
+    # 132 SMs take 132 CTAs a round; a CTA takes as long as its rows of W and ten more.
+    ends = {2112: "16x8", 4224: "32x8", 8448: "64x8", 12672: "32x8", 16896: "64x8", 21120: "32x8"}
+    for end, kernel in ends.items():
+        assert [chosen(8, end - 8), chosen(8, end)] == [kernel] * 2
+    assert [chosen(8, n) for n in (8, 28672, 57344)] == ["16x8", "32x8", "64x8"]
+    assert [chosen(16, n) for n in (1024, 4096, 8192)] == ["16x16", "32x16", "64x16"]
 
 
 KERNELS_SM80 = ("16x8", "32x8", "64x8", "16x16", "32x16", "64x16", "32x32")

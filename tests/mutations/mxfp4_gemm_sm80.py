@@ -173,8 +173,8 @@ MUTATIONS = (
     Mutation(
         "too few CTAs for the SMs",
         TABLE,
-        "if (ceil_div(N, 64) >= 2 * sm_count) {",
-        "if (ceil_div(N, 64) >= sm_count / 2) {",
+        "return ceil_div(ceil_div(N, rows), sm_count) * (rows + 10);",
+        "return ceil_div(N, rows) * (rows + 10);",
         f"{TABLE_TESTS}::test_older_gpus_have_as_many_columns_as_rows_of_x_and_ctas_for_their_sms",
         library=True,
     ),

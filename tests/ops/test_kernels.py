@@ -107,7 +107,7 @@ def test_older_gpus_are_told_how_their_gemm_is_launched():
     assert kernel.name == f"sm80_32x16 of N x M, {launch}"
     least = crossover((9, 0)).at(4096, 14336)
     assert kernel.why == (
-        f"rows of W for a CTA such that most SMs have one; from {least} on, torch multiplies"
+        f"32 rows of W for a CTA: its SMs end first; from {least} on, torch multiplies"
     )
 
 
