@@ -40,10 +40,10 @@ constexpr int streamk_splits(int64_t M, int64_t N, int64_t K, int sm_count) {
   return static_cast<int>(std::clamp<int64_t>(std::min(by_sms, by_k), 1, 4));
 }
 
-// For sm_80 to sm_90: the fewest columns of MMAs that hold the rows of x, at most 32 of them, and as
-// many rows of W for a CTA as end the first: SMs take rounds of CTAs, and a CTA takes as long as its
-// rows and ten more. Of the kernels that this chooses among on an H200, for seven shapes of LLaMA-3
-// and 1 to 16 rows of x, it takes the fastest, or one within 3 % of it.
+// For sm_80 to sm_90: the fewest columns of MMAs that hold the rows of x, at most 32 of them, and
+// as many rows of W for a CTA as end the first: SMs take rounds of CTAs, and a CTA takes as long as
+// its rows and ten more. On an H200, for seven shapes of LLaMA-3 and 1 to 16 rows of x, this takes
+// the fastest of these kernels, or one within 3 % of it. Not measured on other GPUs.
 constexpr GemmKernel select_gemm_sm80(int64_t M, int64_t N, int sm_count) {
   if (M > 16) return GemmKernel::kSm80Tile32x32;
   const bool narrow = M <= 8;
