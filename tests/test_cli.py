@@ -359,8 +359,8 @@ def test_doctor_names_the_kernels_of_a_shape(run):
     assert many["name"].startswith("sm100_256x256, GEMM tile 256x256")
     text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "120", "--sm-count", "170")
     assert "sm120_128x128" in text
-    text, _ = run("doctor", "--shape", "64,4096,4096", "--arch", "90")
-    assert "sm80_32x32 of N x M, 256 CTAs of 8 warps, K in 8 segments, 1 round" in text
+    text, _ = run("doctor", "--shape", "32,4096,4096", "--arch", "90")
+    assert "sm80_32x32 of N x M, 128 CTAs of 8 warps, K in 8 segments, 1 round" in text
     assert "1 rounds" not in text
     least = crossover((9, 0)).at(4096, 4096)
     assert f"more than 16 rows of x, 32 at a time; from {least} on, torch multiplies" in text
