@@ -1,9 +1,5 @@
 """quantize_model: the job, one decoder block at a time, resumable at the last finished block."""
 
-import hashlib
-import json
-import logging
-import os
 import platform
 import shutil
 import time
@@ -18,6 +14,14 @@ import duqpp
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
+from duqpp.job_folder import (
+    JOB_FILE,
+    check_folders,
+    check_same_job,
+    describe_job,
+    give_name,
+    make_folder,
+)
 from duqpp.models.checkpoint import (
     INDEX_FILE,
     Progress,
@@ -36,8 +40,8 @@ from duqpp.models.llama import (
     check_architecture,
     layer_prefix,
 )
-from duqpp.models.source import Source, base_model, fingerprint, open_source
-from duqpp.models.work_folder import locked, sync_folder
+from duqpp.models.source import Source, base_model, open_source
+from duqpp.models.work_folder import locked
 from duqpp.ops.dispatch import select
 from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
 from duqpp.quantize_group import GroupReport, group_generator, mean_errors
@@ -47,11 +51,7 @@ from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
 from duqpp.sequential import quantize_sequentially, run_float_block
 
-logger = logging.getLogger(__name__)
-
-JOB_FILE = "duqpp-job.json"
 REPORT_FILE = "quantization_report.json"
-_FIRST_FILES = (".write-test", JOB_FILE + ".partial")  # what is in a job's folder before the job is
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,20 @@ def quantize_model(
     progress = progress or (lambda stage, done, total: None)
     out = Path(out)
     work = out.with_name(out.name + ".partial")
-    _check_folders(out, work, resume)
+    check_folders(out, work, resume)
     source = open_source(model) if isinstance(model, str) else model
     check_architecture(source.config, config.skip)
     companions = _companions(source)
     select("mxfp4_gemm", torch.device("cpu"))  # what the blocks will run on: an error comes now
     tokens, data = _calibration_tokens(source.config, companions.tokenizer, config, calibration)
     progress("fingerprint", 0, 1)
-    job = _job(source, config, tokens)
-    _check_folders(out, work, resume)  # again: a job that began meanwhile may be there, or done
+    job = describe_job(source, config, tokens)
+    check_folders(out, work, resume)  # again: a job that began meanwhile may be there, or done
     is_new = not work.exists()
-    _make_folder(work)
+    make_folder(work)
     with locked(work):
         if not is_new:
-            _check_same_job(work, job)
+            check_same_job(work, job)
         try:
             write_json(work / JOB_FILE, job)
             origin = provenance(source.config.name_or_path, config, data)
@@ -151,7 +151,7 @@ def quantize_model(
         except OSError as error:  # such as a full disk: what is finished stays
             reason = error.strerror or error
             raise InputError(f"cannot write to {work}: {reason}; continue with --resume") from error
-        _give_name(work, out)
+        give_name(work, out, leftovers=("model-*.json", "*" + LATENTS))
     seconds = time.monotonic() - started
     return QuantizeReport(
         out, seconds, weight_bytes, done.resumed, done.groups, done.refined, done.distilled
@@ -388,26 +388,6 @@ def _finish(
     write_card(work)
 
 
-def _give_name(work: Path, out: Path) -> None:
-    """Make the finished folder the output, and remove what was only needed to resume it."""
-    try:
-        sync_folder(work)
-        if out.exists():
-            out.rmdir()  # empty, as `_check_folders` has seen
-        os.replace(work, out)
-    except OSError as error:
-        raise InputError(
-            f"cannot rename {work} to {out}: {error.strerror}; when it can be, continue with "
-            "--resume"
-        ) from error
-    # Only now: until it has its name, the job can be resumed wherever it stops.
-    for leftover in [*out.glob("model-*.json"), *out.glob("*" + LATENTS), out / JOB_FILE]:
-        try:
-            leftover.unlink()
-        except OSError as error:  # the checkpoint is whole, and nothing reads this
-            logger.warning("%s is no longer needed, but stays: %s", leftover, error.strerror)
-
-
 def _causal_class(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
@@ -455,61 +435,6 @@ def _spread_first(tokens: Tensor, count: int) -> Tensor:
     others = torch.ones(len(tokens), dtype=torch.bool)
     others[chosen] = False
     return torch.cat((tokens[chosen], tokens[others]))
-
-
-def _job(source: Source, config: QuantizeConfig, tokens: Tensor | None) -> dict[str, Any]:
-    """What makes two jobs the same: model, calibration data, configuration and version."""
-    data = hashlib.sha256()
-    if tokens is not None:
-        data.update(f"{list(tokens.shape)}".encode())
-        data.update(tokens.numpy().tobytes())
-    return {
-        "model": fingerprint(source),
-        "calibration": data.hexdigest(),
-        "configuration": config.to_dict(),
-        "version": duqpp.__version__,
-    }
-
-
-def _check_same_job(work: Path, job: dict[str, Any]) -> None:
-    path = work / JOB_FILE
-    if not path.exists() and {file.name for file in work.iterdir()} <= set(_FIRST_FILES):
-        return  # stopped before it had begun
-    try:
-        earlier = read_json(path) if path.exists() else {}
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; remove {work}, or choose another output folder") from error
-    job = json.loads(json.dumps(job))
-    differing = [key for key in job if earlier.get(key) != job[key]]
-    if "configuration" in differing and isinstance(earlier.get("configuration"), dict):
-        before, now = earlier["configuration"], job["configuration"]
-        options = ", ".join(name for name in now if before.get(name) != now[name])
-        differing[differing.index("configuration")] = f"configuration ({options})"
-    if differing:
-        raise InputError(
-            f"{work} is the unfinished job of another {' and '.join(differing)}; "
-            "remove it, or choose another output folder"
-        )
-
-
-def _check_folders(out: Path, work: Path, resume: bool) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"output {out} exists and is not an empty folder")
-    if work.is_dir():
-        with locked(work):  # nobody else works in it, so that the advice below is sound
-            pass
-    if work.exists() and not (resume and work.is_dir()):
-        raise InputError(f"{work} holds an unfinished job: continue it with --resume, or remove it")
-
-
-def _make_folder(work: Path) -> None:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        probe = work / _FIRST_FILES[0]
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process that begins may have removed it
-    except OSError as error:
-        raise InputError(f"cannot write to {work}: {error.strerror}") from error
 
 
 def provenance(name_or_path: str | None, config: QuantizeConfig, data: str) -> dict[str, Any]:

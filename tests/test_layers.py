@@ -22,7 +22,7 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("quantize_group", "divergence"),
-    ("quantize_block", "sequential", "refine"),
+    ("quantize_block", "sequential", "refine", "job_folder"),
     ("quantize", "evaluate", "tasks"),
     ("integrations", "scores"),
     ("compare_folder",),

@@ -442,7 +442,7 @@ def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeyp
         quantize(model, out, **options)
 
     # The fingerprint reads all tensors as well, before any work.
-    monkeypatch.setattr("duqpp.quantize.fingerprint", lambda source: "the model")
+    monkeypatch.setattr("duqpp.job_folder.fingerprint", lambda source: "the model")
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsSource, "tensor", unreadable)
         for resume in (False, True):
