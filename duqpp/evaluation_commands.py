@@ -125,8 +125,8 @@ def compare(
         str,
         typer.Option(
             help="METHOD[:OPTION...],... with the options gptq, rtn, per-block, shared, "
-            "alpha=A, weights=RULE, activations=RULE, hessian=float|quantized, "
-            "next=quantized|float, refine=blocks|distill."
+            "alpha=A, weights=RULE, activations=RULE, hessian=float|quantized, drift=SHARE, "
+            "order=diagonal|channels, next=quantized|float, refine=blocks|distill."
         ),
     ] = "rtn,hadamard,duquant++,duquant++:gptq",
     calib: CalibrationOption = BUILTIN,
