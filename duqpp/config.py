@@ -29,9 +29,10 @@ _DUQPP_DEFAULTS = {
     "block_order": "diagonal",
     "drift": 0.3,
 }
-# What training starts from: from the defaults without it, SmolLM2-135M ends no better on text like
-# the calibration's after distillation, and worse on other text (docs/accuracy.md).
-_REFINED_DEFAULTS = {"block_order": "channels", "drift": 0.0}
+# What training starts from: after GPTQ, SmolLM2-135M ends no better on text like the calibration's,
+# and worse on other text; so it does in another order of blocks, or with drift made up for
+# (docs/accuracy.md).
+_REFINED_DEFAULTS = {"gptq": False, "block_order": "channels", "drift": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,11 @@ class QuantizeConfig:
         orthogonal 32x32 matrix; learned: an orthogonal one, trained; duquant: two outlier-aware
         rotations around a zigzag permutation; duquant++: one outlier-aware rotation; duqpp: a
         balanced transform per block (see `duqpp.rotation.balance`), groups quantized one after the
-        other, GPTQ.
+        other, by GPTQ where they are not refined.
     rotation: one matrix for all blocks of a linear group, or one per block of 32 channels. None is
         the method's own default: per-block for duqpp, shared for the others.
-    gptq: round weights by GPTQ instead of to nearest; None: on for duqpp, off for the others.
+    gptq: round weights by GPTQ instead of to nearest; None: on for duqpp without refinement, else
+        off.
     smooth_alpha: exponent of SmoothQuant's channel scaling, 0 is off; None is the method's own
         default (0.6 for duquant and duquant++, 0 for the others).
     activation_rule, weight_rule: how a block's exponent is chosen (see `ScaleRule`).
@@ -57,8 +59,8 @@ class QuantizeConfig:
         sum of the Hessian's diagonal, or channels, as they come; None: diagonal, channels with
         refinement.
     drift: share of what quantization has done to a linear's input before it that GPTQ's weights
-        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp; None: 0.3 for duqpp
-        without refinement, 0 with it.
+        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp with GPTQ; None: 0.3 for
+        that without refinement, else 0.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
@@ -93,6 +95,8 @@ class QuantizeConfig:
         defaults = _DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS
         if self.refine != "none":
             defaults = defaults | _REFINED_DEFAULTS
+        if not (defaults["gptq"] if self.gptq is None else self.gptq):
+            defaults = defaults | {"drift": 0.0}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -115,6 +119,8 @@ class QuantizeConfig:
             raise InputError(f"drift must lie in [0, 1], got {drift}")
         if drift and not self.is_sequential:
             raise InputError(f"drift is for the method duqpp, not {self.method}")
+        if drift and not self.gptq:
+            raise InputError("drift is what GPTQ makes up for, and gptq is off")
         if self.method == "learned" and alpha:
             raise InputError("learned trains rotations alone: it goes without smoothing")
         if self.refine != "none" and not self.is_sequential:
@@ -157,7 +163,7 @@ class QuantizeConfig:
     @property
     def makes_up_for_drift(self) -> bool:
         """Whether GPTQ aims at a share of what the float model's inputs would give."""
-        return bool(self.gptq and self.drift)
+        return bool(self.drift)
 
     @property
     def needs_float_stream(self) -> bool:

@@ -48,7 +48,7 @@ OPTIONS = {
     ),
     "gptq": (
         "--gptq/--no-gptq",
-        "Round weights by GPTQ instead of to nearest; on for duqpp, else off.",
+        "Round weights by GPTQ instead of to nearest; on for duqpp without --refine, else off.",
     ),
     "smooth_alpha": (
         "--smooth-alpha",
@@ -70,7 +70,7 @@ OPTIONS = {
     "drift": (
         "--drift",
         "Share of the quantized model's drift that GPTQ makes up for, 0 is off; for duqpp "
-        "alone: 0.3, and 0 with --refine.",
+        "alone: 0.3, and 0 without GPTQ or with --refine.",
     ),
     "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
     "refine": (

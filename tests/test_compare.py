@@ -285,9 +285,12 @@ def test_method_names():
     assert parse_methods("duqpp")["duqpp"].drift == 0.3
     assert parse_methods("duqpp")["duqpp"].block_order == "diagonal"
     refined = parse_methods("duqpp:refine=blocks")["duqpp:refine=blocks"]
-    assert (refined.drift, refined.block_order) == (0.0, "channels")
-    refined = parse_methods("duqpp:refine=blocks:drift=0.1:order=diagonal").popitem()[1]
+    assert (refined.gptq, refined.drift, refined.block_order) == (False, 0.0, "channels")
+    refined = parse_methods("duqpp:refine=blocks:gptq")["duqpp:refine=blocks:gptq"]
+    assert (refined.gptq, refined.drift, refined.block_order) == (True, 0.0, "channels")
+    refined = parse_methods("duqpp:refine=blocks:gptq:drift=0.1:order=diagonal").popitem()[1]
     assert (refined.drift, refined.block_order) == (0.1, "diagonal")
+    assert parse_methods("duqpp:rtn")["duqpp:rtn"].drift == 0.0
     assert list(parsed)[1] == "hadamard:alpha=0.6"
 
 

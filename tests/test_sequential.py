@@ -251,3 +251,6 @@ def test_options_that_do_not_belong_to_it_are_refused():
         QuantizeConfig(method="duqpp", drift=1.5)
     with pytest.raises(InputError, match=r"drift is for the method duqpp, not duquant\+\+"):
         QuantizeConfig(method="duquant++", gptq=True, drift=0.3)
+    for off in ({"gptq": False}, {"refine": "blocks"}):
+        with pytest.raises(InputError, match="drift is what GPTQ makes up for, and gptq is off"):
+            QuantizeConfig(method="duqpp", drift=0.3, **off)
