@@ -55,8 +55,7 @@ class PartlyRounded(nn.Module):
         """x [..., K] to [..., N] in the dtype of x; float32 inside."""
         y = self._transform.apply(x.float())
         if self.rounded in ("both", "activations"):
-            rounded = dequantize(quantize(y.flatten(0, -2), rule=self._rule))
-            y = rounded.view(y.shape)
+            y = dequantize(quantize(y, rule=self._rule))
         weight = self._codes if self.rounded in ("both", "weights") else self._exact
         return F.linear(y, weight, self._bias).to(x.dtype)
 
@@ -86,7 +85,7 @@ def check_alike(model: nn.Module, quantized: nn.Module) -> None:
     for name, parameter in quantized.named_parameters():
         if isinstance(quantized.get_submodule(name.rpartition(".")[0]), MXFP4Linear):
             continue
-        if not torch.equal(parameter, floats[name]):
+        if name not in floats or not torch.equal(parameter, floats[name]):
             raise SystemExit(f"error: {name} differs: the model is smoothed, or of another one")
 
 

@@ -29,8 +29,8 @@ _DUQPP_DEFAULTS = {
     "block_order": "diagonal",
     "drift": 0.3,
 }
-# What training starts from: after GPTQ, SmolLM2-135M ends no better on text like the calibration's,
-# and worse on other text; so it does in another order of blocks, or with drift made up for
+# What training starts from: after GPTQ, SmolLM2-135M ends about as it does without on text like the
+# calibration's, and worse on other text; worse still there with GPTQ's other defaults
 # (docs/accuracy.md).
 _REFINED_DEFAULTS = {"gptq": False, "block_order": "channels", "drift": 0.0}
 
@@ -120,7 +120,7 @@ class QuantizeConfig:
         if drift and not self.is_sequential:
             raise InputError(f"drift is for the method duqpp, not {self.method}")
         if drift and not self.gptq:
-            raise InputError("drift is what GPTQ makes up for, and gptq is off")
+            raise InputError("drift is what GPTQ makes up for, and gptq is off: turn it on, too")
         if self.method == "learned" and alpha:
             raise InputError("learned trains rotations alone: it goes without smoothing")
         if self.refine != "none" and not self.is_sequential:
