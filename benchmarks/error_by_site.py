@@ -1,6 +1,6 @@
 """Where a quantized model's error comes from: weights or activations, which linears, which blocks.
 
-python benchmarks/error_by_site.py FLOAT QUANTIZED --texts last30.txt builtin --windows 4
+python benchmarks/error_by_site.py FLOAT QUANTIZED --texts last30.txt builtin --windows 4 --out F
 
 Each row is the float model with a part of the quantized one's rounding: of weights, of activations
 or of both, in the linears of one group or in one part of the decoder blocks. What is not rounded is
@@ -8,12 +8,13 @@ exact: a linear computes (x R)(W R^-T).T, whose factors are rounded one by one. 
 rounds everything is the quantized model, and the rows need not add up to it.
 """
 
+import hashlib
 from collections.abc import Iterator
 from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Table, parser, report, start
+from harness import Case, Run, add_resume, parser, start
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
@@ -89,14 +90,24 @@ def check_alike(model: nn.Module, quantized: nn.Module) -> None:
             raise SystemExit(f"error: {name} differs: the model is smoothed, or of another one")
 
 
-def cases(blocks: int) -> Iterator[tuple[str, str, range]]:
-    """What is rounded, name of the group or "all", and blocks: one tuple for each row."""
+def fingerprint(model: nn.Module) -> str:
+    """Of all parameters and buffers: two models that differ in one byte have another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def cases(blocks: int) -> Iterator[Case]:
+    """What is rounded, in the linears of which group or "all", and in which blocks, "0-29"."""
     every = range(blocks)
-    for name in (ALL, *(group.name for group in GROUPS)):
-        yield from ((rounded, name, every) for rounded in ROUNDED)
     parts = min(PARTS, blocks)
-    for first, end in pairwise(blocks * part // parts for part in range(parts + 1)):
-        yield from ((rounded, ALL, range(first, end)) for rounded in ROUNDED)
+    bounds = [blocks * part // parts for part in range(parts + 1)]
+    chosen = [(name, every) for name in (ALL, *(group.name for group in GROUPS))]
+    chosen += [(ALL, range(first, end)) for first, end in pairwise(bounds)]
+    for (name, part), rounded in product(chosen, ROUNDED):
+        yield {"rounded": rounded, "linears": name, "blocks": f"{part.start}-{part.stop - 1}"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,31 +117,41 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--texts", nargs="+", default=[BUILTIN], help="as for duqpp eval --text")
     options.add_argument("--windows", type=int, default=4)
     options.add_argument("--seq-len", type=int, default=2048)
+    add_resume(options)
     options, _ = start(options, arguments)
     window = {"seq_len": options.seq_len, "windows": options.windows}
     model, tokenizer = load_model(options.float)
     quantized, _ = load_model(options.quantized)
     check_alike(model, quantized)
-    members = {group.name: group.linears for group in GROUPS}
     references = {}
     for text in options.texts:
+        name = text.rpartition("/")[2]
+        if name in references:
+            raise SystemExit(f"error: two texts have the name {name}")
         tokens = tokenize(tokenizer, read_text(text, part="evaluation"))
-        references[text] = (tokens, *perplexity_and_reference(model, tokens, **window))
-    linears = partly_rounded(model, quantized)
+        references[name] = (tokens, *perplexity_and_reference(model, tokens, **window))
+    common = window | {"quantized": fingerprint(quantized)}
+    places = partly_rounded(model, quantized)
     del quantized
-    table = Table(COLUMNS, options)
-    for rounded, group, blocks in cases(len(model.model.layers)):
-        for (index, name), linear in linears.items():
-            chosen = index in blocks and (group == ALL or name in members[group])
+    members = {group.name: group.linears for group in GROUPS}
+
+    def measured(text: str, rounded: str, linears: str, blocks: str, **_: object) -> Case:
+        first, last = (int(index) for index in blocks.split("-"))
+        for (index, name), linear in places.items():
+            chosen = first <= index <= last and (linears == ALL or name in members[linears])
             linear.rounded = rounded if chosen else None
-        for text, (tokens, exact, reference) in references.items():
-            found = perplexity(model, tokens, **window, reference=reference)
-            row: Case = {"text": text.rpartition("/")[2], "rounded": rounded, "linears": group}
-            row["blocks"] = f"{blocks.start}-{blocks.stop - 1}"
-            row["ratio"] = found.perplexity / exact.perplexity
-            row |= {"kl": found.divergence.kl, "agreement": found.divergence.agreement}
-            table.add(row)
-    report(table.rows, options, windows=options.windows, seq_len=options.seq_len)
+        tokens, exact, reference = references[text]
+        found = perplexity(model, tokens, **window, reference=reference)
+        return {
+            "ratio": found.perplexity / exact.perplexity,
+            "kl": found.divergence.kl,
+            "agreement": found.divergence.agreement,
+        }
+
+    run = Run("error_by_site", COLUMNS, options, {})
+    each = cases(len(model.model.layers))
+    run.measure(({"text": t, **case, **common} for case, t in product(each, references)), measured)
+    run.finish()
 
 
 if __name__ == "__main__":

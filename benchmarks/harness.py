@@ -56,11 +56,17 @@ def add_device(options: argparse.ArgumentParser, *, cpu_cache: str) -> None:
         help="whether inputs turn through more memory than the caches hold, or are the same each "
         f"time (default: {cpu_cache} on the CPU, both on a GPU)",
     )
+    options.set_defaults(cpu_cache=cpu_cache)
+    add_resume(options)
+
+
+def add_resume(options: argparse.ArgumentParser) -> None:
+    """Options of a benchmark whose rows are a `Run`."""
     options.add_argument("--budget", type=float, help="seconds for all rows; those left are named")
     options.add_argument(
         "--resume", action="store_true", help="keep the rows that --out has from this machine"
     )
-    options.set_defaults(cpu_cache=cpu_cache)
+    options.set_defaults(device="cpu")
 
 
 def start(

@@ -1,11 +1,13 @@
 """A partly rounded model: with all of it the quantized model, with none of it the float one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import error_by_site
 import pytest
 from error_by_site import ROUNDED, cases
+from harness import INCOMPLETE
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.config import QuantizeConfig
@@ -27,11 +29,21 @@ def quantized(tiny_llama, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def rows(tiny_llama, quantized, capsys) -> dict[tuple[str, str, str], dict]:
-    words = ["--windows", "2", "--seq-len", "64", "--json"]
-    error_by_site.main([str(tiny_llama), str(quantized), *words])
-    found = json.loads(capsys.readouterr().out)["rows"]
-    return {(row["rounded"], row["linears"], row["blocks"]): row for row in found}
+def run(tiny_llama, capsys) -> Callable[..., list[dict]]:
+    """The benchmark's rows for a quantized model."""
+
+    def rows_of(quantized: Path, *more: str) -> list[dict]:
+        capsys.readouterr()
+        words = ["--windows", "2", "--seq-len", "64", "--json", *more]
+        error_by_site.main([str(tiny_llama), str(quantized), *words])
+        return json.loads(capsys.readouterr().out)["rows"]
+
+    return rows_of
+
+
+@pytest.fixture
+def rows(run, quantized) -> dict[tuple[str, str, str], dict]:
+    return {(row["rounded"], row["linears"], row["blocks"]): row for row in run(quantized)}
 
 
 def test_all_that_is_rounded_is_the_quantized_model(rows, tiny_llama, quantized):
@@ -48,8 +60,8 @@ def test_all_that_is_rounded_is_the_quantized_model(rows, tiny_llama, quantized)
 def test_each_part_has_an_error_of_its_own(rows):
     assert len(rows) == len(list(cases(2))) == 3 * (1 + 4 + 2)
     assert len({row["kl"] for row in rows.values()}) == len(rows)
-    for (rounded, linears, blocks), row in rows.items():
-        assert row["kl"] > 1e-5, (rounded, linears, blocks)  # a hundred times what is float noise
+    for part, row in rows.items():
+        assert row["kl"] > 1e-5, part  # a hundred times what is float noise
     whole = ("all", "0-1")
     for rounded in ROUNDED:
         parts = [row["kl"] for key, row in rows.items() if key[0] == rounded and key[1:] != whole]
@@ -63,6 +75,29 @@ def test_nothing_rounded_is_the_float_model(tiny_llama, quantized):
     linears = error_by_site.partly_rounded(model, load_model(str(quantized))[0])
     assert len(linears) == 2 * 7
     assert perplexity(model, tokens, **WINDOW, reference=reference).divergence.kl < 1e-5
+
+
+def test_what_was_measured_is_kept_for_the_same_model_alone(run, quantized, tiny_llama, tmp_path):
+    words = ["--out", str(tmp_path / "rows.json"), "--resume"]
+    with pytest.raises(SystemExit) as left:
+        run(quantized, *words, "--budget", "0")
+    assert left.value.code == INCOMPLETE
+    first = run(quantized, *words)
+    assert {row["run"] for row in first} == {1}
+    assert run(quantized, *words) == first
+    other = quantize(tiny_llama, tmp_path / "out", method="rtn")
+    both = run(other, *words)
+    assert both[: len(first)] == first
+    assert len(both) == 2 * len(first)
+
+
+def test_two_texts_of_one_name_are_refused(run, quantized, tmp_path):
+    texts = [tmp_path / "a" / "text.txt", tmp_path / "b" / "text.txt"]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text(read_text(BUILTIN), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"two texts have the name text\.txt"):
+        run(quantized, "--texts", *map(str, texts))
 
 
 def test_a_smoothed_model_is_refused(tiny_llama, tmp_path):
