@@ -228,7 +228,8 @@ def _check_calibration(
         return ""
     text = read_text(calibration)
     tokens = tokenize(tokenizer, text)
-    for samples, seq_len in {(config.sequences, config.seq_len) for config in calibrated}:
+    configs = [config.for_text(tokens.numel()) for config in calibrated]
+    for samples, seq_len in {(config.sequences, config.seq_len) for config in configs}:
         sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
     return text
 

@@ -1,6 +1,7 @@
 """What a quantization does: one frozen dataclass, JSON both ways."""
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from duqpp.errors import InputError
@@ -33,6 +34,7 @@ _DUQPP_DEFAULTS = {
 # calibration's, and worse on other text; worse still there with GPTQ's other defaults
 # (docs/accuracy.md).
 _REFINED_DEFAULTS = {"gptq": False, "block_order": "channels", "drift": 0.0}
+_REFINE_SAMPLES = 72
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ class QuantizeConfig:
         give the float block's outputs, or after that the whole model to give the float model's
         distribution of the next token (in memory: 16 bytes a weight, see docs/large-models.md).
     samples, seq_len: calibration sequences and their length in tokens.
-    refine_samples: sequences for refinement, of which `samples` calibrate.
+    refine_samples: sequences for refinement, of which `samples` calibrate; None: 72, or as many as
+        a shorter calibration text has (see `for_text`).
     seed: of calibration sampling and of every random matrix.
     skip: modules that stay in floating point like lm_head, by whole components of their names.
     """
@@ -86,7 +89,7 @@ class QuantizeConfig:
     refine: Refine = "none"
     samples: int = 16
     seq_len: int = 1024
-    refine_samples: int = 72
+    refine_samples: int | None = None
     seed: int = 0
     skip: tuple[str, ...] = ()
 
@@ -127,7 +130,7 @@ class QuantizeConfig:
             raise InputError(f"refine is for the method duqpp, not {self.method}")
         if self.refine != "none" and self.next_inputs == "float":
             raise InputError("refine trains on what quantized blocks give: next_inputs=quantized")
-        if self.refine != "none" and self.refine_samples <= self.samples:
+        if self.refine != "none" and (self.refine_samples or math.inf) <= self.samples:
             raise InputError(
                 f"refine_samples must be more than samples, got {self.refine_samples} and "
                 f"{self.samples}"
@@ -140,8 +143,8 @@ class QuantizeConfig:
             ("seq_len", 2),
             ("max_steps", 1),
         ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
 
     @property
     def effective_smooth_alpha(self) -> float:
@@ -150,10 +153,17 @@ class QuantizeConfig:
             return self.smooth_alpha
         return DEFAULT_SMOOTH_ALPHA if self.method in _SMOOTHED_BY_DEFAULT else 0.0
 
+    def for_text(self, tokens: int) -> "QuantizeConfig":
+        """With the refine_samples that a calibration text of so many tokens has by default."""
+        if self.refine == "none" or self.refine_samples is not None:
+            return self
+        most = min(_REFINE_SAMPLES, tokens // self.seq_len)
+        return replace(self, refine_samples=max(self.samples + 1, most))
+
     @property
     def sequences(self) -> int:
         """How many calibration sequences are read in all."""
-        return self.samples if self.refine == "none" else self.refine_samples
+        return self.samples if self.refine == "none" else self.refine_samples or _REFINE_SAMPLES
 
     @property
     def is_sequential(self) -> bool:

@@ -79,7 +79,10 @@ OPTIONS = {
     ),
     "samples": ("--samples", "Calibration sequences."),
     "seq_len": ("--seq-len", "Tokens in a calibration sequence."),
-    "refine_samples": ("--refine-samples", "Sequences for --refine, of which --samples calibrate."),
+    "refine_samples": (
+        "--refine-samples",
+        "Sequences for --refine, of which --samples calibrate; 72, or what a shorter text has.",
+    ),
     "seed": ("--seed", "Of calibration sampling and of every random matrix."),
     "skip": ("--skip", "Module kept in floating point, by name or last component; repeatable."),
 }

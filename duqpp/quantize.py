@@ -122,7 +122,9 @@ def quantize_model(
     check_architecture(source.config, config.skip)
     companions = _companions(source)
     select("mxfp4_gemm", torch.device("cpu"))  # what the blocks will run on: an error comes now
-    tokens, data = _calibration_tokens(source.config, companions.tokenizer, config, calibration)
+    tokens, data, config = _calibration_tokens(
+        source.config, companions.tokenizer, config, calibration
+    )
     progress("fingerprint", 0, 1)
     job = describe_job(source, config, tokens)
     check_folders(out, work, resume)  # again: a job that began meanwhile may be there, or done
@@ -396,10 +398,13 @@ def _causal_class(config: Any) -> str:
 
 def _calibration_tokens(
     model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: str | Tensor
-) -> tuple[Tensor | None, str]:
-    """Token sequences, or None where no activations are read; and what the data are called."""
+) -> tuple[Tensor | None, str, QuantizeConfig]:
+    """Token sequences, or None where no activations are read; and what the data are called.
+
+    And the options, with as many refine_samples as a text has.
+    """
     if not config.needs_activations:
-        return None, "none"
+        return None, "none", config
     if isinstance(calibration, Tensor):
         tokens, name = calibration, "tokens"
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
@@ -409,8 +414,10 @@ def _calibration_tokens(
             )
         tokens = tokens.cpu()
     else:
+        text = tokenize(tokenizer, read_text(calibration))
+        config = config.for_text(text.numel())
         tokens = sample_sequences(
-            tokenize(tokenizer, read_text(calibration)),
+            text,
             samples=config.sequences,
             seq_len=config.seq_len,
             seed=config.seed,
@@ -424,7 +431,7 @@ def _calibration_tokens(
         )
     if config.refine != "none":
         tokens = _spread_first(tokens, config.samples)
-    return tokens, name
+    return tokens, name, config
 
 
 def _spread_first(tokens: Tensor, count: int) -> Tensor:

@@ -71,7 +71,8 @@ def sample_sequences(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -
     if stretch < seq_len:
         raise InputError(
             f"calibration text has {tokens.numel()} tokens, but {samples} samples of {seq_len} "
-            f"need {samples * seq_len}: lower --samples or --seq-len, or give more text"
+            f"need {samples * seq_len}: lower --samples or --seq-len (with --refine: "
+            "--refine-samples), or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     slack = torch.randint(stretch - seq_len + 1, (samples,), generator=generator)

@@ -1,12 +1,15 @@
 """refine_block on a tiny model: held-out loss decides, and the codes that stay are hardware's."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import duqpp
 import duqpp.refine.blocks as module
+from duqpp.calibration.tokens import tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.models.llama import GROUPS, DecoderStack
@@ -123,9 +126,40 @@ def test_one_batch_is_too_few(job):
     [
         ({"method": "duquant++"}, "refine is for the method duqpp"),
         ({"next_inputs": "float"}, "next_inputs=quantized"),
-        ({"samples": 72}, "refine_samples must be more than samples"),
+        ({"samples": 72, "refine_samples": 72}, "refine_samples must be more than samples"),
     ],
 )
 def test_options_that_refinement_cannot_work_with(options, message):
     with pytest.raises(InputError, match=message):
         QuantizeConfig(**{"method": "duqpp", "refine": "blocks"} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "expected"),
+    [
+        ({}, 72 * 1024, 72),
+        ({}, 10**6, 72),
+        ({}, 72 * 1024 - 1, 71),
+        ({}, 1024, 17),  # more than those that calibrate, which the text is then too short for
+        ({"seq_len": 2048}, 72 * 1024, 36),
+        ({"refine_samples": 20}, 72 * 1024, 20),
+        ({"refine": "none"}, 1024, None),
+    ],
+)
+def test_as_many_sequences_as_the_text_has(options, tokens, expected):
+    config = QuantizeConfig(**{"method": "duqpp", "refine": "blocks"} | options)
+    assert config.for_text(tokens).refine_samples == expected
+
+
+def test_short_text_refines_with_all_of_it(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    tokens = tokenize(AutoTokenizer.from_pretrained(tiny_llama), text.read_text()).numel()
+    config = QuantizeConfig(method="duqpp", refine="blocks", samples=2, seq_len=32)
+    assert 2 < tokens // 32 < 72
+    report = duqpp.quantize_model(str(tiny_llama), tmp_path / "out", config, calibration=str(text))
+    assert all(block.steps > 0 for block in report.refined)
+    assert f"text.txt, {tokens // 32} x 32 tokens" in (tmp_path / "out" / "README.md").read_text()
+    too_many = replace(config, refine_samples=tokens // 32 + 1)
+    with pytest.raises(InputError, match="--refine-samples"):
+        duqpp.quantize_model(str(tiny_llama), tmp_path / "no", too_many, calibration=str(text))
