@@ -130,6 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"error: two texts have the name {name}")
         tokens = tokenize(tokenizer, read_text(text, part="evaluation"))
         references[name] = (tokens, *perplexity_and_reference(model, tokens, **window))
+    facts = {"quantized": quantized.config.quantization_config.layout.provenance}
     common = window | {"quantized": fingerprint(quantized)}
     places = partly_rounded(model, quantized)
     del quantized
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             "agreement": found.divergence.agreement,
         }
 
-    run = Run("error_by_site", COLUMNS, options, {})
+    run = Run("error_by_site", COLUMNS, options, facts)
     each = cases(len(model.model.layers))
     run.measure(({"text": t, **case, **common} for case, t in product(each, references)), measured)
     run.finish()

@@ -85,6 +85,8 @@ def test_what_was_measured_is_kept_for_the_same_model_alone(run, quantized, tiny
     first = run(quantized, *words)
     assert {row["run"] for row in first} == {1}
     assert run(quantized, *words) == first
+    about = json.loads((tmp_path / "rows.json").read_text())["runs"][1]["quantized"]
+    assert about["configuration"]["method"] == "duqpp"
     other = quantize(tiny_llama, tmp_path / "out", method="rtn")
     both = run(other, *words)
     assert both[: len(first)] == first
