@@ -1,7 +1,5 @@
 """duqpp: quantize LLaMA-family models to MXFP4 W4A4 with DuQuant++, and run them anywhere."""
 
-__version__ = "0.1.0"
-
 from duqpp.config import QuantizeConfig
 from duqpp.errors import BackendUnavailableError, CheckpointError, DuqppError, InputError
 from duqpp.evaluate import perplexity
@@ -9,6 +7,7 @@ from duqpp.format import MXFP4Tensor, ScaleRule
 from duqpp.integrations.transformers import DuqppConfig, from_pretrained
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize import QuantizeReport, quantize_model
+from duqpp.version import __version__
 
 __all__ = [
     "BackendUnavailableError",
@@ -21,6 +20,7 @@ __all__ = [
     "QuantizeConfig",
     "QuantizeReport",
     "ScaleRule",
+    "__version__",
     "from_pretrained",
     "perplexity",
     "quantize_model",

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-import duqpp
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.config import QuantizeConfig
 from duqpp.errors import DuqppError, InputError
@@ -39,6 +38,7 @@ from duqpp.terminal import (
     size,
     timings_table,
 )
+from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -88,7 +88,7 @@ def _start(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        print(f"duqpp {duqpp.__version__}")
+        print(f"duqpp {__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
         print(context.get_help())

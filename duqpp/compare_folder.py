@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.models.checkpoint import read_json, write_json
 from duqpp.models.source import Source, fingerprint
 from duqpp.models.work_folder import locked
 from duqpp.scores import Run
+from duqpp.version import __version__
 
 COMPARISON_FILE = "comparison.json"
 
@@ -126,7 +126,7 @@ def comparison_job(
         "model": fingerprint(source),
         "texts": texts,
         "windows": settings,
-        "version": duqpp.__version__,
+        "version": __version__,
     }
 
 

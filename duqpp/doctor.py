@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-import duqpp
 from duqpp.errors import BackendUnavailableError
 from duqpp.ops import kernels
 from duqpp.ops.dispatch import BACKENDS, ENVIRONMENT_VARIABLE
 from duqpp.ops.kernels import Machine
 from duqpp.ops.native import library_info
+from duqpp.version import __version__
 
 SHAPE = (16, 4096, 4096)  # of LLaMA-3 8B's o, a few tokens
 
@@ -36,7 +36,7 @@ def doctor(
 
     return {
         "versions": {
-            "duqpp": duqpp.__version__,
+            "duqpp": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duqpp.divergence import Divergence, Reference, kl_and_agreement
+from duqpp.divergence import Divergence, Reference
 from duqpp.errors import InputError
 from duqpp.models.checkpoint import Progress
+from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 
 CONVENTION = (
     "text tokenized whole without added special tokens, cut into non-overlapping windows, "
     "tail dropped; exp of the mean over windows of each window's mean next-token NLL"
 )
-_LOGIT_TOKENS = 256  # logits of this many tokens at a time: [256, vocabulary] in float32
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _sums(
     Returns: NLL and KL in nats, and how many largest logits agree; the latter 0 without reference.
     """
     nll, kl, agreeing = 0.0, 0.0, 0
-    for start in range(0, len(targets), _LOGIT_TOKENS):
-        part = slice(start, start + _LOGIT_TOKENS)
+    for start in range(0, len(targets), LOGIT_TOKENS):
+        part = slice(start, start + LOGIT_TOKENS)
         logits = model.lm_head(hidden[part]).float()
         nll += float(F.cross_entropy(logits, targets[part], reduction="sum"))
         if against:

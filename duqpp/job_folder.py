@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.models.checkpoint import read_json
 from duqpp.models.source import Source, fingerprint
 from duqpp.models.work_folder import locked, sync_folder
+from duqpp.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def describe_job(source: Source, config: QuantizeConfig, tokens: Tensor | None) 
         "model": fingerprint(source),
         "calibration": data.hexdigest(),
         "configuration": config.to_dict(),
-        "version": duqpp.__version__,
+        "version": __version__,
     }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import duqpp
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
@@ -50,6 +49,7 @@ from duqpp.refine.distill import DistillReport
 from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
 from duqpp.sequential import quantize_sequentially, run_float_block
+from duqpp.version import __version__
 
 REPORT_FILE = "quantization_report.json"
 
@@ -453,7 +453,7 @@ def provenance(name_or_path: str | None, config: QuantizeConfig, data: str) -> d
         "calibration": data,
         "configuration": config.to_dict(),
         "versions": {
-            "duqpp": duqpp.__version__,
+            "duqpp": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

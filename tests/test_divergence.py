@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 import duqpp
 from duqpp import evaluate
 from duqpp.config import QuantizeConfig
-from duqpp.divergence import Divergence, kl_and_agreement
+from duqpp.divergence import Divergence
 from duqpp.errors import InputError
 from duqpp.evaluate import perplexity, perplexity_and_reference
+from duqpp.models.logits import kl_and_agreement
 
 TOKENS = torch.randint(0, 320, (1000,), generator=torch.Generator().manual_seed(4))
 
@@ -128,7 +129,7 @@ def test_a_model_by_definition(seq_len, model, quantized):
 def test_chunks_of_logits_do_not_matter(chunk, model, quantized, monkeypatch):
     _, reference = perplexity_and_reference(model, TOKENS, seq_len=100)
     expected = perplexity(quantized, TOKENS, seq_len=100, reference=reference).divergence
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", chunk)
+    monkeypatch.setattr(evaluate, "LOGIT_TOKENS", chunk)
     found = perplexity(quantized, TOKENS, seq_len=100, reference=reference).divergence
     assert found.window_kl == pytest.approx(expected.window_kl, abs=2e-6)
     assert found.window_agreement == expected.window_agreement
@@ -150,7 +151,7 @@ def test_a_reference_is_hidden_states_and_a_head(model, monkeypatch):
     assert [tuple(hidden.shape) for hidden in reference.hidden] == [(299, 64)] * 2
     assert reference.head is model.lm_head
     sizes = []
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", 64)
+    monkeypatch.setattr(evaluate, "LOGIT_TOKENS", 64)
     handle = model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
     perplexity(model, TOKENS, seq_len=300, windows=2, reference=reference)
     handle.remove()

@@ -65,7 +65,7 @@ def test_windows_are_taken_from_the_beginning(model):
 @pytest.mark.parametrize("chunk", [1, 7, 99, 100, 4096])
 def test_chunks_of_logits_do_not_matter(chunk, model, monkeypatch):
     expected = perplexity(model, TOKENS, seq_len=100)
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", chunk)
+    monkeypatch.setattr(evaluate, "LOGIT_TOKENS", chunk)
     result = perplexity(model, TOKENS, seq_len=100)
     assert result.window_nll == pytest.approx(expected.window_nll, rel=1e-6)
 
@@ -73,7 +73,7 @@ def test_chunks_of_logits_do_not_matter(chunk, model, monkeypatch):
 def test_logits_are_never_whole(model, monkeypatch):
     """A long window over a large vocabulary would not fit in memory."""
     sizes = []
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", 64)
+    monkeypatch.setattr(evaluate, "LOGIT_TOKENS", 64)
     handle = model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
     perplexity(model, TOKENS, seq_len=500, windows=1)
     handle.remove()

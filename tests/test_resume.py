@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
+from duqpp import job_folder
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.models.layout import quantized_block
@@ -333,7 +334,7 @@ def test_refuses_another_job(change, named, model, tmp_path):
 
 def test_refuses_another_version(model, tmp_path, monkeypatch):
     interrupted(model, tmp_path / "out")
-    monkeypatch.setattr(duqpp, "__version__", "0.0.0")
+    monkeypatch.setattr(job_folder, "__version__", "0.0.0")
     with pytest.raises(InputError, match="another version"):
         quantize(model, tmp_path / "out", resume=True)
 

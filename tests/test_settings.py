@@ -76,10 +76,11 @@ def test_the_version_is_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+", duqpp.__version__), "a semantic version"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" in project["project"]["dynamic"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "duqpp.__version__"}
+    version = {"attr": "duqpp.version.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == version
     package = Path(duqpp.__file__).parent
     for path in [*package.rglob("*.py"), ROOT / "setup.py", ROOT / "CMakeLists.txt"]:
-        if path != Path(duqpp.__file__):
+        if path != package / "version.py":
             assert f'"{duqpp.__version__}"' not in path.read_text(encoding="utf-8"), path
 
 

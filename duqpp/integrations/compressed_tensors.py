@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import duqpp
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
@@ -33,6 +32,7 @@ from duqpp.models.finish import GUARD_FIELD
 from duqpp.models.layout import Layout
 from duqpp.models.llama import GROUPS, layer_prefix
 from duqpp.models.source import download
+from duqpp.version import __version__
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
 # transformers quotes it in its error (see `duqpp.models.finish`); vLLM does not know the field.
@@ -260,7 +260,7 @@ def _card(name: str, layout: Layout, remarks: tuple[str, ...]) -> str:
             f"# {name}",
             "",
             f"{base}, quantized to MXFP4 (W4A4) by duqpp, method `{layout.method}`, and exported "
-            f"to compressed-tensors by `duqpp export` of duqpp {duqpp.__version__}.",
+            f"to compressed-tensors by `duqpp export` of duqpp {__version__}.",
             "",
             *(f"- {remark}" for remark in remarks),
             "",

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from duqpp.config import QuantizeConfig
-from duqpp.divergence import kl_and_agreement
 from duqpp.format import MXFP4Tensor
 from duqpp.models.checkpoint import read_shard, write_shard
 from duqpp.models.llama import BlockInputs, quantized_groups
+from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.ops import quantize
 from duqpp.refine.latent import to_codes, to_latents
 from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
@@ -23,7 +23,6 @@ from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 _RATE = 3e-4
 _BETAS = (0.9, 0.99)
 _EPOCHS = 2
-_LOGIT_TOKENS = 256  # logits of this many tokens at a time: [256, vocabulary] in float32
 _CHECK_STEPS = 16  # between checks of the held-back divergence, after which the state is saved
 
 
@@ -185,5 +184,5 @@ def divergence_gradient(hidden: Tensor, exact: Tensor, head: nn.Module) -> Tenso
 
 
 def _parts(hidden: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    both = (h.flatten(0, -2).split(_LOGIT_TOKENS) for h in (hidden, exact))
+    both = (h.flatten(0, -2).split(LOGIT_TOKENS) for h in (hidden, exact))
     return zip(*both, strict=True)
