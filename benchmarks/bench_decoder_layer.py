@@ -15,7 +15,7 @@ from shapes import HEAD_DIM, MODELS, Model
 from timing import Call, alternate, clock_for, copied, in_turn
 from torch import Tensor, nn
 
-from duqpp.models.layout import Layout, convert_block
+from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.dispatch import select
 from duqpp.rotation.block_rotation import BlockRotation

@@ -109,7 +109,7 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
-    from duqpp.models.checkpoint import linear_storage
+    from duqpp.checkpoint.shard import linear_storage
     from duqpp.quantize import quantize_model
     from duqpp.quantize_group import mean_errors
 

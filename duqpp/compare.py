@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.checkpoint.shard import Progress, linear_storage
 from duqpp.compare_folder import ComparisonFolder, Finished, comparison_job
 from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
 from duqpp.divergence import Reference
 from duqpp.errors import InputError
 from duqpp.evaluate import PerplexityResult, perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import from_pretrained
-from duqpp.models.checkpoint import Progress, linear_storage
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
 from duqpp.quantize import quantize_model

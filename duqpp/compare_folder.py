@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.models.checkpoint import read_json, write_json
 from duqpp.models.source import Source, fingerprint
 from duqpp.models.work_folder import locked
 from duqpp.scores import Run

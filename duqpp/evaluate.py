@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duqpp.checkpoint.shard import Progress
 from duqpp.divergence import Divergence, Reference
 from duqpp.errors import InputError
-from duqpp.models.checkpoint import Progress
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 
 CONVENTION = (

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.checkpoint.layout import Layout, is_duqpp, quantization_of
+from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.models.checkpoint import Progress, read_json
-from duqpp.models.layout import Layout, is_duqpp, quantization_of
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
 from duqpp.quantize import REPORT_FILE, calibrate_and_quantize

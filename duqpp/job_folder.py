@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from duqpp.checkpoint.shard import read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.models.checkpoint import read_json
 from duqpp.models.source import Source, fingerprint
 from duqpp.models.work_folder import locked, sync_folder
 from duqpp.version import __version__

@@ -11,6 +11,18 @@ import torch
 from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.checkpoint.card import GUARD, GUARD_FIELD, write_card
+from duqpp.checkpoint.layout import Layout, quantized_block
+from duqpp.checkpoint.shard import (
+    INDEX_FILE,
+    Progress,
+    read_json,
+    read_shard,
+    shard_name,
+    write_block,
+    write_json,
+    write_shard,
+)
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.job_folder import (
@@ -21,18 +33,6 @@ from duqpp.job_folder import (
     give_name,
     make_folder,
 )
-from duqpp.models.checkpoint import (
-    INDEX_FILE,
-    Progress,
-    read_json,
-    read_shard,
-    shard_name,
-    write_block,
-    write_json,
-    write_shard,
-)
-from duqpp.models.finish import GUARD, GUARD_FIELD, write_card
-from duqpp.models.layout import Layout, quantized_block
 from duqpp.models.llama import (
     BlockInputs,
     DecoderStack,

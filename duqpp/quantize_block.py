@@ -16,9 +16,9 @@ from duqpp.calibration.smoothing import (
     smoothing_scales,
 )
 from duqpp.calibration.statistics import InputStatistics, draw_sample
+from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.config import QuantizeConfig
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
-from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
     BlockInputs,
     check_finite,

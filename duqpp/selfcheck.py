@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from duqpp.checkpoint.shard import Progress
 from duqpp.doctor import doctor
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
-from duqpp.models.checkpoint import Progress
 from duqpp.ops import (
     mxfp4_gemm,
     mxfp4_linear,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.calibration.statistics import draw_sample
+from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize
-from duqpp.models.layout import Layout, convert_group
 from duqpp.models.llama import BlockInputs, layer_prefix, quantized_groups
 from duqpp.ops import quantize
 from duqpp.quantize_group import (

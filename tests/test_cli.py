@@ -570,7 +570,7 @@ def interrupted_at_second_block(monkeypatch):
             raise KeyboardInterrupt
         write(path, tensors)
 
-    monkeypatch.setattr("duqpp.models.checkpoint.write_shard", interrupt)
+    monkeypatch.setattr("duqpp.checkpoint.shard.write_shard", interrupt)
 
 
 def test_an_interrupted_job_goes_on_as_the_line_says(

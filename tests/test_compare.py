@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import duqpp
 from duqpp.calibration.tokens import BUILTIN, builtin_text, read_text, tokenize
+from duqpp.checkpoint.shard import linear_storage
 from duqpp.compare import FLOAT, _float_model, compare, parse_methods
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluate import perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import load_model
-from duqpp.models.checkpoint import linear_storage
 from duqpp.models.source import open_source
 from duqpp.quantize import quantize_model
 from duqpp.scores import Row, Run, Scores

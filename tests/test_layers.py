@@ -13,14 +13,15 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.
 LAYERS = (
-    ("_C", "errors", "threads", "version"),  # _C: the compiled library
+    ("_C", "errors", "threads", "version"),
     ("format",),
-    ("config",),  # its fields are of types that the format defines
+    ("config",),
     ("ops",),
     ("rotation",),
     ("calibration",),
     ("nn",),
     ("models",),
+    ("checkpoint",),
     ("quantize_group", "divergence"),
     ("quantize_block", "sequential", "refine", "job_folder"),
     ("quantize", "evaluate", "tasks"),
@@ -39,9 +40,9 @@ ROOT = "duqpp"
 # it is used, so that the layers up to nn need torch alone.
 BASE = {"torch"}
 HOSTS = {
+    "checkpoint": {"safetensors"},
     "models": {"safetensors"},
-    "integrations": {"transformers", "vllm"},  # each its own
-    "compare": {"safetensors"},
+    "integrations": {"transformers", "vllm"},
     "options": {"typer"},
     "terminal": {"rich"},
     "evaluation_commands": {"typer"},

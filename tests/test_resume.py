@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp import job_folder
+from duqpp.checkpoint.layout import quantized_block
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.models.layout import quantized_block
 from duqpp.models.source import SafetensorsSource
 from duqpp.nn import MXFP4Linear
 from tests import decoder

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duqpp.errors import CheckpointError, InputError
-from duqpp.format import BLOCK_SIZE
-from duqpp.integrations.serving import check_index, is_quantized, served_layout
-from duqpp.models.checkpoint import (
+from duqpp.checkpoint.card import GUARD_FIELD
+from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.shard import (
     INDEX_FILE,
     Progress,
     read_json,
@@ -28,14 +27,15 @@ from duqpp.models.checkpoint import (
     write_json,
     write_shard,
 )
-from duqpp.models.finish import GUARD_FIELD
-from duqpp.models.layout import Layout
+from duqpp.errors import CheckpointError, InputError
+from duqpp.format import BLOCK_SIZE
+from duqpp.integrations.serving import check_index, is_quantized, served_layout
 from duqpp.models.llama import GROUPS, layer_prefix
 from duqpp.models.source import download
 from duqpp.version import __version__
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
-# transformers quotes it in its error (see `duqpp.models.finish`); vLLM does not know the field.
+# transformers quotes it in its error (see `duqpp.checkpoint.card`); vLLM does not know the field.
 _GUARD = "it is an export of duqpp for vLLM, whose rotations transformers would ignore"
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
+from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.models.layout import Layout
 from duqpp.quantize_block import quantize_linear
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from duqpp.models.checkpoint import CHECKSUMS_KEY, INDEX_FILE, checksum
-from duqpp.models.finish import finish_folder
+from duqpp.checkpoint.card import finish_folder
+from duqpp.checkpoint.shard import CHECKSUMS_KEY, INDEX_FILE, checksum
 
 
 # Each takes the place of a method of one model, by its name.

@@ -15,14 +15,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from duqpp.config import QuantizeConfig
-from duqpp.errors import CheckpointError, DuqppError, InputError
-from duqpp.format import BLOCK_SIZE
-from duqpp.integrations.on_load import QuantizeOnLoad
-from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
-from duqpp.models.checkpoint import Progress, read_json, shard_files, verify_checkpoint
-from duqpp.models.finish import GUARD_FIELD
-from duqpp.models.layout import (
+from duqpp.checkpoint.card import GUARD_FIELD
+from duqpp.checkpoint.layout import (
     QUANT_METHOD,
     Layout,
     convert_model,
@@ -30,6 +24,12 @@ from duqpp.models.layout import (
     quantization_of,
     share_inputs,
 )
+from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
+from duqpp.config import QuantizeConfig
+from duqpp.errors import CheckpointError, DuqppError, InputError
+from duqpp.format import BLOCK_SIZE
+from duqpp.integrations.on_load import QuantizeOnLoad
+from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
 from duqpp.nn import MXFP4Linear, unshare_input

@@ -27,6 +27,7 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
+from duqpp.checkpoint.layout import QUANT_METHOD, Layout
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor
 from duqpp.integrations.serving import (
@@ -36,7 +37,6 @@ from duqpp.integrations.serving import (
     served_layout,
     verify_folder,
 )
-from duqpp.models.layout import QUANT_METHOD, Layout
 from duqpp.ops import mxfp4_linear
 from duqpp.ops.dispatch import select
 

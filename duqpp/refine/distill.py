@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from duqpp.checkpoint.shard import read_shard, write_shard
 from duqpp.config import QuantizeConfig
 from duqpp.format import MXFP4Tensor
-from duqpp.models.checkpoint import read_shard, write_shard
 from duqpp.models.llama import BlockInputs, quantized_groups
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.ops import quantize

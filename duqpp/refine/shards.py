@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from duqpp.checkpoint.layout import Layout, quantized_block
+from duqpp.checkpoint.shard import read_json, read_shard, shard_name, write_block, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError
-from duqpp.models.checkpoint import read_json, read_shard, shard_name, write_block, write_json
-from duqpp.models.layout import Layout, quantized_block
 from duqpp.models.llama import BlockInputs, DecoderStack
 from duqpp.quantize_group import group_generator
 from duqpp.refine.distill import DistillReport, distill

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
+from duqpp.checkpoint.card import GUARD_FIELD
 from duqpp.cli import main
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
-from duqpp.models.finish import GUARD_FIELD
 from tests import decoder
 from tests.models import damage
 

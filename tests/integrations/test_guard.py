@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import duqpp
+from duqpp.checkpoint.card import GUARD, GUARD_FIELD
 from duqpp.integrations.transformers import DuqppConfig
-from duqpp.models.finish import GUARD, GUARD_FIELD
 from tests.models import damage
 
 LOADERS = [duqpp.from_pretrained, AutoModelForCausalLM.from_pretrained]

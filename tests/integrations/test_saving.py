@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
 import duqpp
-from duqpp.models.finish import CARD_MARK, GUARD, GUARD_FIELD, finish_folder, write_card
+from duqpp.checkpoint.card import CARD_MARK, GUARD, GUARD_FIELD, finish_folder, write_card
 from duqpp.nn import MXFP4Linear
 from tests import decoder, oracle
 from tests.models import damage

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import duqpp
+from duqpp.checkpoint.layout import Layout
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import ScaleRule
 from duqpp.integrations.serving import (
@@ -14,7 +15,6 @@ from duqpp.integrations.serving import (
     served_layout,
     verify_folder,
 )
-from duqpp.models.layout import Layout
 from duqpp.ops import rotate_quantize
 from tests import oracle
 from tests.models import damage

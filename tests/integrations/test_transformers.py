@@ -565,7 +565,7 @@ def test_configuration_of_a_checkpoint_for_a_float_model(tiny_llama):
     from duqpp.integrations.transformers import DuqppConfig
 
     config = DuqppConfig(
-        **duqpp.models.layout.Layout("rtn", "none", False, "mse", "even").to_dict()
+        **duqpp.checkpoint.layout.Layout("rtn", "none", False, "mse", "even").to_dict()
     )
     with pytest.raises(InputError, match="describes a quantized checkpoint"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.errors import InputError
-from duqpp.models.layout import Layout, convert_block
 from duqpp.models.llama import (
     GROUPS,
     DecoderStack,

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
+from duqpp.checkpoint.layout import Layout
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
-from duqpp.models.layout import Layout
 from duqpp.ops import mxfp4_linear
 from tests import oracle
 

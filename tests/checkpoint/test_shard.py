@@ -13,9 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 
-from duqpp.errors import CheckpointError
-from duqpp.models import checkpoint
-from duqpp.models.checkpoint import (
+from duqpp.checkpoint.shard import (
     checksum,
     read_json,
     read_shard,
@@ -26,6 +24,8 @@ from duqpp.models.checkpoint import (
     write_json,
     write_shard,
 )
+from duqpp.errors import CheckpointError
+from duqpp.models import checkpoint
 from tests import decoder
 from tests.models import damage
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duqpp.models.checkpoint import linear_storage, read_json, settle_metadata, write_json
-from duqpp.models.layout import is_duqpp
+from duqpp.checkpoint.layout import is_duqpp
+from duqpp.checkpoint.shard import linear_storage, read_json, settle_metadata, write_json
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by duqpp, and again whenever the model is saved; to keep your own text, "

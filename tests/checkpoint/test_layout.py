@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from duqpp.checkpoint.layout import FORMAT_VERSION, Layout, is_duqpp, quantization_of
 from duqpp.errors import CheckpointError
 from duqpp.format import ScaleRule
-from duqpp.models.layout import FORMAT_VERSION, Layout, is_duqpp, quantization_of
 
 LAYOUT = Layout(
     method="duquant",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from duqpp.checkpoint.shard import read_shard
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.checkpoint import read_shard
 from duqpp.models.llama import (
     DecoderStack,
     LinearGroup,

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: shards, their layout in config.json, the model card."""
