@@ -6,7 +6,7 @@ from typing import Any
 
 from duqpp.errors import InputError
 from duqpp.inspection import KINDS, Inspection, layer_and_kind
-from duqpp.quantize_group import GroupReport
+from duqpp.methods.group import GroupReport
 
 _INK, _GRID = "#22303c", "#e3e7eb"
 _BEFORE, _AFTER = "#d1495b", "#1f6fb2"

@@ -33,6 +33,12 @@ from duqpp.job_folder import (
     give_name,
     make_folder,
 )
+from duqpp.methods.group import GroupReport, group_generator, mean_errors
+from duqpp.methods.independent import collect_statistics, layout_of, quantize_block
+from duqpp.methods.learned import learn_rotations
+from duqpp.methods.refine.blocks import RefineReport, refine_block
+from duqpp.methods.refine.distill import DistillReport
+from duqpp.methods.sequential import quantize_sequentially, run_float_block
 from duqpp.models.llama import (
     BlockInputs,
     DecoderStack,
@@ -42,13 +48,7 @@ from duqpp.models.llama import (
 from duqpp.models.source import Source, base_model, open_source
 from duqpp.models.work_folder import locked
 from duqpp.ops.dispatch import select
-from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
-from duqpp.quantize_group import GroupReport, group_generator, mean_errors
-from duqpp.refine.blocks import RefineReport, refine_block
-from duqpp.refine.distill import DistillReport
-from duqpp.refine.rotations import learn_rotations
 from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
-from duqpp.sequential import quantize_sequentially, run_float_block
 from duqpp.version import __version__
 
 REPORT_FILE = "quantization_report.json"

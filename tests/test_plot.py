@@ -5,7 +5,7 @@ import pytest
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.inspection import KINDS, Inspection, inspect_model
-from duqpp.quantize_group import GroupReport
+from duqpp.methods.group import GroupReport
 
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 

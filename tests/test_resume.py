@@ -399,8 +399,8 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
     """Behind distilled blocks a block would not get the same bytes: all are made again."""
     out, work = tmp_path / "out", tmp_path / "out.partial"
     falling = itertools.count(0, -1)  # so that what was trained is kept
-    monkeypatch.setattr("duqpp.refine.distill.divergence", lambda *_: float(next(falling)))
-    monkeypatch.setattr("duqpp.refine.distill._RATE", 3e-2)
+    monkeypatch.setattr("duqpp.methods.refine.distill.divergence", lambda *_: float(next(falling)))
+    monkeypatch.setattr("duqpp.methods.refine.distill._RATE", 3e-2)
 
     def stop(*_):
         raise Stopped

@@ -8,7 +8,7 @@ from transformers.core_model_loading import ConversionOps
 from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.quantize_block import quantize_linear
+from duqpp.methods.independent import quantize_linear
 
 
 class QuantizeOnLoad(ConversionOps):

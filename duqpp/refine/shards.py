@@ -8,9 +8,9 @@ from duqpp.checkpoint.layout import Layout, quantized_block
 from duqpp.checkpoint.shard import read_json, read_shard, shard_name, write_block, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError
+from duqpp.methods.group import group_generator
+from duqpp.methods.refine.distill import DistillReport, distill
 from duqpp.models.llama import BlockInputs, DecoderStack
-from duqpp.quantize_group import group_generator
-from duqpp.refine.distill import DistillReport, distill
 
 LATENTS = ".latents"  # suffix of what a block's codes were rounded from, beside its shard
 _DISTILLED = ".distilled"  # suffix of a new shard, until all are written

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from duqpp.config import QuantizeConfig
+from duqpp.methods.independent import layout_of, quantize_block
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.reference import ReferenceBackend
-from duqpp.quantize_block import layout_of, quantize_block
 from tests import inputs, oracle
 
 LAYERS = 2

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from duqpp.config import Method, QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.quantize_block import _transform
-from duqpp.quantize_group import GroupPlan
+from duqpp.methods.group import GroupPlan
+from duqpp.methods.independent import _transform
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.block_rotation import MAX_CONDITION, check_invertible

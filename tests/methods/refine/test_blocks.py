@@ -8,16 +8,16 @@ import torch
 from transformers import AutoTokenizer
 
 import duqpp
-import duqpp.refine.blocks as module
+import duqpp.methods.refine.blocks as module
 from duqpp.calibration.tokens import tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.methods.independent import layout_of
+from duqpp.methods.refine.blocks import refine_block
+from duqpp.methods.sequential import quantize_sequentially
 from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize_block import layout_of
-from duqpp.refine.blocks import refine_block
-from duqpp.sequential import quantize_sequentially
 from tests import inputs
 
 LINEARS = [name for group in GROUPS for name in group.linears]

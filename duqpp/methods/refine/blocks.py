@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.config import QuantizeConfig
+from duqpp.methods.refine.latent import to_codes, to_latents
+from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 from duqpp.models.llama import BlockInputs, quantized_groups
 from duqpp.ops import quantize
-from duqpp.refine.latent import to_codes, to_latents
-from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.

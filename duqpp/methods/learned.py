@@ -11,11 +11,11 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from duqpp.config import QuantizeConfig
 from duqpp.format import BLOCK_SIZE, ScaleRule
+from duqpp.methods.refine.blocks import block_loss
+from duqpp.methods.refine.latent import RoundedInput, round_straight_through
+from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 from duqpp.models.llama import BlockInputs, LinearGroup, quantized_groups
 from duqpp.ops.reference import rotate_blocks
-from duqpp.refine.blocks import block_loss
-from duqpp.refine.latent import RoundedInput, round_straight_through
-from duqpp.refine.schedule import EarlyStopping, LatentOptimizer, held_back
 from duqpp.rotation.basis import hadamard
 
 _EPOCHS = 4

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-import duqpp.quantize_block as module
-import duqpp.quantize_group as quantize_group
+import duqpp.methods.group as quantize_group
+import duqpp.methods.independent as module
 from duqpp.config import Method, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
+from duqpp.methods.group import group_generator
+from duqpp.methods.independent import collect_statistics, layout_of, quantize_block
 from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize_block import collect_statistics, layout_of, quantize_block
-from duqpp.quantize_group import group_generator
 from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from duqpp.refine.schedule import EarlyStopping
+from duqpp.methods.refine.schedule import EarlyStopping
 
 
 @pytest.mark.parametrize(

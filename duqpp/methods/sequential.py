@@ -13,9 +13,7 @@ from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize
-from duqpp.models.llama import BlockInputs, layer_prefix, quantized_groups
-from duqpp.ops import quantize
-from duqpp.quantize_group import (
+from duqpp.methods.group import (
     REPORT_ROWS,
     SAMPLE_TOKENS,
     GroupPlan,
@@ -30,6 +28,8 @@ from duqpp.quantize_group import (
     quantize_weights,
     report_group,
 )
+from duqpp.models.llama import BlockInputs, layer_prefix, quantized_groups
+from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments
 

@@ -19,16 +19,7 @@ from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.config import QuantizeConfig
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
-from duqpp.models.llama import (
-    BlockInputs,
-    check_finite,
-    head_dim,
-    is_whole,
-    layer_prefix,
-    quantized_groups,
-)
-from duqpp.ops import quantize
-from duqpp.quantize_group import (
+from duqpp.methods.group import (
     REPORT_ROWS,
     SAMPLE_TOKENS,
     GroupPlan,
@@ -43,6 +34,15 @@ from duqpp.quantize_group import (
     quantize_weights,
     report_group,
 )
+from duqpp.models.llama import (
+    BlockInputs,
+    check_finite,
+    head_dim,
+    is_whole,
+    layer_prefix,
+    quantized_groups,
+)
+from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.construct import duquant_transform, outlier_aware

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import duqpp
-import duqpp.refine.rotations as module
+import duqpp.methods.learned as module
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.methods.independent import layout_of
+from duqpp.methods.learned import learn_rotations
+from duqpp.methods.refine.blocks import block_loss
 from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
 from duqpp.quantize import calibrate_and_quantize
-from duqpp.quantize_block import layout_of
-from duqpp.refine.blocks import block_loss
-from duqpp.refine.rotations import learn_rotations
 from tests import inputs
 
 CONFIG = QuantizeConfig(method="learned", samples=1)

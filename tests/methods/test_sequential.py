@@ -6,16 +6,16 @@ import weakref
 import pytest
 import torch
 
-import duqpp.sequential as module
+import duqpp.methods.sequential as module
 from duqpp.calibration.statistics import draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
+from duqpp.methods.independent import layout_of
+from duqpp.methods.sequential import quantize_sequentially, run_float_block
 from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize_block import layout_of
-from duqpp.sequential import quantize_sequentially, run_float_block
 from tests import inputs, oracle
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 import duqpp
-import duqpp.refine.distill as module
+import duqpp.methods.refine.distill as module
 from duqpp.config import QuantizeConfig
 from duqpp.format import ScaleRule
 from duqpp.format import quantize as quantize_mxfp4
+from duqpp.methods.independent import layout_of
+from duqpp.methods.refine.distill import distill, divergence, divergence_gradient
+from duqpp.methods.sequential import quantize_sequentially
 from duqpp.models.llama import DecoderStack
 from duqpp.models.source import open_source
-from duqpp.quantize_block import layout_of
-from duqpp.refine.distill import distill, divergence, divergence_gradient
-from duqpp.sequential import quantize_sequentially
 from tests import inputs
 
 CONFIG = QuantizeConfig(method="duqpp", refine="distill", samples=1, refine_samples=2)
