@@ -5,8 +5,8 @@ from duqpp.errors import BackendUnavailableError, CheckpointError, DuqppError, I
 from duqpp.evaluate import perplexity
 from duqpp.format import MXFP4Tensor, ScaleRule
 from duqpp.integrations.transformers import DuqppConfig, from_pretrained
+from duqpp.job.quantize import QuantizeReport, quantize_model
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize import QuantizeReport, quantize_model
 from duqpp.version import __version__
 
 __all__ = [

@@ -110,8 +110,8 @@ def quantize(
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
     from duqpp.checkpoint.shard import linear_storage
+    from duqpp.job.quantize import quantize_model
     from duqpp.methods.group import mean_errors
-    from duqpp.quantize import quantize_model
 
     check_calibration(calib, [config])
     with Bars() as bars, resumable(out.with_name(out.name + ".partial")):

@@ -19,9 +19,9 @@ from duqpp.divergence import Reference
 from duqpp.errors import InputError
 from duqpp.evaluate import PerplexityResult, perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import from_pretrained
+from duqpp.job.quantize import quantize_model
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
-from duqpp.quantize import quantize_model
 from duqpp.scores import Comparison, Row, Run, Scores
 
 FLOAT = "float"

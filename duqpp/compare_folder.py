@@ -14,8 +14,8 @@ from torch import Tensor
 from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.job.lock import locked
 from duqpp.models.source import Source, fingerprint
-from duqpp.models.work_folder import locked
 from duqpp.scores import Run
 from duqpp.version import __version__
 

@@ -9,11 +9,11 @@ from duqpp.checkpoint.layout import Layout, is_duqpp, quantization_of
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
+from duqpp.job.quantize import REPORT_FILE, calibrate_and_quantize
 from duqpp.methods.group import GroupReport, mean_errors
 from duqpp.methods.independent import layout_of
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
-from duqpp.quantize import REPORT_FILE, calibrate_and_quantize
 
 KINDS = tuple(group.name for group in GROUPS)
 

@@ -132,7 +132,7 @@ def test_options_and_defaults_reach_the_config(command, arguments, expected, fai
         raise InputError("recorded")
 
     importlib.import_module("duqpp.compare")  # which must not import the replacement, for good
-    monkeypatch.setattr("duqpp.quantize.quantize_model", record)
+    monkeypatch.setattr("duqpp.job.quantize.quantize_model", record)
     monkeypatch.setattr("duqpp.inspection.inspect_model", record)
     places = ["model", "out"] if command == "quantize" else ["model"]
     assert fail(command, *places, *arguments) == "recorded\n"
@@ -604,7 +604,7 @@ def test_interrupted_with_nothing_to_resume(tiny_llama, tmp_path, capsys, monkey
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("duqpp.quantize.open_source", interrupt)
+    monkeypatch.setattr("duqpp.job.quantize.open_source", interrupt)
     monkeypatch.setattr("duqpp.integrations.transformers.load_model", interrupt)
     for command in (["quantize", str(tiny_llama), str(tmp_path / "out")], ["eval", "model"]):
         assert main(command) == 130

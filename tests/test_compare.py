@@ -21,8 +21,8 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluate import perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import load_model
+from duqpp.job.quantize import quantize_model
 from duqpp.models.source import open_source
-from duqpp.quantize import quantize_model
 from duqpp.scores import Row, Run, Scores
 
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}

@@ -30,11 +30,11 @@ from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
+from duqpp.job.quantize import provenance
 from duqpp.methods.independent import layout_of
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
 from duqpp.nn import MXFP4Linear, unshare_input
-from duqpp.quantize import provenance
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)

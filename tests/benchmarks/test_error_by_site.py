@@ -13,7 +13,7 @@ from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.evaluate import perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import load_model
-from duqpp.quantize import quantize_model
+from duqpp.job.quantize import quantize_model
 
 WINDOW = {"seq_len": 64, "windows": 2}
 

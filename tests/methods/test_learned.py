@@ -11,13 +11,13 @@ import duqpp
 import duqpp.methods.learned as module
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.job.quantize import calibrate_and_quantize
 from duqpp.methods.independent import layout_of
 from duqpp.methods.learned import learn_rotations
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize import calibrate_and_quantize
 from tests import inputs
 
 CONFIG = QuantizeConfig(method="learned", samples=1)
@@ -73,7 +73,7 @@ def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained
             )
         rounded = copy.deepcopy(block)
         layout = layout_of(config, {})
-        monkeypatch.setattr("duqpp.quantize.learn_rotations", lambda *_, found=found: found)
+        monkeypatch.setattr("duqpp.job.quantize.learn_rotations", lambda *_, found=found: found)
         calibrate_and_quantize(
             rounded, 0, config, layout, stack.config, block_inputs.first(len(exact))
         )

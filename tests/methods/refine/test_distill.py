@@ -249,7 +249,7 @@ def test_a_distilled_checkpoint_has_the_files_of_any_other_and_the_trained_codes
 
 @pytest.mark.parametrize("where", ["training", "renaming"])
 def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch):
-    import duqpp.refine.shards as shards
+    import duqpp.job.distillation as shards
 
     monkeypatch.setattr(module, "_CHECK_STEPS", 1)
     quantize(tiny_llama, tmp_path / "whole")

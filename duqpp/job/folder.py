@@ -13,8 +13,8 @@ from torch import Tensor
 from duqpp.checkpoint.shard import read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
+from duqpp.job.lock import locked, sync_folder
 from duqpp.models.source import Source, fingerprint
-from duqpp.models.work_folder import locked, sync_folder
 from duqpp.version import __version__
 
 logger = logging.getLogger(__name__)

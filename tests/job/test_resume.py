@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
-from duqpp import job_folder
 from duqpp.checkpoint.layout import quantized_block
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.job import folder as job_folder
 from duqpp.models.source import SafetensorsSource
 from duqpp.nn import MXFP4Linear
 from tests import decoder
@@ -406,7 +406,7 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
         raise Stopped
 
     with pytest.raises(Stopped), monkeypatch.context() as patch:
-        patch.setattr("duqpp.quantize._finish", stop)
+        patch.setattr("duqpp.job.quantize._finish", stop)
         quantize(model, out, **DISTILL)
     expected = {n: digest for n, digest in hashes(work).items() if n.endswith(".safetensors")}
     if name == "a shard":
@@ -443,7 +443,7 @@ def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeyp
         quantize(model, out, **options)
 
     # The fingerprint reads all tensors as well, before any work.
-    monkeypatch.setattr("duqpp.job_folder.fingerprint", lambda source: "the model")
+    monkeypatch.setattr("duqpp.job.folder.fingerprint", lambda source: "the model")
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsSource, "tensor", unreadable)
         for resume in (False, True):
@@ -611,7 +611,7 @@ def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
                 assert module._prepared_for is not None
         return block
 
-    monkeypatch.setattr("duqpp.quantize.quantized_block", load)
+    monkeypatch.setattr("duqpp.job.quantize.quantized_block", load)
     with pytest.raises(Stopped):
         quantize(model, out, resume=True, progress=stop_in_block(LAYERS), **options)
     assert loaded == [0]

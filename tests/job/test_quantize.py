@@ -16,10 +16,10 @@ import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
+from duqpp.job.quantize import _spread_first
 from duqpp.models import llama
 from duqpp.models.source import ARCHITECTURES, open_source
 from duqpp.nn import MXFP4Linear
-from duqpp.quantize import _spread_first
 from duqpp.rotation import BlockRotation, InputTransform
 from tests import decoder, oracle
 

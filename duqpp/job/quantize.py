@@ -25,7 +25,8 @@ from duqpp.checkpoint.shard import (
 )
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
-from duqpp.job_folder import (
+from duqpp.job.distillation import LATENTS, distill_shards, forget_distilled, is_distilled
+from duqpp.job.folder import (
     JOB_FILE,
     check_folders,
     check_same_job,
@@ -33,6 +34,7 @@ from duqpp.job_folder import (
     give_name,
     make_folder,
 )
+from duqpp.job.lock import locked
 from duqpp.methods.group import GroupReport, group_generator, mean_errors
 from duqpp.methods.independent import collect_statistics, layout_of, quantize_block
 from duqpp.methods.learned import learn_rotations
@@ -46,9 +48,7 @@ from duqpp.models.llama import (
     layer_prefix,
 )
 from duqpp.models.source import Source, base_model, open_source
-from duqpp.models.work_folder import locked
 from duqpp.ops.dispatch import select
-from duqpp.refine.shards import LATENTS, distill_shards, forget_distilled, is_distilled
 from duqpp.version import __version__
 
 REPORT_FILE = "quantization_report.json"
