@@ -18,7 +18,7 @@ from harness import Case, Run, add_resume, parser, start
 from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
-from duqpp.evaluate import perplexity, perplexity_and_reference
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.format import dequantize
 from duqpp.integrations.transformers import load_model
 from duqpp.models.llama import GROUPS, layer_prefix

@@ -2,7 +2,7 @@
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import BackendUnavailableError, CheckpointError, DuqppError, InputError
-from duqpp.evaluate import perplexity
+from duqpp.evaluation.perplexity import perplexity
 from duqpp.format import MXFP4Tensor, ScaleRule
 from duqpp.integrations.transformers import DuqppConfig, from_pretrained
 from duqpp.job.quantize import QuantizeReport, quantize_model

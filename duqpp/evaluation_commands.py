@@ -62,7 +62,7 @@ def evaluate(
     With --tasks, perplexity is left out unless --text or --reference asks for it.
     """
     from duqpp.calibration.tokens import read_text, tokenize
-    from duqpp.evaluate import perplexity, perplexity_and_reference
+    from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
     from duqpp.integrations.transformers import load_model
 
     if tasks is None and (tasks_dir is not None or limit is not None):
@@ -75,7 +75,7 @@ def evaluate(
     settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
     with Bars() as bars:
         if tasks is not None:
-            from duqpp.tasks import Tasks
+            from duqpp.evaluation.tasks import Tasks
 
             bars.wait("reading the tasks")
             opened = Tasks(_task_names(tasks), tasks_dir, limit=limit)
@@ -157,11 +157,11 @@ def compare(
     share of tokens where both expect the same next one most. The quantized models are removed
     after their evaluation. All of it runs on the CPU; `duqpp eval` can use a GPU.
     """
-    from duqpp.compare import FLOAT, parse_methods
-    from duqpp.compare import compare as run
-    from duqpp.compare_folder import COMPARISON_FILE
+    from duqpp.evaluation.compare import FLOAT, parse_methods
+    from duqpp.evaluation.compare import compare as run
+    from duqpp.evaluation.folder import COMPARISON_FILE
+    from duqpp.evaluation.scores import Row
     from duqpp.models.source import open_source
-    from duqpp.scores import Row
 
     if resume and work is None:
         raise InputError("--resume needs --work, the folder of the comparison to continue")

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from duqpp.evaluate import PerplexityResult
+from duqpp.evaluation.perplexity import PerplexityResult
+from duqpp.evaluation.scores import Row, Scores
+from duqpp.evaluation.tasks import TaskScore
 from duqpp.inspection import Inspection, layer_and_kind
 from duqpp.models.source import is_gguf
-from duqpp.scores import Row, Scores
 from duqpp.selfcheck import Report as SelfcheckReport
-from duqpp.tasks import TaskScore
 
 _STAGES = {
     "fingerprint": "reading the model",

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from duqpp import QuantizeConfig
-from duqpp.compare import compare, parse_methods
+from duqpp.evaluation.compare import compare, parse_methods
 from duqpp.generate import generate
 from duqpp.inspection import inspect_model
 from duqpp.integrations.transformers import load_model

@@ -19,7 +19,7 @@ from duqpp.calibration.tokens import builtin_text, tokenize
 from duqpp.cli import main
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import CONVENTION, perplexity, perplexity_and_reference
+from duqpp.evaluation.perplexity import CONVENTION, perplexity, perplexity_and_reference
 from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
@@ -131,7 +131,8 @@ def test_options_and_defaults_reach_the_config(command, arguments, expected, fai
         got.extend(value for value in positional if isinstance(value, QuantizeConfig))
         raise InputError("recorded")
 
-    importlib.import_module("duqpp.compare")  # which must not import the replacement, for good
+    # Which must not import the replacement, for good.
+    importlib.import_module("duqpp.evaluation.compare")
     monkeypatch.setattr("duqpp.job.quantize.quantize_model", record)
     monkeypatch.setattr("duqpp.inspection.inspect_model", record)
     places = ["model", "out"] if command == "quantize" else ["model"]
@@ -439,7 +440,7 @@ def test_compare_is_interrupted_and_resumed(tiny_llama, tmp_path, run, monkeypat
     work = tmp_path / "kept work"
     arguments = [*compare_arguments(tiny_llama, "rtn,hadamard"), "--work", str(work)]
     expected = json.loads(run(*compare_arguments(tiny_llama, "rtn,hadamard"), "--json")[0])
-    module = importlib.import_module("duqpp.compare")
+    module = importlib.import_module("duqpp.evaluation.compare")
 
     def stop_at_the_second(source, out, config, **options):
         if config.method == "hadamard":

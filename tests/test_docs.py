@@ -23,7 +23,7 @@ from typer.main import get_command
 from duqpp import selfcheck
 from duqpp.calibration.tokens import builtin_text
 from duqpp.cli import app, main
-from tests.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
+from tests.evaluation.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

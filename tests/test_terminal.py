@@ -12,10 +12,10 @@ from rich.console import Console
 from transformers.utils import logging
 
 from duqpp import terminal
-from duqpp.divergence import Divergence
-from duqpp.evaluate import PerplexityResult
-from duqpp.scores import Row, Run, Scores
-from duqpp.tasks import TaskScore
+from duqpp.evaluation.divergence import Divergence
+from duqpp.evaluation.perplexity import PerplexityResult
+from duqpp.evaluation.scores import Row, Run, Scores
+from duqpp.evaluation.tasks import TaskScore
 from duqpp.terminal import (
     Bars,
     comparison_header,

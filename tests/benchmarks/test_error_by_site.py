@@ -11,7 +11,7 @@ from harness import INCOMPLETE
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.config import QuantizeConfig
-from duqpp.evaluate import perplexity, perplexity_and_reference
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.integrations.transformers import load_model
 from duqpp.job.quantize import quantize_model
 

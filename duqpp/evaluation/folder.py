@@ -14,9 +14,9 @@ from torch import Tensor
 from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.evaluation.scores import Run
 from duqpp.job.lock import locked
 from duqpp.models.source import Source, fingerprint
-from duqpp.scores import Run
 from duqpp.version import __version__
 
 COMPARISON_FILE = "comparison.json"

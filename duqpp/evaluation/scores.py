@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from duqpp.evaluate import CONVENTION
+from duqpp.evaluation.perplexity import CONVENTION
 
 _DERIVED = (
     *("perplexity", "spread", "ratio", "ratio_spread"),
@@ -18,7 +18,7 @@ class Run:
     """One quantization and its evaluation on one text.
 
     seed: None for the float model, which has none. kl, agreement: with the float model, as in
-    `duqpp.divergence.Divergence`.
+    `duqpp.evaluation.divergence.Divergence`.
     """
 
     seed: int | None

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import duqpp
-from duqpp import evaluate
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import perplexity
+from duqpp.evaluation import perplexity as evaluate
+from duqpp.evaluation.perplexity import perplexity
 
 TOKENS = torch.randint(0, 320, (1000,), generator=torch.Generator().manual_seed(4))
 

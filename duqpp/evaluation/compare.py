@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
-from duqpp.compare_folder import ComparisonFolder, Finished, comparison_job
 from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
-from duqpp.divergence import Reference
 from duqpp.errors import InputError
-from duqpp.evaluate import PerplexityResult, perplexity, perplexity_and_reference
+from duqpp.evaluation.divergence import Reference
+from duqpp.evaluation.folder import ComparisonFolder, Finished, comparison_job
+from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity_and_reference
+from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
-from duqpp.scores import Comparison, Row, Run, Scores
 
 FLOAT = "float"
 # What a quantized linear has on disk besides its bias, by the last component of the name.

@@ -21,7 +21,7 @@ import duqpp
 from duqpp.cli import main
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.tasks import Tasks
+from duqpp.evaluation.tasks import Tasks
 
 WORDS = ["Paris", "Rome", "the moon", "a power of two", "dogs", "one scale for them all"]
 TASK = """

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import duqpp
-from duqpp import evaluate
 from duqpp.config import QuantizeConfig
-from duqpp.divergence import Divergence
 from duqpp.errors import InputError
-from duqpp.evaluate import perplexity, perplexity_and_reference
+from duqpp.evaluation import perplexity as evaluate
+from duqpp.evaluation.divergence import Divergence
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.models.logits import kl_and_agreement
 
 TOKENS = torch.randint(0, 320, (1000,), generator=torch.Generator().manual_seed(4))

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 import duqpp
 from duqpp.calibration.tokens import BUILTIN, builtin_text, read_text, tokenize
 from duqpp.checkpoint.shard import linear_storage
-from duqpp.compare import FLOAT, _float_model, compare, parse_methods
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluate import perplexity, perplexity_and_reference
+from duqpp.evaluation.compare import FLOAT, _float_model, compare, parse_methods
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
+from duqpp.evaluation.scores import Row, Run, Scores
 from duqpp.integrations.transformers import load_model
 from duqpp.job.quantize import quantize_model
 from duqpp.models.source import open_source
-from duqpp.scores import Row, Run, Scores
 
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
 SMALL = QuantizeConfig(**CALIBRATION)
@@ -197,7 +197,7 @@ def test_each_text_is_as_if_it_were_alone(tiny_llama, tmp_path, monkeypatch):
     alone = [compare(source, methods, texts=[t], seeds=[0, 1], **settings) for t in texts]
     quantized = []
     monkeypatch.setattr(
-        "duqpp.compare.quantize_model",
+        "duqpp.evaluation.compare.quantize_model",
         lambda *a, **k: quantized.append(a[2].method) or quantize_model(*a, **k),
     )
     found = compare(source, methods, texts=texts, seeds=[0, 1], **settings)
@@ -227,7 +227,7 @@ def test_the_float_model_is_released(tiny_llama, monkeypatch):
         blocks.append(weakref.ref(model.model.layers[0]))
         return model
 
-    monkeypatch.setattr("duqpp.compare._float_model", remembered)
+    monkeypatch.setattr("duqpp.evaluation.compare._float_model", remembered)
 
     def look(stage: str, done: int, total: int) -> None:
         if stage == "rtn: quantize":
@@ -339,7 +339,7 @@ import sys, time
 import torch
 from pathlib import Path
 from duqpp.models.source import open_source
-from tests.test_compare import METHODS, SETTINGS, SMALL, compare, parse_methods
+from tests.evaluation.test_compare import METHODS, SETTINGS, SMALL, compare, parse_methods
 def progress(stage, done, total):
     if (stage, done) == ("duquant++, seed 1: quantize", 1):
         print("there", flush=True)
@@ -376,7 +376,7 @@ def reports(monkeypatch) -> list:
         found.append((config.method, config.seed, report.resumed_blocks))
         return report
 
-    monkeypatch.setattr("duqpp.compare.quantize_model", quantize)
+    monkeypatch.setattr("duqpp.evaluation.compare.quantize_model", quantize)
     return found
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duqpp.checkpoint.shard import Progress
-from duqpp.divergence import Divergence, Reference
 from duqpp.errors import InputError
+from duqpp.evaluation.divergence import Divergence, Reference
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 
 CONVENTION = (

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, divergence, tasks, and methods side by side."""
