@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from duqpp.doctor import doctor
+from duqpp.tools.doctor import doctor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

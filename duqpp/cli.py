@@ -193,8 +193,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT with a float or quantized MODEL."""
-    from duqpp.generate import generate as run
     from duqpp.integrations.transformers import load_model
+    from duqpp.tools.generate import generate as run
 
     where = choose_device(device)
     with Bars() as bars:
@@ -242,8 +242,8 @@ def doctor(
 
     Exits with 1 when DUQPP_BACKEND names no backend.
     """
-    from duqpp.doctor import SHAPE, doctor
     from duqpp.ops.kernels import Machine
+    from duqpp.tools.doctor import SHAPE, doctor
 
     shapes = [_shape(text) for text in shape] if shape else [SHAPE]
     facts = doctor(shapes, Machine(divmod(arch, 10), sm_count) if arch else None)
@@ -281,8 +281,8 @@ def selfcheck(
 
     Exits with 1 when a kernel is wrong. On a Blackwell GPU its report is what we would like to see.
     """
-    from duqpp.selfcheck import check_report_file
-    from duqpp.selfcheck import selfcheck as run
+    from duqpp.tools.selfcheck import check_report_file
+    from duqpp.tools.selfcheck import selfcheck as run
 
     if report is not None:
         check_report_file(report)
@@ -332,11 +332,11 @@ def inspect(
     A quantized MODEL has them in its report. A float MODEL is calibrated and quantized in memory,
     with the options given; nothing is written.
     """
-    from duqpp.inspection import inspect_model
+    from duqpp.tools.inspection import inspect_model
 
     if plot is not None:
-        from duqpp.plot import check_plot_file
-        from duqpp.plot import plot as draw
+        from duqpp.tools.plot import check_plot_file
+        from duqpp.tools.plot import plot as draw
 
         check_plot_file(plot)
     with Bars() as bars:

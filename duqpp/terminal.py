@@ -21,9 +21,9 @@ from rich.text import Text
 from duqpp.evaluation.perplexity import PerplexityResult
 from duqpp.evaluation.scores import Row, Scores
 from duqpp.evaluation.tasks import TaskScore
-from duqpp.inspection import Inspection, layer_and_kind
 from duqpp.models.source import is_gguf
-from duqpp.selfcheck import Report as SelfcheckReport
+from duqpp.tools.inspection import Inspection, layer_and_kind
+from duqpp.tools.selfcheck import Report as SelfcheckReport
 
 _STAGES = {
     "fingerprint": "reading the model",

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from duqpp import QuantizeConfig
 from duqpp.evaluation.compare import compare, parse_methods
-from duqpp.generate import generate
-from duqpp.inspection import inspect_model
 from duqpp.integrations.transformers import load_model
 from duqpp.models.source import open_source
-from duqpp.plot import plot
 from duqpp.terminal import Bars, comparison_header, comparison_line, quiet_transformers
+from duqpp.tools.generate import generate
+from duqpp.tools.inspection import inspect_model
+from duqpp.tools.plot import plot
 
 METHODS = "rtn,hadamard,duquant++:gptq,duqpp"
 KEPT = "duqpp"

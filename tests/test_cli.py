@@ -134,7 +134,7 @@ def test_options_and_defaults_reach_the_config(command, arguments, expected, fai
     # Which must not import the replacement, for good.
     importlib.import_module("duqpp.evaluation.compare")
     monkeypatch.setattr("duqpp.job.quantize.quantize_model", record)
-    monkeypatch.setattr("duqpp.inspection.inspect_model", record)
+    monkeypatch.setattr("duqpp.tools.inspection.inspect_model", record)
     places = ["model", "out"] if command == "quantize" else ["model"]
     assert fail(command, *places, *arguments) == "recorded\n"
     if "--method" in arguments:

@@ -7,7 +7,7 @@ from roofline import Peaks, attempt, fp8_mm, matmul_rates, measured_peaks, to_fp
 from shapes import MODELS, POWERS, mxfp4_bytes
 
 from duqpp.format import ScaleRule, quantize
-from duqpp.selfcheck import LLAMA_3
+from duqpp.tools.selfcheck import LLAMA_3
 
 
 def test_the_roof_that_binds_is_named():

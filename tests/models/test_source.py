@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.inspection import inspect_model
 from duqpp.models import source as source_module
 from duqpp.models.llama import DecoderStack
 from duqpp.models.source import SafetensorsSource, fingerprint, open_source
+from duqpp.tools.inspection import inspect_model
 from tests.models import damage
 
 UP = "model.layers.1.mlp.up_proj.weight"

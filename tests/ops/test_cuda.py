@@ -24,7 +24,7 @@ from duqpp.ops import (
 )
 from duqpp.ops.dispatch import available
 from duqpp.rotation.basis import random_orthogonal
-from duqpp.selfcheck import selfcheck
+from duqpp.tools.selfcheck import selfcheck
 from tests import inputs, oracle, toolchain
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from duqpp.checkpoint.shard import Progress
-from duqpp.doctor import doctor
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
@@ -28,6 +27,7 @@ from duqpp.ops.dispatch import BACKENDS, Backend
 from duqpp.ops.large_gemm import Route, large_gemm, route_on
 from duqpp.ops.native import Sm80Backend
 from duqpp.rotation.basis import hadamard
+from duqpp.tools.doctor import doctor
 
 REFERENCE = "reference"
 # (K, N) of LLaMA-3's linears; those that read one input are one product.

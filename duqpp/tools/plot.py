@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.errors import InputError
-from duqpp.inspection import KINDS, Inspection, layer_and_kind
 from duqpp.methods.group import GroupReport
+from duqpp.tools.inspection import KINDS, Inspection, layer_and_kind
 
 _INK, _GRID = "#22303c", "#e3e7eb"
 _BEFORE, _AFTER = "#d1495b", "#1f6fb2"

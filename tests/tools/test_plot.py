@@ -4,14 +4,14 @@ import pytest
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.inspection import KINDS, Inspection, inspect_model
 from duqpp.methods.group import GroupReport
+from duqpp.tools.inspection import KINDS, Inspection, inspect_model
 
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 
 from matplotlib.image import imread
 
-from duqpp.plot import check_plot_file, draw, plot
+from duqpp.tools.plot import check_plot_file, draw, plot
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from duqpp import selfcheck as module
 from duqpp.cli import app, main
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import dispatch
 from duqpp.ops.large_gemm import Route, large_gemm
 from duqpp.ops.native import CpuBackend
-from duqpp.selfcheck import selfcheck
+from duqpp.tools import selfcheck as module
+from duqpp.tools.selfcheck import selfcheck
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duqpp.errors import InputError
-from duqpp.generate import generate
+from duqpp.tools.generate import generate
 
 PROMPT = "The capital of France is"
 

@@ -1,0 +1,1 @@
+"""What else a user asks for: inspection, plots, generation, doctor, selfcheck."""
