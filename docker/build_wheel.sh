@@ -50,7 +50,7 @@ fi
 # The quick part: the compiled library on every instruction set, the ops over it, models that run on them,
 # and every command from quantize to generate. What is plain Python is the same file in a wheel.
 QUICK=(tests/ops/test_native.py tests/ops/test_library.py tests/ops/test_mxfp4_linear.py tests/nn
-  tests/cuda/test_kernel_table.py tests/tools/test_selfcheck.py tests/test_cli.py)
+  tests/cuda/test_kernel_table.py tests/tools/test_selfcheck.py tests/cli/test_main.py)
 
 # venv_with_torch FOLDER: pip takes a CPU and a CUDA build of one version for equal, so torch comes first.
 venv_with_torch() {

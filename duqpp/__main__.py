@@ -2,6 +2,6 @@
 
 import sys
 
-from duqpp.cli import main
+from duqpp.cli.main import main
 
 sys.exit(main())

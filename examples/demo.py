@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from duqpp import QuantizeConfig
+from duqpp.cli.terminal import Bars, comparison_header, comparison_line, quiet_transformers
 from duqpp.evaluation.compare import compare, parse_methods
 from duqpp.integrations.transformers import load_model
 from duqpp.models.source import open_source
-from duqpp.terminal import Bars, comparison_header, comparison_line, quiet_transformers
 from duqpp.tools.generate import generate
 from duqpp.tools.inspection import inspect_model
 from duqpp.tools.plot import plot

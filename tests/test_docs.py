@@ -21,7 +21,7 @@ import pytest
 from typer.main import get_command
 
 from duqpp.calibration.tokens import builtin_text
-from duqpp.cli import app, main
+from duqpp.cli.main import app, main
 from duqpp.tools import selfcheck
 from tests.evaluation.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
 

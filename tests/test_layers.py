@@ -15,19 +15,15 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 LAYERS = (
     ("_C", "errors", "threads", "version"),
     ("format",),
-    ("config",),
-    ("ops",),
+    ("config", "ops"),
     ("rotation",),
-    ("calibration",),
-    ("nn",),
+    ("calibration", "nn"),
     ("models",),
     ("checkpoint",),
     ("methods",),
     ("job",),
     ("integrations",),
     ("evaluation", "tools"),
-    ("options", "terminal"),
-    ("evaluation_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -40,9 +36,6 @@ HOSTS = {
     "checkpoint": {"safetensors"},
     "models": {"safetensors"},
     "integrations": {"transformers", "vllm"},
-    "options": {"typer"},
-    "terminal": {"rich"},
-    "evaluation_commands": {"typer"},
     "cli": {"rich", "typer"},
 }
 

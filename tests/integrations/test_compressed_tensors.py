@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp.checkpoint.card import GUARD_FIELD
-from duqpp.cli import main
+from duqpp.cli.main import main
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
 from tests import decoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from duqpp.cli import app, main
+from duqpp.cli.main import app, main
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import dispatch
 from duqpp.ops.large_gemm import Route, large_gemm

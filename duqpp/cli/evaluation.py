@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from duqpp.calibration.tokens import BUILTIN
-from duqpp.config import QuantizeConfig
-from duqpp.errors import InputError
-from duqpp.options import (
+from duqpp.cli.options import (
     OPTIONS,
     CalibrationOption,
     DeviceOption,
@@ -22,7 +20,7 @@ from duqpp.options import (
     resumable,
     takes_config,
 )
-from duqpp.terminal import (
+from duqpp.cli.terminal import (
     Bars,
     comparison_header,
     comparison_line,
@@ -30,6 +28,8 @@ from duqpp.terminal import (
     print_json,
     task_lines,
 )
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
 
 _TEXT_HELP = "Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin (the default)"
 WindowsOption = Annotated[

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp.calibration.tokens import builtin_text, tokenize
-from duqpp.cli import main
+from duqpp.cli.main import main
+from duqpp.cli.options import choose_device
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.perplexity import CONVENTION, perplexity, perplexity_and_reference
@@ -24,7 +25,6 @@ from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
-from duqpp.options import choose_device
 from tests.cuda.library import full_extension
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
@@ -35,7 +35,7 @@ COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "in
 @pytest.fixture(autouse=True)
 def fast_machine(monkeypatch):
     """What these tests do is short: no line of progress, however busy the machine is."""
-    monkeypatch.setattr("duqpp.terminal._PATIENCE", 1000.0)
+    monkeypatch.setattr("duqpp.cli.terminal._PATIENCE", 1000.0)
 
 
 @pytest.fixture

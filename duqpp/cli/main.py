@@ -11,10 +11,8 @@ import typer
 from rich.console import Console
 
 from duqpp.calibration.tokens import BUILTIN
-from duqpp.config import QuantizeConfig
-from duqpp.errors import DuqppError, InputError
-from duqpp.evaluation_commands import compare, evaluate
-from duqpp.options import (
+from duqpp.cli.evaluation import compare, evaluate
+from duqpp.cli.options import (
     OPTIONS,
     CalibrationOption,
     DeviceOption,
@@ -26,7 +24,7 @@ from duqpp.options import (
     resumable,
     takes_config,
 )
-from duqpp.terminal import (
+from duqpp.cli.terminal import (
     Bars,
     doctor_lines,
     inspection_table,
@@ -38,6 +36,8 @@ from duqpp.terminal import (
     size,
     timings_table,
 )
+from duqpp.config import QuantizeConfig
+from duqpp.errors import DuqppError, InputError
 from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -11,12 +11,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from rich.console import Console
 from transformers.utils import logging
 
-from duqpp import terminal
-from duqpp.evaluation.divergence import Divergence
-from duqpp.evaluation.perplexity import PerplexityResult
-from duqpp.evaluation.scores import Row, Run, Scores
-from duqpp.evaluation.tasks import TaskScore
-from duqpp.terminal import (
+from duqpp.cli import terminal
+from duqpp.cli.terminal import (
     Bars,
     comparison_header,
     comparison_line,
@@ -26,6 +22,10 @@ from duqpp.terminal import (
     size,
     task_lines,
 )
+from duqpp.evaluation.divergence import Divergence
+from duqpp.evaluation.perplexity import PerplexityResult
+from duqpp.evaluation.scores import Row, Run, Scores
+from duqpp.evaluation.tasks import TaskScore
 
 hub_tqdm = importlib.import_module("huggingface_hub.utils.tqdm")  # hidden by a class of its name
 
