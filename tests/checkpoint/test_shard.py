@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 
+from duqpp.checkpoint import shard as shards
 from duqpp.checkpoint.shard import (
     checksum,
     read_json,
@@ -25,9 +26,8 @@ from duqpp.checkpoint.shard import (
     write_shard,
 )
 from duqpp.errors import CheckpointError
-from duqpp.models import checkpoint
 from tests import decoder
-from tests.models import damage
+from tests.checkpoint import damage
 
 LINEAR = "model.layers.0.mlp.down_proj"
 PERMUTATION = torch.randperm(96, generator=torch.Generator().manual_seed(3)).int()
@@ -550,7 +550,7 @@ def test_tensor_whose_size_overflows(made_up):
 def test_header_longer_than_allowed(made_up, monkeypatch):
     text = json.dumps({"a" * 200: 1}).encode()
     made_up.write_bytes(len(text).to_bytes(8, "little") + text)
-    monkeypatch.setattr(checkpoint, "_HEADER_LIMIT", 100)
+    monkeypatch.setattr(shards, "_HEADER_LIMIT", 100)
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         verify_shard(made_up)
 

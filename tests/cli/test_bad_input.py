@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import DuqppError, InputError
-from tests.models import damage
+from tests.checkpoint import damage
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
 from duqpp.calibration.tokens import builtin_text, tokenize
+from duqpp.checkpoint import shard as shards
 from duqpp.cli.main import main
 from duqpp.cli.options import choose_device
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.perplexity import CONVENTION, perplexity, perplexity_and_reference
-from duqpp.models import checkpoint
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
@@ -563,7 +563,7 @@ def test_a_damaged_checkpoint_is_one_line(quantized, tmp_path, fail):
 @pytest.fixture
 def interrupted_at_second_block(monkeypatch):
     """Ctrl-C as the second decoder block's shard is about to be written."""
-    write, calls = checkpoint.write_shard, []
+    write, calls = shards.write_shard, []
 
     def interrupt(path: Path, tensors: dict) -> None:
         calls.append(path)

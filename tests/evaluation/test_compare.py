@@ -391,7 +391,7 @@ def test_killed_in_a_quantization_it_goes_on_at_the_last_block(tiny_llama, tmp_p
     reports.clear()
     command = [sys.executable, "-c", JOB, str(tiny_llama), str(work)]
     job = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
     )
     assert job.stdout.readline() == "there\n"
     job.kill()

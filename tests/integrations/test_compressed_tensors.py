@@ -22,7 +22,7 @@ from duqpp.cli.main import main
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
 from tests import decoder
-from tests.models import damage
+from tests.checkpoint import damage
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 LINEAR = "model.layers.1.mlp.down_proj"

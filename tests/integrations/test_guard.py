@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import duqpp
 from duqpp.checkpoint.card import GUARD, GUARD_FIELD
 from duqpp.integrations.transformers import DuqppConfig
-from tests.models import damage
+from tests.checkpoint import damage
 
 LOADERS = [duqpp.from_pretrained, AutoModelForCausalLM.from_pretrained]
 both_loaders = pytest.mark.parametrize("load", LOADERS, ids=["duqpp", "AutoModel"])

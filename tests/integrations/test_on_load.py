@@ -18,7 +18,7 @@ from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.transformers import DuqppConfig
 from duqpp.nn import MXFP4Linear
 from tests import oracle
-from tests.models import damage
+from tests.checkpoint import damage
 
 PROMPT = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))
 UP = "model.layers.1.mlp.up_proj"

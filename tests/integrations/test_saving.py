@@ -14,7 +14,7 @@ import duqpp
 from duqpp.checkpoint.card import CARD_MARK, GUARD, GUARD_FIELD, finish_folder, write_card
 from duqpp.nn import MXFP4Linear
 from tests import decoder, oracle
-from tests.models import damage
+from tests.checkpoint import damage
 
 PROMPT = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))
 

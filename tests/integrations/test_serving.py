@@ -17,7 +17,7 @@ from duqpp.integrations.serving import (
 )
 from duqpp.ops import rotate_quantize
 from tests import oracle
-from tests.models import damage
+from tests.checkpoint import damage
 
 QKV = [f"model.layers.3.self_attn.{name}_proj" for name in "qkv"]
 GATE_UP = ["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"]

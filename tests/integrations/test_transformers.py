@@ -19,7 +19,7 @@ from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.integrations.transformers import load_model
 from duqpp.nn import MXFP4Linear
 from tests import decoder, oracle
-from tests.models import damage
+from tests.checkpoint import damage
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 PROMPT = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))

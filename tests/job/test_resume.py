@@ -26,7 +26,7 @@ from duqpp.job import folder as job_folder
 from duqpp.models.source import SafetensorsSource
 from duqpp.nn import MXFP4Linear
 from tests import decoder
-from tests.models import damage
+from tests.checkpoint import damage
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 OPTIONS = {"max_steps": 8, "gptq": True}

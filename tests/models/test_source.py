@@ -18,7 +18,7 @@ from duqpp.models import source as source_module
 from duqpp.models.llama import DecoderStack
 from duqpp.models.source import SafetensorsSource, fingerprint, open_source
 from duqpp.tools.inspection import inspect_model
-from tests.models import damage
+from tests.checkpoint import damage
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
