@@ -21,7 +21,7 @@ from duqpp.rotation import InputTransform
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
 _MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
-REPORT_ROWS = 256  # of them, on which the report's errors are measured
+REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,17 @@ def fill_linear(
     linear.prepare()
 
 
+def report_rows(sampled: int) -> Tensor:
+    """Which of the rows that were sampled, in the order of the text, a report's errors are of.
+
+    They are spread evenly, so that the errors are those of the whole calibration text.
+
+    Args: sampled: how many rows there are.
+    Returns: int64 [min(REPORT_ROWS, sampled)], ascending.
+    """
+    return torch.linspace(0, sampled - 1, min(REPORT_ROWS, sampled)).round().long()
+
+
 def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
     """Exact outputs of a group, float32 [n, sum N], before anything is changed."""
     return x @ torch.cat(list(plan.weights.values())).T
@@ -189,16 +200,24 @@ def report_group(
     plan: GroupPlan,
     weights: dict[str, RoundedWeight],
     samples: Tensor | None,
+    rows: Tensor | None,
     exact_output: Tensor | None,
     config: QuantizeConfig,
 ) -> GroupReport:
+    """What quantization has done to a group.
+
+    Args:
+        samples: float32 [n, K], inputs as the float block has them; None for a method that reads no
+            activations. rows: int64, those of them that the errors are measured on.
+        exact_output: float32 [len(rows), sum N], of these rows.
+    """
     name = f"{layer_prefix(index)}.{plan.group.name}"
     weight = torch.cat([dequantize(w.quantized) for w in weights.values()])
     weight_error = _relative(weight, torch.cat([w.exact for w in weights.values()]))
-    if samples is None:
+    if samples is None or rows is None:
         return GroupReport(name, weight_error)
     transformed = plan.apply(samples)
-    before, x = samples[:REPORT_ROWS], transformed[:REPORT_ROWS]
+    before, x = samples[rows], transformed[rows]
     rounded = dequantize(quantize(x, rule=config.activation_rule))
     plain = dequantize(quantize(before, rule=config.activation_rule))
     return GroupReport(

@@ -20,7 +20,6 @@ from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.config import QuantizeConfig
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
 from duqpp.methods.group import (
-    REPORT_ROWS,
     SAMPLE_TOKENS,
     GroupPlan,
     GroupReport,
@@ -33,6 +32,7 @@ from duqpp.methods.group import (
     plan_weights,
     quantize_weights,
     report_group,
+    report_rows,
 )
 from duqpp.models.llama import (
     BlockInputs,
@@ -110,7 +110,8 @@ def quantize_block(
     groups = quantized_groups(index, config.skip)
     plans = {g.name: plan_group(block, g) for g in groups}
     samples = {name: s.samples() for name, s in (statistics or {}).items()}
-    exact = {name: group_outputs(plans[name], samples[name][:REPORT_ROWS]) for name in samples}
+    rows = report_rows(min(inputs.tokens, SAMPLE_TOKENS)) if inputs is not None else None
+    exact = {name: group_outputs(plans[name], samples[name][rows]) for name in samples}
     smoothed_scales = _smooth(block, plans, statistics, config, model_config)
     for name, plan in plans.items():
         generator = group_generator(config.seed, f"{layer_prefix(index)}.{name}")
@@ -132,7 +133,7 @@ def quantize_block(
             linear = block.get_submodule(linear_name)
             fill_linear(linear, rounded.quantized, plan.transform, biases[linear_name])
         reports.append(
-            report_group(index, plan, quantized, samples.get(name), exact.get(name), config)
+            report_group(index, plan, quantized, samples.get(name), rows, exact.get(name), config)
         )
     return reports
 

@@ -14,7 +14,6 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize
 from duqpp.methods.group import (
-    REPORT_ROWS,
     SAMPLE_TOKENS,
     GroupPlan,
     GroupReport,
@@ -27,6 +26,7 @@ from duqpp.methods.group import (
     plan_group,
     quantize_weights,
     report_group,
+    report_rows,
 )
 from duqpp.models.llama import BlockInputs, layer_prefix, quantized_groups
 from duqpp.ops import quantize
@@ -63,7 +63,8 @@ def quantize_sequentially(
         plan = plan_group(block, group)
         reader = block.get_submodule(group.linears[0])
         x = _group_input(block, index, reader, group.linears[0], inputs)
-        samples = x[draw_sample(len(x), SAMPLE_TOKENS, config.seed)[:REPORT_ROWS]]
+        drawn = draw_sample(len(x), SAMPLE_TOKENS, config.seed)
+        samples = x[drawn[report_rows(len(drawn))]]
         exact = group_outputs(plan, samples)
         with named(f"{layer_prefix(index)}.{group.name}"):
             generator = group_generator(config.seed, f"{layer_prefix(index)}.{group.name}")
@@ -78,7 +79,8 @@ def quantize_sequentially(
         for name, weight in quantized.items():
             fill_linear(block.get_submodule(name), weight.quantized, plan.transform, biases[name])
             latents[name] = weight.latent
-        report = report_group(index, plan, quantized, samples, exact, config)
+        every = torch.arange(len(samples))
+        report = report_group(index, plan, quantized, samples, every, exact, config)
         before, after = (block_amax(channels) for channels in amax)
         reports.append(replace(report, block_amax_before=before, block_amax=after))
     return reports, latents
