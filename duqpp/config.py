@@ -1,68 +1,93 @@
-"""What a quantization does: one frozen dataclass, JSON both ways."""
+"""What a quantization does: one frozen dataclass, each of its fields described once."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, get_args
 
+from duqpp.calibration.gptq import BlockOrder
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule
+from duqpp.methods import METHODS
+from duqpp.methods.base import Method, Needs
+from duqpp.methods.options import Refine, RotationScope, Stream
 
-Method = Literal["rtn", "hadamard", "random", "learned", "duquant", "duquant++", "duqpp"]
-RotationScope = Literal["shared", "per-block"]
-Stream = Literal["float", "quantized"]
-Refine = Literal["none", "blocks", "distill"]
-BlockOrder = Literal["diagonal", "channels"]
-
-DEFAULT_SMOOTH_ALPHA = 0.6  # DuQuant++ (arXiv 2604.17789), for the methods that read activations
-_SMOOTHED_BY_DEFAULT = ("duquant", "duquant++")
-# Fields whose default depends on the method.
-METHOD_DEFAULTS = {
-    "rotation": "shared",
-    "gptq": False,
-    "hessian": "float",
-    "block_order": "diagonal",
-    "drift": 0.0,
-}
-_DUQPP_DEFAULTS = {
-    "rotation": "per-block",
-    "gptq": True,
-    "hessian": "quantized",
-    "block_order": "diagonal",
-    "drift": 0.3,
-}
-# What training starts from: after GPTQ, SmolLM2-135M ends about as it does without on text like the
-# calibration's, and worse on other text; worse still there with GPTQ's other defaults
-# (docs/accuracy.md).
-_REFINED_DEFAULTS = {"gptq": False, "block_order": "channels", "drift": 0.0}
 _REFINE_SAMPLES = 72
+_RULES = tuple(str(rule) for rule in ScaleRule)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is said once of an option, for whoever checks, documents or parses it.
+
+    flag: on the command line. help: one sentence, without the default. choices: all values, where
+    there are few. least, most: bounds of a number, itself allowed unless `is_open`. unused: its
+    value with methods that have no such option, which refuse any other; None where they ignore it.
+    """
+
+    flag: str
+    help: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    is_open: bool = False
+    unused: Any = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError unless `value` may be that of the option `name`."""
+        if self.choices:
+            if value not in self.choices:
+                raise InputError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+        elif self.least is not None and self.most is not None:
+            inside = self.least <= value <= self.most
+            if not inside or (self.is_open and value in (self.least, self.most)):
+                bounds = (
+                    f"({self.least:g}, {self.most:g})"
+                    if self.is_open
+                    else (f"[{self.least:g}, {self.most:g}]")
+                )
+                raise InputError(f"{name} must lie in {bounds}, got {value}")
+        elif self.least is not None and value < self.least:
+            raise InputError(f"{name} must be at least {self.least:g}, got {value}")
+
+
+def _described(flag: str, help: str, **limits: Any) -> dict[str, Description]:
+    """Metadata of a field: see `Description`."""
+    return {"description": Description(flag, help, **limits)}
+
+
+def _choices(literal: Any) -> tuple[str, ...]:
+    return tuple(get_args(literal))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """Options of `duqpp.quantize_model`, each with its default.
 
+    None is the method's own default, of its options in `duqpp.methods`; the fields of an instance
+    have it filled in. An instance is valid: InputError is raised for what is not.
+
     method: how the inputs of a linear are rotated. rtn: not at all; hadamard, random: one fixed
         orthogonal 32x32 matrix; learned: an orthogonal one, trained; duquant: two outlier-aware
         rotations around a zigzag permutation; duquant++: one outlier-aware rotation; duqpp: a
         balanced transform per block (see `duqpp.rotation.balance`), groups quantized one after the
         other, by GPTQ where they are not refined.
-    rotation: one matrix for all blocks of a linear group, or one per block of 32 channels. None is
-        the method's own default: per-block for duqpp, shared for the others.
-    gptq: round weights by GPTQ instead of to nearest; None: on for duqpp without refinement, else
-        off.
-    smooth_alpha: exponent of SmoothQuant's channel scaling, 0 is off; None is the method's own
-        default (0.6 for duquant and duquant++, 0 for the others).
+    rotation: one matrix for all blocks of a linear group, or one per block of 32 channels. Default:
+        per-block for duqpp, shared for the others.
+    gptq: round weights by GPTQ instead of to nearest. Default: on for duqpp without refinement,
+        else off.
+    smooth_alpha: exponent of SmoothQuant's channel scaling, 0 is off. Default: 0.6 for duquant and
+        duquant++, 0 for the others.
     activation_rule, weight_rule: how a block's exponent is chosen (see `ScaleRule`).
     max_steps: longest prefix of greedy rotations that is tried.
     damping: GPTQ damping, as a fraction of the Hessian's mean diagonal.
-    hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones; None:
+    hessian: GPTQ Hessian from the float activations, or from the quantized, rotated ones. Default:
         quantized for duqpp, float for the others.
     block_order: in which GPTQ rounds the blocks of 32 channels of a weight: diagonal, by falling
-        sum of the Hessian's diagonal, or channels, as they come; None: diagonal, channels with
+        sum of the Hessian's diagonal, or channels, as they come. Default: diagonal, channels with
         refinement.
     drift: share of what quantization has done to a linear's input before it that GPTQ's weights
-        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp with GPTQ; None: 0.3 for
-        that without refinement, else 0.
+        make up for (see `duqpp.calibration.drift`), in [0, 1], for duqpp with GPTQ. Default: 0.3
+        for that without refinement, else 0.
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
@@ -74,84 +99,153 @@ class QuantizeConfig:
     skip: modules that stay in floating point like lm_head, by whole components of their names.
     """
 
-    method: Method = "duquant++"
-    rotation: RotationScope | None = None
-    gptq: bool | None = None
-    smooth_alpha: float | None = None
-    activation_rule: ScaleRule = ScaleRule.EVEN
-    weight_rule: ScaleRule = ScaleRule.MSE
-    max_steps: int = 256
-    damping: float = 0.01
-    hessian: Stream | None = None
-    block_order: BlockOrder | None = None
-    drift: float | None = None
-    next_inputs: Stream = "quantized"
-    refine: Refine = "none"
-    samples: int = 16
-    seq_len: int = 1024
-    refine_samples: int | None = None
-    seed: int = 0
-    skip: tuple[str, ...] = ()
+    method: str = field(
+        default="duquant++",
+        metadata=_described(
+            "--method", "How the inputs of the linears are rotated.", choices=(*METHODS,)
+        ),
+    )
+    rotation: RotationScope | None = field(
+        default=None,
+        metadata=_described(
+            "--rotation",
+            "One matrix per linear group, or one per block of 32 channels.",
+            choices=_choices(RotationScope),
+        ),
+    )
+    gptq: bool | None = field(
+        default=None,
+        metadata=_described("--gptq/--no-gptq", "Round weights by GPTQ instead of to nearest."),
+    )
+    smooth_alpha: float | None = field(
+        default=None,
+        metadata=_described(
+            "--smooth-alpha", "Channel smoothing exponent, 0 is off.", least=0.0, most=1.0
+        ),
+    )
+    activation_rule: ScaleRule = field(
+        default=ScaleRule.EVEN,
+        metadata=_described(
+            "--scale-rule",
+            "How a block of activations gets its scale.",
+            choices=_RULES,
+        ),
+    )
+    weight_rule: ScaleRule = field(
+        default=ScaleRule.MSE,
+        metadata=_described(
+            "--weight-rule", "How a block of weights gets its scale.", choices=_RULES
+        ),
+    )
+    max_steps: int = field(
+        default=256,
+        metadata=_described(
+            "--max-steps", "Longest run of greedy rotations that is tried.", least=1
+        ),
+    )
+    damping: float = field(
+        default=0.01,
+        metadata=_described(
+            "--damping",
+            "GPTQ damping, a fraction of the Hessian's mean diagonal.",
+            least=0.0,
+            most=1.0,
+            is_open=True,
+        ),
+    )
+    hessian: Stream | None = field(
+        default=None,
+        metadata=_described(
+            "--hessian",
+            "Activations that the GPTQ Hessian is made from.",
+            choices=_choices(Stream),
+        ),
+    )
+    block_order: BlockOrder | None = field(
+        default=None,
+        metadata=_described(
+            "--block-order",
+            "Order in which GPTQ rounds blocks of 32 channels: by falling Hessian diagonal, or as "
+            "they come.",
+            choices=_choices(BlockOrder),
+        ),
+    )
+    drift: float | None = field(
+        default=None,
+        metadata=_described(
+            "--drift",
+            "Share of the quantized model's drift that GPTQ makes up for, 0 is off.",
+            least=0.0,
+            most=1.0,
+            unused=0.0,
+        ),
+    )
+    next_inputs: Stream = field(
+        default="quantized",
+        metadata=_described(
+            "--next-inputs",
+            "Activations that the next decoder block is calibrated on.",
+            choices=_choices(Stream),
+        ),
+    )
+    refine: Refine = field(
+        default="none",
+        metadata=_described(
+            "--refine",
+            "Train the weights through their rounding: each block, or then the whole model.",
+            choices=_choices(Refine),
+            unused="none",
+        ),
+    )
+    samples: int = field(
+        default=16, metadata=_described("--samples", "Calibration sequences.", least=1)
+    )
+    seq_len: int = field(
+        default=1024, metadata=_described("--seq-len", "Tokens in a calibration sequence.", least=2)
+    )
+    refine_samples: int | None = field(
+        default=None,
+        metadata=_described(
+            "--refine-samples",
+            "Sequences for --refine, of which --samples calibrate; as many as a shorter text has.",
+            least=1,
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=_described("--seed", "Of calibration sampling and of every random matrix."),
+    )
+    skip: tuple[str, ...] = field(
+        default=(),
+        metadata=_described(
+            "--skip", "Module kept in floating point, by name or last component; repeatable."
+        ),
+    )
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, get_args(Method))
-        defaults = _DUQPP_DEFAULTS if self.is_sequential else METHOD_DEFAULTS
-        if self.refine != "none":
-            defaults = defaults | _REFINED_DEFAULTS
-        if not (defaults["gptq"] if self.gptq is None else self.gptq):
-            defaults = defaults | {"drift": 0.0}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        _one_of("rotation", self.rotation, get_args(RotationScope))
-        _one_of("hessian", self.hessian, get_args(Stream))
-        _one_of("block_order", self.block_order, get_args(BlockOrder))
-        _one_of("next_inputs", self.next_inputs, get_args(Stream))
-        _one_of("refine", self.refine, get_args(Refine))
-        for name in ("activation_rule", "weight_rule"):
-            _one_of(name, getattr(self, name), [rule.value for rule in ScaleRule])
-            object.__setattr__(self, name, ScaleRule(getattr(self, name)))
-        object.__setattr__(self, "skip", tuple(self.skip))
-        alpha = self.smooth_alpha
-        if alpha is not None and not 0.0 <= alpha <= 1.0:
-            raise InputError(f"smooth_alpha must lie in [0, 1], got {alpha}")
-        if self.is_sequential and (alpha or self.rotation != "per-block"):
-            raise InputError("duqpp has a transform per block, which takes the place of smoothing")
-        drift = self.drift or 0.0
-        if not 0.0 <= drift <= 1.0:
-            raise InputError(f"drift must lie in [0, 1], got {drift}")
-        if drift and not self.is_sequential:
-            raise InputError(f"drift is for the method duqpp, not {self.method}")
-        if drift and not self.gptq:
-            raise InputError("drift is what GPTQ makes up for, and gptq is off: turn it on, too")
-        if self.method == "learned" and alpha:
-            raise InputError("learned trains rotations alone: it goes without smoothing")
-        if self.refine != "none" and not self.is_sequential:
-            raise InputError(f"refine is for the method duqpp, not {self.method}")
-        if self.refine != "none" and self.next_inputs == "float":
-            raise InputError("refine trains on what quantized blocks give: next_inputs=quantized")
+        for name, value in _resolved(self).items():
+            object.__setattr__(self, name, value)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None:
+                description_of(each).check(each.name, value)
         if self.refine != "none" and (self.refine_samples or math.inf) <= self.samples:
             raise InputError(
                 f"refine_samples must be more than samples, got {self.refine_samples} and "
                 f"{self.samples}"
             )
-        if not 0.0 < self.damping < 1.0:
-            raise InputError(f"damping must lie in (0, 1), got {self.damping}")
-        for name, least in (
-            ("samples", 1),
-            ("refine_samples", 1),
-            ("seq_len", 2),
-            ("max_steps", 1),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
+        self.build_method()  # which checks what its options are together
+
+    def build_method(self) -> Method:
+        """The method, with its options."""
+        method = METHODS[self.method]
+        names = [each.name for each in fields(method.Options)]
+        return method(method.Options(**{name: getattr(self, name) for name in names}))
 
     @property
-    def effective_smooth_alpha(self) -> float:
-        """The smoothing exponent in force, with the method's default filled in."""
-        if self.smooth_alpha is not None:
-            return self.smooth_alpha
-        return DEFAULT_SMOOTH_ALPHA if self.method in _SMOOTHED_BY_DEFAULT else 0.0
+    def needs(self) -> Needs:
+        """What the method reads besides the weights."""
+        return self.build_method().needs
 
     def for_text(self, tokens: int) -> "QuantizeConfig":
         """With the refine_samples that a calibration text of so many tokens has by default."""
@@ -165,27 +259,6 @@ class QuantizeConfig:
         """How many calibration sequences are read in all."""
         return self.samples if self.refine == "none" else self.refine_samples or _REFINE_SAMPLES
 
-    @property
-    def is_sequential(self) -> bool:
-        """Whether the groups of a block are quantized one after the other."""
-        return self.method == "duqpp"
-
-    @property
-    def makes_up_for_drift(self) -> bool:
-        """Whether GPTQ aims at a share of what the float model's inputs would give."""
-        return bool(self.drift)
-
-    @property
-    def needs_float_stream(self) -> bool:
-        """Whether the float model's activations are followed beside the quantized stream's."""
-        return self.refine != "none" or self.makes_up_for_drift
-
-    @property
-    def needs_activations(self) -> bool:
-        """Whether calibration activations enter the result at all."""
-        fitted = self.method in ("learned", "duquant", "duquant++", "duqpp")
-        return fitted or self.gptq or self.effective_smooth_alpha > 0
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of every field."""
         return {**asdict(self), "skip": list(self.skip)}
@@ -193,12 +266,64 @@ class QuantizeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantizeConfig":
         """The inverse of `to_dict`. Raises: InputError for an unknown field or a bad value."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(values) - set(DESCRIPTIONS)):
             raise InputError(f"QuantizeConfig has no option {', '.join(unknown)}")
         return cls(**values)
 
 
-def _one_of(name: str, value: object, choices: tuple | list) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def description_of(option: "Field[Any]") -> Description:
+    """What is said of a field of `QuantizeConfig`."""
+    description: Description = option.metadata["description"]
+    return description
+
+
+DESCRIPTIONS = {each.name: description_of(each) for each in fields(QuantizeConfig)}
+
+
+# Options whose default depends on the method.
+METHOD_DEPENDENT = tuple(
+    each.name
+    for each in fields(QuantizeConfig)
+    if each.default is None and each.name != "refine_samples"
+)
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """Each method's own default of an option, by method; for those that have such an option."""
+    return {
+        method: values[name]
+        for method, kind in METHODS.items()
+        if name in (values := kind.Options.defaults({}))
+    }
+
+
+def _resolved(config: QuantizeConfig) -> dict[str, Any]:
+    """Values of the fields that are not as they were given, by name.
+
+    Raises: InputError for an unknown method, and an option that only other methods have.
+    """
+    DESCRIPTIONS["method"].check("method", config.method)
+    kind = METHODS[config.method].Options
+    own = _names(kind)
+    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    changed: dict[str, Any] = {"skip": tuple(config.skip)}
+    for name in ("activation_rule", "weight_rule"):
+        if given[name] in _RULES:
+            changed[name] = ScaleRule(given[name])
+    for each in fields(config):
+        unused = description_of(each).unused
+        if unused is None or each.name in own:
+            continue
+        if given.get(each.name, unused) != unused:
+            others = [name for name, m in METHODS.items() if each.name in _names(m.Options)]
+            raise InputError(
+                f"{each.name} is for the method {' and '.join(others)}, not {config.method}"
+            )
+        changed[each.name] = unused
+    defaults = kind.defaults(given)
+    return changed | {name: value for name, value in defaults.items() if name not in given}
+
+
+def _names(options: Any) -> set[str]:
+    return {each.name for each in fields(options)}

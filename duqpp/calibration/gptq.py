@@ -6,16 +6,18 @@ reached, from its error-compensated values.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from duqpp.config import BlockOrder
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, quantize
 from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
 from duqpp.format.e8m0 import decode_e8m0, inverse_scale
 from duqpp.threads import single_thread
+
+BlockOrder = Literal["diagonal", "channels"]
 
 _DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
 

@@ -51,6 +51,13 @@ class InputStatistics:
         self.amax = torch.maximum(self.amax, amax)
         self.tokens += len(x)
 
+    def take_gram(self) -> Tensor:
+        """x.T x, which is then let go of here: it is as large as the Hessian, and is read once."""
+        if self.gram is None:
+            raise ValueError(f"{self.name}: second moments are not kept, or were taken")
+        gram, self.gram = self.gram, None
+        return gram
+
     def samples(self) -> Tensor:
         """The sampled rows and the rows of channel peaks: float32 [n, K]."""
         return torch.cat((*self._sampled, self._peaks))

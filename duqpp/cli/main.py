@@ -111,7 +111,7 @@ def quantize(
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
     from duqpp.checkpoint.shard import linear_storage
     from duqpp.job.quantize import quantize_model
-    from duqpp.methods.group import mean_errors
+    from duqpp.methods.reports import mean_errors
 
     check_calibration(calib, [config])
     with Bars() as bars, resumable(out.with_name(out.name + ".partial")):

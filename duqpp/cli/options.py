@@ -154,7 +154,7 @@ def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> No
 
     Raises: InputError where such a text cannot be read; the methods that read it find out.
     """
-    if calibration == BUILTIN or any(config.needs_activations for config in configs):
+    if calibration == BUILTIN or any(config.needs.inputs for config in configs):
         return
     if not calibration.startswith("hf:"):  # which may be large
         read_text(calibration)

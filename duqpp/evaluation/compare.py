@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
-from duqpp.config import METHOD_DEFAULTS, QuantizeConfig
+from duqpp.config import METHOD_DEPENDENT, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
 from duqpp.evaluation.folder import ComparisonFolder, Finished, comparison_job
@@ -166,7 +166,7 @@ def compare(
 def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
     method, *options = spec.split(":")
     # What depends on the method is not taken from another method's configuration.
-    changes: dict[str, Any] = {"method": method, **dict.fromkeys(METHOD_DEFAULTS)}
+    changes: dict[str, Any] = {"method": method, **dict.fromkeys(METHOD_DEPENDENT)}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals and key in _FLAGS:
@@ -213,7 +213,7 @@ def _staged(progress: Progress, title: str) -> Progress:
 
 
 def _uses_seed(config: QuantizeConfig) -> bool:
-    return config.needs_activations or config.method == "random"
+    return config.needs.seed
 
 
 def _check_calibration(
@@ -223,7 +223,7 @@ def _check_calibration(
 
     Raises: InputError now, if it is missing or too short for some method.
     """
-    calibrated = [config for config in methods.values() if config.needs_activations]
+    calibrated = [config for config in methods.values() if config.needs.inputs]
     if not calibrated:
         return ""
     text = read_text(calibration)

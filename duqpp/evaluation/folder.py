@@ -110,7 +110,7 @@ class ComparisonFolder:
 
     def _name(self, config: QuantizeConfig) -> str:
         """Of the run: its method, for people, and what tells it from every other."""
-        own = [config.to_dict(), self._calibration if config.needs_activations else ""]
+        own = [config.to_dict(), self._calibration if config.needs.inputs else ""]
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
         return f"{config.method}-{digest[:16]}"
 

@@ -1,5 +1,6 @@
 """Quantize a float checkpoint while transformers loads it, one weight at a time."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,9 @@ from transformers.core_model_loading import ConversionOps
 from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.methods.independent import quantize_linear
+from duqpp.format import MXFP4Tensor
+from duqpp.models.llama import check_finite, layer_prefix, quantized_groups
+from duqpp.rotation import InputTransform
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -19,7 +22,7 @@ class QuantizeOnLoad(ConversionOps):
     """
 
     def __init__(self, layout: Layout, config: QuantizeConfig) -> None:
-        self.layout, self.config = layout, config
+        self.layout, self._skip, self._method = layout, config.skip, config.build_method()
         self.failures: list[InputError] = []
 
     def convert(
@@ -38,7 +41,7 @@ class QuantizeOnLoad(ConversionOps):
         if self.failures:
             return {}
         try:
-            packed, transform = quantize_linear(name, weight.cpu(), self.config)
+            packed, transform = self._quantize(name, weight.cpu())
         except InputError as error:
             self.failures.append(error)
             return {}
@@ -51,3 +54,12 @@ class QuantizeOnLoad(ConversionOps):
         if transform.rotation is not None:
             tensors["rotation"] = transform.rotation.matrix.clone()
         return {f"{name}.{kind}": tensor.to(weight.device) for kind, tensor in tensors.items()}
+
+    def _quantize(self, name: str, weight: Tensor) -> tuple[MXFP4Tensor, InputTransform]:
+        """A linear by its name in the model, such as "model.layers.3.mlp.up_proj"."""
+        check_finite(weight, f"{name}.weight")
+        index, linear = name.removeprefix("model.layers.").split(".", 1)
+        groups = quantized_groups(int(index), self._skip)
+        group = next(group for group in groups if linear in group.linears)
+        alone = replace(group, linears=(linear,))
+        return self._method.quantize_linear(layer_prefix(int(index)), alone, weight)

@@ -30,8 +30,7 @@ from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
-from duqpp.job.quantize import provenance
-from duqpp.methods.independent import layout_of
+from duqpp.job.finish import provenance
 from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import download, first_line, is_gguf, load_gguf
 from duqpp.nn import MXFP4Linear, unshare_input
@@ -65,7 +64,7 @@ class DuqppConfig(QuantizationConfigMixin):
             self.layout = Layout.from_dict(values)
         else:
             self.options = _options(values)
-            self.layout = layout_of(self.options, {})
+            self.layout = self.options.build_method().layout(self.options.skip)
 
     def to_dict(self) -> dict[str, Any]:
         return self.layout.to_dict()
@@ -81,7 +80,7 @@ def _options(values: dict[str, Any]) -> QuantizeConfig:
             raise InputError("DuqppConfig: modules_to_not_convert and skip are the same: give one")
         values["skip"] = tuple(skip)
     options = QuantizeConfig.from_dict({"method": "hadamard"} | values)
-    if options.needs_activations:
+    if options.needs.inputs:
         raise InputError(
             "DuqppConfig: these options need calibration, which a model that loads does not get; "
             'give method="rtn", "hadamard" or "random" alone, or run '
@@ -140,7 +139,7 @@ class DuqppQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             origin = provenance(model.config.name_or_path, options, "none")
-            self.quantization_config.layout = layout_of(options, origin)
+            self.quantization_config.layout = options.build_method().layout(options.skip, origin)
             self._on_load = QuantizeOnLoad(self.quantization_config.layout, options)
             self._weights = frozenset(f"{name}.weight" for name in _linears(model, options.skip))
             return

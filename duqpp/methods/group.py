@@ -1,9 +1,9 @@
 """One linear group on its way to MXFP4: its plan, its rounded weights, its report."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,80 +11,74 @@ from torch import Tensor, nn
 
 from duqpp.calibration.drift import make_up_for_drift
 from duqpp.calibration.gptq import gptq
-from duqpp.config import QuantizeConfig
+from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.errors import InputError
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
-from duqpp.models.llama import LinearGroup, layer_prefix
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
+from duqpp.methods.base import Block
+from duqpp.methods.options import Options
+from duqpp.methods.reports import GroupReport
+from duqpp.models.llama import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.rotation import InputTransform
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
-_MEANS = ("weight_error", "activation_error_before", "activation_error", "output_error")
 REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What quantization did to one linear group.
-
-    name: for instance "model.layers.3.qkv". Errors are relative: ||quantized - exact|| / ||exact||.
-    weight_error: of the folded weights. activation_error_before, activation_error: of the input
-    quantized as it is, and transformed. output_error: of the group's outputs. block_amax_before,
-    block_amax: largest magnitude of each block of 32 channels, untransformed and transformed, among
-    the samples, which hold that of each channel; by the method duqpp, among all tokens. The last
-    five are None for a method that reads no activations.
-    """
-
-    name: str
-    weight_error: float
-    activation_error_before: float | None = None
-    activation_error: float | None = None
-    output_error: float | None = None
-    block_amax_before: list[float] | None = None
-    block_amax: list[float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-
-def mean_errors(groups: list[GroupReport]) -> dict[str, float | None]:
-    """Mean of each error over the groups; None for an error that the groups do not have."""
-    means: dict[str, float | None] = {}
-    for name in _MEANS:
-        values = [getattr(g, name) for g in groups if getattr(g, name) is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
 
 
 @dataclass
 class GroupPlan:
     """One group on its way: weights in float32, what absorbs its smoothing, and its transform.
 
-    weights: by name, with smoothing folded in. scales: float64 [K], what the group's input is
-    divided by before it arrives (by the producer). transform: what the group itself does to it.
+    block: name of its decoder block. weights: by name in it, with smoothing folded in. scales:
+    float64 [K], what the group's input is divided by before it arrives (by the producer).
+    transform: what the group itself does to it.
     """
 
+    block: str
     group: LinearGroup
     weights: dict[str, Tensor]
     scales: Tensor
     transform: InputTransform = field(default_factory=InputTransform)
+
+    @property
+    def name(self) -> str:
+        """In the model, as "model.layers.3.qkv"."""
+        return f"{self.block}.{self.group.name}"
+
+    @property
+    def first_linear(self) -> str:
+        """The first linear's name in the model."""
+        return f"{self.block}.{self.group.linears[0]}"
+
+    def channel_amax(self) -> Tensor:
+        """The largest magnitude in each input channel of the weights: float32 [K]."""
+        return torch.stack([w.abs().amax(0) for w in self.weights.values()]).amax(0)
 
     def apply(self, x: Tensor) -> Tensor:
         """From the float model's input of the group to what is quantized: [..., K]."""
         return self.transform.apply(x / self.scales.to(x.dtype))
 
 
-def plan_group(block: nn.Module, group: LinearGroup) -> GroupPlan:
-    return plan_weights(group, {n: block.get_submodule(n).weight for n in group.linears})
+def plan_group(block: Block, group: LinearGroup) -> GroupPlan:
+    """The plan of a group of a float block, before anything is smoothed."""
+    weights = {name: block.module.get_submodule(name).weight for name in group.linears}
+    return plan_weights(block.name, group, weights)
 
 
-def plan_weights(group: LinearGroup, weights: dict[str, Tensor]) -> GroupPlan:
-    """The plan of a group with these weights, by name, before anything is smoothed."""
-    weights = {name: weight.detach().float() for name, weight in weights.items()}
-    channels = next(iter(weights.values())).shape[1]
-    return GroupPlan(group, weights, torch.ones(channels, dtype=torch.float64))
+def plan_weights(block: str, group: LinearGroup, weights: Mapping[str, Tensor]) -> GroupPlan:
+    """`plan_group` of these weights, floating point [N, K] by linear."""
+    own = {name: weight.detach().float() for name, weight in weights.items()}
+    first = own[group.linears[0]]
+    scales = torch.ones(first.shape[1], dtype=torch.float64, device=first.device)
+    return GroupPlan(block, group, own, scales)
+
+
+class Drift(NamedTuple):
+    """sums: float32 [K, K], C of `make_up_for_drift`. share: of it that is made up for."""
+
+    sums: Tensor
+    share: float
 
 
 class RoundedWeight(NamedTuple):
@@ -118,34 +112,30 @@ def named(name: str) -> Iterator[None]:
 
 
 def quantize_weights(
-    plan: GroupPlan,
-    hessian: Tensor | None,
-    config: QuantizeConfig,
-    index: int,
-    drift: Tensor | None = None,
+    plan: GroupPlan, options: Options, hessian: Tensor | None, drift: Drift | None = None
 ) -> dict[str, RoundedWeight]:
     """Folded weights of a group by name.
 
-    Args: hessian: float32 [K, K] for GPTQ, None for rounding to nearest. drift: float32 [K, K], C
-        of `make_up_for_drift`, None for nothing to make up for.
+    Args: hessian: float32 [K, K] for GPTQ, None for rounding to nearest. drift: what GPTQ makes up
+        for; None for nothing.
     """
     names = list(plan.weights)
     exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
     if not torch.isfinite(exact).all():
-        raise InputError(f"{layer_prefix(index)}.{names[0]}: folded weights overflow float32")
+        raise InputError(f"{plan.first_linear}: folded weights overflow float32")
     if hessian is None:
-        quantized, latent = quantize(exact, rule=config.weight_rule), exact
+        quantized, latent = quantize(exact, rule=options.weight_rule), exact
     else:
         start = exact
         if drift is not None:
-            start = make_up_for_drift(exact, hessian, drift, share=config.drift)
-        with named(f"{layer_prefix(index)}.{names[0]}"):
+            start = make_up_for_drift(exact, hessian, drift.sums, share=drift.share)
+        with named(plan.first_linear):
             result = gptq(
                 start,
                 hessian,
-                rule=config.weight_rule,
-                damping=config.damping,
-                order=config.block_order,
+                rule=options.weight_rule,
+                damping=options.damping,
+                order=options.block_order,
             )
         quantized, latent = result.weight, result.compensated
     rows = [plan.weights[n].shape[0] for n in names]
@@ -163,10 +153,22 @@ def quantize_weights(
     }
 
 
-def fill_linear(
+def replace_linears(
+    block: Block, plan: GroupPlan, weights: Mapping[str, RoundedWeight], layout: Layout
+) -> None:
+    """Swap in the quantized linears of a group, with their values; each owns its storage."""
+    biases = {name: block.module.get_submodule(name).bias for name in plan.group.linears}
+    convert_group(block.module, plan.group, layout)
+    for name, weight in weights.items():
+        _fill_linear(
+            block.module.get_submodule(name), weight.quantized, plan.transform, biases[name]
+        )
+
+
+def _fill_linear(
     linear: MXFP4Linear, weight: MXFP4Tensor, transform: InputTransform, bias: Tensor | None
 ) -> None:
-    """Give a converted linear its values; each linear owns its storage."""
+    """Give a converted linear its values."""
     linear.weight_packed.data = weight.codes.clone()
     linear.weight_scale.data = weight.scales.clone()
     if transform.rotation is not None:
@@ -196,32 +198,30 @@ def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
 
 
 def report_group(
-    index: int,
     plan: GroupPlan,
-    weights: dict[str, RoundedWeight],
+    weights: Mapping[str, RoundedWeight],
     samples: Tensor | None,
     rows: Tensor | None,
     exact_output: Tensor | None,
-    config: QuantizeConfig,
+    rule: ScaleRule,
 ) -> GroupReport:
     """What quantization has done to a group.
 
     Args:
         samples: float32 [n, K], inputs as the float block has them; None for a method that reads no
             activations. rows: int64, those of them that the errors are measured on.
-        exact_output: float32 [len(rows), sum N], of these rows.
+        exact_output: float32 [len(rows), sum N], of these rows. rule: scale rule of the inputs.
     """
-    name = f"{layer_prefix(index)}.{plan.group.name}"
     weight = torch.cat([dequantize(w.quantized) for w in weights.values()])
     weight_error = _relative(weight, torch.cat([w.exact for w in weights.values()]))
-    if samples is None or rows is None:
-        return GroupReport(name, weight_error)
+    if samples is None or rows is None or exact_output is None:
+        return GroupReport(plan.name, weight_error)
     transformed = plan.apply(samples)
     before, x = samples[rows], transformed[rows]
-    rounded = dequantize(quantize(x, rule=config.activation_rule))
-    plain = dequantize(quantize(before, rule=config.activation_rule))
+    rounded = dequantize(quantize(x, rule=rule))
+    plain = dequantize(quantize(before, rule=rule))
     return GroupReport(
-        name,
+        plan.name,
         weight_error,
         activation_error_before=_relative(plain, before),
         activation_error=_relative(rounded, x),

@@ -1,21 +1,28 @@
-"""`--method learned`: orthogonal rotations trained through the rounding; the weights stay theirs.
+"""The method learned: orthogonal rotations trained through the rounding; the weights stay theirs.
 
 The learned-rotation baseline of the literature (SpinQuant, arXiv 2405.16406), decoder block by
 decoder block: it shows what rotations alone can give.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, ScaleRule
+from duqpp.methods.base import Block
+from duqpp.methods.group import group_generator, named
+from duqpp.methods.independent import GroupInput, Independent
+from duqpp.methods.options import LearnedOptions, Options
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.methods.refine.latent import RoundedInput, round_straight_through
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
-from duqpp.models.llama import BlockInputs, LinearGroup, quantized_groups
+from duqpp.models.llama import BlockInputs, LinearGroup
 from duqpp.ops.reference import rotate_blocks
+from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard
 
 _EPOCHS = 4
@@ -59,12 +66,31 @@ class RotatedLinear(nn.Module):
         return (y if linear.bias is None else y + linear.bias.detach().float()).to(x.dtype)
 
 
+class Learned(Independent):
+    """The learned-rotation baseline: trained with the block's other groups, in place of built."""
+
+    name = "learned"
+    summary = "one orthogonal matrix, trained through the rounding for each decoder block"
+    Options = LearnedOptions
+    options: LearnedOptions
+    fitted = True
+
+    def transforms(
+        self, block: Block, groups: Mapping[str, GroupInput], inputs: BlockInputs | None
+    ) -> dict[str, InputTransform]:
+        if inputs is None:
+            raise InputError("learned trains on calibration activations, and there are none")
+        generator = group_generator(self.options.seed, f"{block.name}.learned")
+        matrices = learn_rotations(block, inputs, self.options, generator)
+        made = {}
+        for name, matrix in matrices.items():
+            with named(f"{block.name}.{name}"):
+                made[name] = InputTransform(BlockRotation.rounded(matrix))
+        return made
+
+
 def learn_rotations(
-    block: nn.Module,
-    index: int,
-    config: QuantizeConfig,
-    inputs: BlockInputs,
-    generator: torch.Generator,
+    block: Block, inputs: BlockInputs, options: Options, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """One orthogonal matrix for each linear group, or one for each block of its input.
 
@@ -78,18 +104,18 @@ def learn_rotations(
     Raises: InputError when there are fewer than two batches.
     """
     held = held_back(len(inputs.hidden))
-    groups = quantized_groups(index, config.skip)
-    if not groups:  # all skipped
+    if not block.groups:  # all skipped
         return {}
-    loss = block_loss(block, index, inputs, list(inputs.outputs(block, index)))
-    rotations = {g.name: _start(block, g, config, generator) for g in groups}
-    floats = {name: block.get_submodule(name) for g in groups for name in g.linears}
-    for group in groups:
+    module = block.module
+    loss = block_loss(module, block.index, inputs, list(inputs.outputs(module, block.index)))
+    rotations = {g.name: _start(module, g, options, generator) for g in block.groups}
+    floats = {name: module.get_submodule(name) for g in block.groups for name in g.linears}
+    for group in block.groups:
         rotation = rotations[group.name]
-        rounded_input = RoundedInput(rotation, config.activation_rule, len(group.linears))
+        rounded_input = RoundedInput(rotation, options.activation_rule, len(group.linears))
         for name in group.linears:
-            linear = RotatedLinear(floats[name], rotation, rounded_input, config.weight_rule)
-            block.set_submodule(name, linear)
+            linear = RotatedLinear(floats[name], rotation, rounded_input, options.weight_rule)
+            module.set_submodule(name, linear)
     turns = [parameter for rotation in rotations.values() for parameter in rotation.parameters()]
     steps = _EPOCHS * held.start
     optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, betas=(0.9, 0.95), relative=False)
@@ -109,15 +135,15 @@ def learn_rotations(
             if not stopping.check():
                 break
     for name, linear in floats.items():
-        block.set_submodule(name, linear)
+        module.set_submodule(name, linear)
     return start if stopping.best is None else stopping.best
 
 
 def _start(
-    block: nn.Module, group: LinearGroup, config: QuantizeConfig, generator: torch.Generator
+    block: nn.Module, group: LinearGroup, options: Options, generator: torch.Generator
 ) -> Rotation:
     shape: tuple[int, ...] = (BLOCK_SIZE,)
-    if config.rotation == "per-block":
+    if options.rotation == "per-block":
         shape = (block.get_submodule(group.linears[0]).in_features // BLOCK_SIZE, BLOCK_SIZE)
     signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
     return Rotation(signs[..., None] * hadamard(BLOCK_SIZE).float())

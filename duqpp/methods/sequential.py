@@ -3,32 +3,37 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duqpp.calibration.statistics import draw_sample
-from duqpp.checkpoint.layout import Layout, convert_group
-from duqpp.config import QuantizeConfig
+from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.format import dequantize
+from duqpp.methods.base import Block, BlockResult, Method, Needs, QuantizedModel, Streams
 from duqpp.methods.group import (
     SAMPLE_TOKENS,
+    Drift,
     GroupPlan,
-    GroupReport,
     block_amax,
-    fill_linear,
     group_generator,
     group_outputs,
     named,
     observed,
     plan_group,
     quantize_weights,
+    replace_linears,
     report_group,
     report_rows,
 )
-from duqpp.models.llama import BlockInputs, layer_prefix, quantized_groups
+from duqpp.methods.options import SequentialOptions
+from duqpp.methods.refine.blocks import refine_block
+from duqpp.methods.refine.distill import distill
+from duqpp.methods.reports import DistillReport, GroupReport
+from duqpp.models.llama import BlockInputs
 from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments
@@ -36,65 +41,109 @@ from duqpp.rotation.balance import balanced_transform, second_moments
 _ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the Hessian
 
 
-def quantize_sequentially(
-    block: nn.Module,
-    index: int,
-    config: QuantizeConfig,
-    layout: Layout,
-    inputs: BlockInputs,
-    float_inputs: Mapping[str, Tensor] | None = None,
-) -> tuple[list[GroupReport], dict[str, Tensor]]:
-    """Replace the linears of a float block by quantized ones, in place.
+class Sequential(Method):
+    """A balanced transform for each block of 32 channels, GPTQ on what a linear will really get.
 
     A group's transform and Hessian come from the input that it will really get: that of the
     quantized stream, through the groups of this block that are quantized already. The whole input
     of one group, float32 [tokens, K], is in memory.
-
-    Args:
-        inputs: of the quantized stream.
-        float_inputs: of the float model, from `run_float_block`, which `config.drift` aims at;
-            None or empty for nothing to make up for.
-    Returns: one report per linear group; and by linear what its codes were rounded from, float32
-        [N, K], for refinement.
-    Raises: InputError when an input is not finite, or a weight cannot be quantized.
     """
-    reports, latents = [], {}
-    for group in quantized_groups(index, config.skip):
-        plan = plan_group(block, group)
-        reader = block.get_submodule(group.linears[0])
-        x = _group_input(block, index, reader, group.linears[0], inputs)
-        drawn = draw_sample(len(x), SAMPLE_TOKENS, config.seed)
-        samples = x[drawn[report_rows(len(drawn))]]
-        exact = group_outputs(plan, samples)
-        with named(f"{layer_prefix(index)}.{group.name}"):
-            generator = group_generator(config.seed, f"{layer_prefix(index)}.{group.name}")
-            plan.transform = _transform(x, torch.cat(list(plan.weights.values())), generator)
-            exact_x = float_inputs[group.name] if float_inputs else None
-            hessian, drift, amax = _observe(x, exact_x, plan, config)
-        del x
-        quantized = quantize_weights(plan, hessian, config, index, drift)
-        del hessian, drift
-        biases = {name: block.get_submodule(name).bias for name in group.linears}
-        convert_group(block, group, layout, device="cpu")
-        for name, weight in quantized.items():
-            fill_linear(block.get_submodule(name), weight.quantized, plan.transform, biases[name])
-            latents[name] = weight.latent
-        every = torch.arange(len(samples))
-        report = report_group(index, plan, quantized, samples, every, exact, config)
-        before, after = (block_amax(channels) for channels in amax)
-        reports.append(replace(report, block_amax_before=before, block_amax=after))
-    return reports, latents
+
+    name = "duqpp"
+    summary = (
+        "ours: for each block of 32 channels the matrix that balances activations against weights, "
+        "from their second moments"
+    )
+    Options = SequentialOptions
+    options: SequentialOptions
+
+    @property
+    def needs(self) -> Needs:
+        refines = self.options.refine != "none"
+        return Needs(
+            seed=True,
+            inputs=True,
+            float_stream=refines or self.options.drift > 0,
+            refining=refines,
+            whole_model=self.options.refine == "distill",
+        )
+
+    def quantize(self, block: Block, streams: Streams) -> BlockResult:
+        inputs, outputs, targets, float_inputs = streams.inputs, None, None, None
+        if inputs is None:
+            raise InputError("duqpp calibrates on activations, and there are none")
+        if self.options.next_inputs == "float":
+            outputs = list(inputs.outputs(block.module, block.index))
+        calibrating = inputs
+        if streams.exact is not None:
+            calibrating = inputs.first(streams.calibrating)
+            observed_batches = streams.calibrating if self.options.drift else 0
+            targets, float_inputs = run_float_block(block, streams.exact, observed_batches)
+        groups, latents = self.quantize_groups(block, calibrating, float_inputs)
+        refined = None
+        if self.options.refine != "none" and targets is not None:
+            generator = group_generator(self.options.seed, f"{block.name}.refine")
+            refined, latents = refine_block(
+                block, latents, inputs, targets, self.options.weight_rule, generator
+            )
+        if not self.needs.whole_model:
+            latents = {}
+        return BlockResult(groups, refined, latents, outputs, targets)
+
+    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
+        generator = group_generator(self.options.seed, "distill")
+        return distill(model, self.options.weight_rule, state, generator, progress)
+
+    def quantize_groups(
+        self,
+        block: Block,
+        inputs: BlockInputs,
+        float_inputs: Mapping[str, Tensor] | None = None,
+    ) -> tuple[list[GroupReport], dict[str, Tensor]]:
+        """Replace the linears of a float block by quantized ones, in place, group after group.
+
+        Args:
+            inputs: of the quantized stream.
+            float_inputs: of the float model, from `run_float_block`, which `drift` aims at; None or
+                empty for nothing to make up for.
+        Returns: one report per linear group; and by linear what its codes were rounded from,
+            float32 [N, K], for refinement.
+        Raises: InputError when an input is not finite, or a weight cannot be quantized.
+        """
+        reports: list[GroupReport] = []
+        latents: dict[str, Tensor] = {}
+        for group in block.groups:
+            plan = plan_group(block, group)
+            x = _group_input(block, group.linears[0], inputs)
+            drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
+            samples = x[drawn[report_rows(len(drawn))]]
+            exact = group_outputs(plan, samples)
+            with named(plan.name):
+                generator = group_generator(self.options.seed, plan.name)
+                plan.transform = _transform(x, torch.cat(list(plan.weights.values())), generator)
+                exact_x = float_inputs[group.name] if float_inputs else None
+                hessian, drift, amax = _observe(x, exact_x, plan, self.options)
+            del x
+            weights = quantize_weights(plan, self.options, hessian, drift)
+            del hessian, drift
+            replace_linears(block, plan, weights, self.layout())
+            latents |= {name: weight.latent for name, weight in weights.items()}
+            every, rule = torch.arange(len(samples)), self.options.activation_rule
+            report = report_group(plan, weights, samples, every, exact, rule)
+            before, after = (block_amax(channels) for channels in amax)
+            reports.append(replace(report, block_amax_before=before, block_amax=after))
+        return reports, latents
 
 
 def run_float_block(
-    block: nn.Module, index: int, config: QuantizeConfig, inputs: BlockInputs, observed_batches: int
+    block: Block, inputs: BlockInputs, observed_batches: int
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a float block over the batches, and keep what its linear groups read in the first ones.
 
     Returns: outputs, batch by batch; and by group, of the first `observed_batches`, what it reads:
         [tokens, K] in the block's dtype, in an empty mapping where there are none.
     """
-    groups = quantized_groups(index, config.skip) if observed_batches else []
+    groups = block.groups if observed_batches else []
     rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     with ExitStack() as stack:
         for group in groups:
@@ -103,16 +152,16 @@ def run_float_block(
             def keep(x: Tensor, own: list[Tensor] = own) -> None:
                 own.append(x.flatten(0, -2))
 
-            stack.enter_context(observed(block.get_submodule(group.linears[0]), keep))
-        outputs = list(inputs.first(observed_batches).outputs(block, index))
-    outputs += inputs.after(observed_batches).outputs(block, index)
+            reader = block.module.get_submodule(group.linears[0])
+            stack.enter_context(observed(reader, keep))
+        outputs = list(inputs.first(observed_batches).outputs(block.module, block.index))
+    outputs += inputs.after(observed_batches).outputs(block.module, block.index)
     return outputs, {name: torch.cat(own) for name, own in rows.items()}
 
 
-def _group_input(
-    block: nn.Module, index: int, reader: nn.Module, name: str, inputs: BlockInputs
-) -> Tensor:
+def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
+    reader = block.module.get_submodule(name)
     x, filled = torch.empty(inputs.tokens, reader.in_features), 0
 
     def update(batch: Tensor) -> None:
@@ -122,10 +171,10 @@ def _group_input(
         filled += len(rows)
 
     with observed(reader, update):
-        inputs.run_up_to(block, index, reader)
+        inputs.run_up_to(block.module, block.index, reader)
     if not torch.isfinite(torch.stack(x.aminmax())).all():
         raise InputError(
-            f"the input of {layer_prefix(index)}.{name} has NaN or infinite values in calibration"
+            f"the input of {block.name}.{name} has NaN or infinite values in calibration"
         )
     return x
 
@@ -141,24 +190,26 @@ def _transform(x: Tensor, weights: Tensor, generator: torch.Generator) -> InputT
 
 
 class _Observed(NamedTuple):
-    """hessian, drift: float32 [K, K], H and C of `make_up_for_drift`, of the transformed input,
+    """hessian, drift: H and C of `make_up_for_drift`, float32 [K, K], of the transformed input,
     rounded or not; None where GPTQ is off, and drift where it is not made up for.
     amax: the largest magnitude of each channel, [1, K], untransformed and transformed.
     """
 
     hessian: Tensor | None
-    drift: Tensor | None
+    drift: Drift | None
     amax: tuple[Tensor, Tensor]
 
 
-def _observe(x: Tensor, exact: Tensor | None, plan: GroupPlan, config: QuantizeConfig) -> _Observed:
+def _observe(
+    x: Tensor, exact: Tensor | None, plan: GroupPlan, options: SequentialOptions
+) -> _Observed:
     """Go once through a group's input x [tokens, K] as it is quantized.
 
     Args: exact: what the group reads in the float model, [tokens, K] in any dtype.
     """
     channels = x.shape[1]
-    hessian = torch.zeros(channels, channels) if config.gptq else None
-    drift = torch.zeros(channels, channels) if config.gptq and exact is not None else None
+    hessian = torch.zeros(channels, channels) if options.gptq else None
+    drift = torch.zeros(channels, channels) if options.gptq and exact is not None else None
     before, after = torch.zeros(1, channels), torch.zeros(1, channels)
     for start in range(0, len(x), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
@@ -168,8 +219,8 @@ def _observe(x: Tensor, exact: Tensor | None, plan: GroupPlan, config: QuantizeC
         if hessian is None:
             continue
         rounded = rotated
-        if config.hessian == "quantized":
-            rounded = dequantize(quantize(rotated, rule=config.activation_rule))
+        if options.hessian == "quantized":
+            rounded = dequantize(quantize(rotated, rule=options.activation_rule))
         hessian.addmm_(rounded.T, rounded)
         if exact is not None and drift is not None:
             change = plan.transform.apply(exact[rows].float()) - rotated
@@ -179,4 +230,5 @@ def _observe(x: Tensor, exact: Tensor | None, plan: GroupPlan, config: QuantizeC
             sums.mul_(2.0 / len(x))
     if drift is not None and not torch.isfinite(drift).all():
         raise InputError("the float model's activations are not finite, or overflow float32")
-    return _Observed(hessian, drift, (before, after))
+    made_up = None if drift is None else Drift(drift, options.drift)
+    return _Observed(hessian, made_up, (before, after))

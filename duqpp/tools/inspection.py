@@ -9,9 +9,9 @@ from duqpp.checkpoint.layout import Layout, is_duqpp, quantization_of
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.job.quantize import REPORT_FILE, calibrate_and_quantize
-from duqpp.methods.group import GroupReport, mean_errors
-from duqpp.methods.independent import layout_of
+from duqpp.job.finish import REPORT_FILE
+from duqpp.methods.base import Block, Streams
+from duqpp.methods.reports import GroupReport, mean_errors
 from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
 from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
 
@@ -87,16 +87,16 @@ def inspect_source(
         tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
     )
     stack = DecoderStack(source)
-    layout = layout_of(config, {})
-    inputs = stack.first_inputs(sequences)
+    method, streams = config.build_method(), Streams(stack.first_inputs(sequences))
     count = min(layers or len(stack), len(stack))
     groups: list[GroupReport] = []
     for index in range(count):
         if progress:
             progress("inspect", index, count)
-        block = stack.block(index)
-        reports, _ = calibrate_and_quantize(block, index, config, layout, stack.config, inputs)
-        groups += reports
+        block = Block.of(stack.block(index), index, config.skip, stack.config)
+        result = method.quantize(block, streams)
+        streams.advance(block, result)
+        groups += result.groups
         stack.release(index)
     if progress:
         progress("inspect", count, count)
@@ -135,8 +135,8 @@ def _read_checkpoint(folder: Path) -> Inspection | None:
 
 def _describe(config: QuantizeConfig) -> str:
     parts: list[str] = [config.method]
-    if config.method != "rtn":
+    if config.build_method().rotates:
         parts.append("one rotation per group" if config.rotation == "shared" else "per block")
-    if config.effective_smooth_alpha > 0:
-        parts.append(f"smoothing {config.effective_smooth_alpha:g}")
+    if config.smooth_alpha:
+        parts.append(f"smoothing {config.smooth_alpha:g}")
     return ", ".join([*parts, "GPTQ" if config.gptq else "RTN"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.errors import InputError
-from duqpp.methods.group import GroupReport
+from duqpp.methods.reports import GroupReport
 from duqpp.tools.inspection import KINDS, Inspection, layer_and_kind
 
 _INK, _GRID = "#22303c", "#e3e7eb"

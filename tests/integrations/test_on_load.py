@@ -16,6 +16,7 @@ from transformers import (
 import duqpp
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.transformers import DuqppConfig
+from duqpp.methods.fixed import Hadamard
 from duqpp.nn import MXFP4Linear
 from tests import oracle
 from tests.checkpoint import damage
@@ -107,18 +108,18 @@ def test_weights_are_let_go_one_at_a_time(make_tiny, monkeypatch):
 
     present = []
 
-    def counted(name, weight, config):
+    def counted(method, *arguments):
         linears = [m for m in model_of[0].modules() if isinstance(m, nn.Linear)]
         present.append(sum(not m.weight.is_meta for m in linears if m.in_features < 300))
-        return quantize(name, weight, config)
+        return quantize(method, *arguments)
 
-    model_of, quantize, convert = [], module.quantize_linear, module.QuantizeOnLoad.convert
+    model_of, quantize, convert = [], Hadamard.quantize_linear, module.QuantizeOnLoad.convert
 
     def converted(self, *args, model, **kwargs):
         model_of[:] = [model]
         return convert(self, *args, model=model, **kwargs)
 
-    monkeypatch.setattr(module, "quantize_linear", counted)
+    monkeypatch.setattr(Hadamard, "quantize_linear", counted)
     monkeypatch.setattr(module.QuantizeOnLoad, "convert", converted)
     on_load(make_tiny("llama"), DuqppConfig())
     assert len(present) == 14

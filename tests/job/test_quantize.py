@@ -16,7 +16,7 @@ import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
-from duqpp.job.quantize import _spread_first
+from duqpp.job.calibration import _spread_first
 from duqpp.models import llama
 from duqpp.models.source import ARCHITECTURES, open_source
 from duqpp.nn import MXFP4Linear

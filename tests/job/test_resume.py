@@ -611,7 +611,7 @@ def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
                 assert module._prepared_for is not None
         return block
 
-    monkeypatch.setattr("duqpp.job.quantize.quantized_block", load)
+    monkeypatch.setattr("duqpp.job.blocks.quantized_block", load)
     with pytest.raises(Stopped):
         quantize(model, out, resume=True, progress=stop_in_block(LAYERS), **options)
     assert loaded == [0]

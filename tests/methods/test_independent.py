@@ -1,4 +1,4 @@
-"""quantize_block on tiny models of all four families: what it preserves, skips and reports."""
+"""Methods that fit groups by themselves, on tiny models: what they preserve, skip and report."""
 
 import copy
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from torch import nn
 
 import duqpp.methods.group as quantize_group
 import duqpp.methods.independent as module
-from duqpp.config import Method, QuantizeConfig
+from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
+from duqpp.methods import METHODS
+from duqpp.methods.base import Block, Streams
 from duqpp.methods.group import group_generator
-from duqpp.methods.independent import collect_statistics, layout_of, quantize_block
 from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
@@ -21,7 +22,7 @@ from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-METHODS = [method for method in Method.__args__ if method not in ("learned", "duqpp")]
+SINGLE = [name for name in METHODS if name not in ("learned", "duqpp")]  # group by group
 LINEARS = [name for group in GROUPS for name in group.linears]
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -65,18 +66,15 @@ def run(stacks, monkeypatch):
         config = QuantizeConfig(**({"max_steps": 12} | options))
         exact = {}
 
-        def recording(plan, hessian, config, index, quantize_weights=_QUANTIZE_WEIGHTS):
-            result = quantize_weights(plan, hessian, config, index)
+        def recording(plan, options, hessian, quantize_weights=_QUANTIZE_WEIGHTS):
+            result = quantize_weights(plan, options, hessian)
             exact.update({name: weight.exact for name, weight in result.items()})
             return result
 
         monkeypatch.setattr(module, "quantize_weights", recording)
-        statistics = None
-        if config.needs_activations:
-            statistics, _ = collect_statistics(quantized, 0, block_inputs, config)
-        layout = layout_of(config, {})
-        arguments = (block_inputs, statistics) if config.needs_activations else (None, None)
-        reports = quantize_block(quantized, 0, config, layout, stack.config, *arguments)
+        block = Block.of(quantized, 0, config.skip, stack.config)
+        streams = Streams(block_inputs if config.needs.inputs else None)
+        reports = config.build_method().quantize(block, streams).groups
         reports = {report.name.rpartition(".")[2]: report for report in reports}
         return Job(original, quantized, config, block_inputs, reports, exact)
 
@@ -84,6 +82,11 @@ def run(stacks, monkeypatch):
 
 
 _QUANTIZE_WEIGHTS = module.quantize_weights
+
+
+def observe(block: nn.Module, block_inputs: BlockInputs, config: QuantizeConfig):
+    """Statistics of block 0 by group, and the outputs that the next block reads, if it does."""
+    return config.build_method().observe(Block.of(block, 0, config.skip, None), block_inputs)
 
 
 # The float model's function. Each quantized linear is replaced by its twin: the same transform of
@@ -146,7 +149,7 @@ TIGHT = 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 @pytest.mark.parametrize("rotation", ["shared", "per-block"])
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
 def test_before_rounding_the_block_computes_the_original_function(
@@ -235,7 +238,7 @@ def test_norms_absorb_the_scales_of_the_equation(family, method, run):
 @pytest.mark.parametrize("rotation", ["shared", "per-block"])
 def test_rotations_are_built_for_the_smoothed_input(family, rotation, run):
     job = run(family, rotation=rotation)
-    statistics, _ = collect_statistics(copy.deepcopy(job.original), 0, job.inputs, job.config)
+    statistics, _ = observe(copy.deepcopy(job.original), job.inputs, job.config)
     for group, norm in zip((GROUPS[0], GROUPS[2]), NORMS, strict=True):
         if rotation == "shared":
             before, after = (b.get_submodule(norm).weight for b in (job.original, job.quantized))
@@ -332,7 +335,7 @@ def test_a_group_keeps_its_rotation_whatever_else_is_skipped(run):
 # What is stored.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 @pytest.mark.parametrize("rotation", ["shared", "per-block"])
 def test_stored_weights_are_the_rounded_folded_weights(method, rotation, run):
     job = run("qwen2", method=method, rotation=rotation)
@@ -359,7 +362,7 @@ def test_stored_tensors_own_their_memory(run):
         assert size == tensor.numel() * tensor.element_size(), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 def test_seeded(method, run):
     first, again, other = (run(method=method, seed=seed) for seed in (1, 1, 2))
     states = [job.quantized.state_dict() for job in (first, again, other)]
@@ -501,13 +504,13 @@ def test_nan_in_activations_names_the_linear(stacks):
     hidden[-1][0, 3, 7] = float("nan")
     bad = BlockInputs(hidden, block_inputs.arguments)
     with pytest.raises(InputError) as error:
-        collect_statistics(block, 0, bad, QuantizeConfig())
+        observe(block, bad, QuantizeConfig())
     assert str(error.value) == (
         "the input of model.layers.0.self_attn.q_proj has NaN or infinite values in calibration"
     )
     block.mlp.up_proj.weight.data[2, 2] = float("inf")
     with pytest.raises(InputError, match=r"^the input of model\.layers\.0\.mlp\.down_proj has NaN"):
-        collect_statistics(block, 0, block_inputs, QuantizeConfig())
+        observe(block, block_inputs, QuantizeConfig())
     assert not block.self_attn.q_proj._forward_pre_hooks, "hooks stay behind after an error"
 
 
@@ -517,7 +520,7 @@ def test_weights_that_overflow_name_the_linear(stacks):
     block.mlp.gate_proj.weight.data[:] = 3e38
     config = QuantizeConfig(method="hadamard")
     with pytest.raises(InputError) as error:
-        quantize_block(block, 0, config, layout_of(config, {}), stack.config, None, None)
+        config.build_method().quantize(Block.of(block, 0, (), stack.config), Streams())
     assert str(error.value) == "model.layers.0.mlp.gate_proj: folded weights overflow float32"
 
 
@@ -526,8 +529,8 @@ def test_statistics_leave_the_block_as_it_was(stacks):
     block = copy.deepcopy(stack.block(0))
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     config = QuantizeConfig(next_inputs="float")
-    whole, outputs = collect_statistics(block, 0, block_inputs, config)
-    short, none = collect_statistics(block, 0, block_inputs, QuantizeConfig())
+    whole, outputs = observe(block, block_inputs, config)
+    short, none = observe(block, block_inputs, QuantizeConfig())
     assert none is None and set(short) == set(whole)
     for name in whole:  # ending the pass early loses nothing
         oracle.assert_same(short[name].amax, whole[name].amax, name)
@@ -544,7 +547,7 @@ def test_every_group_is_observed_with_all_its_tokens(stacks):
     stack, block_inputs = stacks("llama")
     block = copy.deepcopy(stack.block(0))
     config = QuantizeConfig(gptq=True)
-    statistics, _ = collect_statistics(block, 0, block_inputs, config)
+    statistics, _ = observe(block, block_inputs, config)
     assert list(statistics) == [group.name for group in GROUPS]
     for group in GROUPS:
         x = inputs_of(block, group.linears[-1], block_inputs)
@@ -552,4 +555,4 @@ def test_every_group_is_observed_with_all_its_tokens(stacks):
         assert held.tokens == block_inputs.tokens == len(x)
         oracle.assert_same(held.amax, x.abs().amax(0), f"amax of {group.name}")
         torch.testing.assert_close(held.gram, x.T @ x, rtol=1e-4, atol=1e-2)
-    assert collect_statistics(block, 0, block_inputs, QuantizeConfig())[0]["o"].gram is None
+    assert observe(block, block_inputs, QuantizeConfig())[0]["o"].gram is None

@@ -11,8 +11,7 @@ import duqpp
 import duqpp.methods.learned as module
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.job.quantize import calibrate_and_quantize
-from duqpp.methods.independent import layout_of
+from duqpp.methods.base import Block, Streams
 from duqpp.methods.learned import learn_rotations
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.models.llama import GROUPS, DecoderStack
@@ -31,6 +30,14 @@ def job(make_tiny):
     return stack, stack.block(0), stack.first_inputs(tokens)
 
 
+def learn(module_, config: QuantizeConfig, block_inputs, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rotations for block 0."""
+    block = Block.of(module_, 0, config.skip, None)
+    return learn_rotations(
+        block, block_inputs, config.build_method().options, inputs.generator(seed)
+    )
+
+
 def output_error(block, exact, block_inputs, batches) -> float:
     """The mean over tokens of the relative squared error of a block's outputs."""
     outputs = list(block_inputs.outputs(block, 0))
@@ -45,7 +52,7 @@ def output_error(block, exact, block_inputs, batches) -> float:
 def test_a_block_without_quantized_linears_has_none(job):
     _, block, block_inputs = job
     config = QuantizeConfig(method="learned", samples=1, skip=("model.layers.0",))
-    assert learn_rotations(block, 0, config, block_inputs, inputs.generator(0)) == {}
+    assert learn(block, config, block_inputs) == {}
 
 
 @pytest.mark.parametrize("scope", ["shared", "per-block"])
@@ -59,7 +66,7 @@ def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained
     errors = {}
     for epochs in (0, 4):
         monkeypatch.setattr(module, "_EPOCHS", epochs)
-        found = learn_rotations(block, 0, config, block_inputs, inputs.generator(0))
+        found = learn(block, config, block_inputs)
         assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
         assert list(found) == [group.name for group in GROUPS]
         for group in GROUPS:
@@ -72,11 +79,10 @@ def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained
                 matrix @ matrix.mT, torch.eye(32).double().expand(wanted), rtol=0, atol=1e-5
             )
         rounded = copy.deepcopy(block)
-        layout = layout_of(config, {})
-        monkeypatch.setattr("duqpp.job.quantize.learn_rotations", lambda *_, found=found: found)
-        calibrate_and_quantize(
-            rounded, 0, config, layout, stack.config, block_inputs.first(len(exact))
-        )
+        monkeypatch.setattr(module, "learn_rotations", lambda *_, found=found: found)
+        block_of = Block.of(rounded, 0, (), stack.config)
+        config.build_method().quantize(block_of, Streams(block_inputs))
+        monkeypatch.undo()
         for group in GROUPS:
             stored = rounded.get_submodule(group.linears[0]).rotation
             assert torch.equal(stored, found[group.name].bfloat16())
@@ -90,7 +96,7 @@ def test_the_start_is_a_hadamard_with_random_signs(job, monkeypatch):
     _, block, block_inputs = job
     signs = []
     for seed in (0, 1):
-        found = learn_rotations(block, 0, CONFIG, block_inputs, inputs.generator(seed))
+        found = learn(block, CONFIG, block_inputs, seed)
         matrix = found["qkv"]
         assert torch.allclose(matrix.abs(), torch.full_like(matrix, 1 / math.sqrt(32)), atol=1e-6)
         signs.append(matrix.sign())
@@ -107,9 +113,9 @@ def test_a_start_that_is_best_is_kept(job, monkeypatch):
         return lambda batch: loss(batch) + next(losses)
 
     monkeypatch.setattr(module, "block_loss", rising)
-    learned = learn_rotations(block, 0, CONFIG, block_inputs, inputs.generator(0))
+    learned = learn(block, CONFIG, block_inputs)
     monkeypatch.setattr(module, "_EPOCHS", 0)
-    start = learn_rotations(block, 0, CONFIG, block_inputs, inputs.generator(0))
+    start = learn(block, CONFIG, block_inputs)
     # Two epochs that bring nothing are enough: steps, evaluations, and that of the second call.
     assert next(losses) == 2 * 3 + 3 + 1
     assert all(torch.equal(learned[name], start[name]) for name in start)
@@ -138,14 +144,14 @@ def test_a_model_quantized_with_learned_rotations(options, tiny_llama, tmp_path)
 def test_skipped_linears_stay_exact(job):
     _, block, block_inputs = job
     config = QuantizeConfig(method="learned", samples=1, skip=("down_proj", "k_proj"))
-    found = learn_rotations(block, 0, config, block_inputs, inputs.generator(0))
+    found = learn(block, config, block_inputs)
     assert list(found) == ["qkv", "o", "gate_up"]
 
 
 def test_one_batch_is_too_few(job):
     _, block, block_inputs = job
     with pytest.raises(InputError, match="needs more calibration text"):
-        learn_rotations(block, 0, CONFIG, block_inputs.first(1), inputs.generator(0))
+        learn(block, CONFIG, block_inputs.first(1))
 
 
 def test_smoothing_is_refused():

@@ -12,8 +12,8 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
 from duqpp.methods import group as common
-from duqpp.methods.independent import layout_of
-from duqpp.methods.sequential import quantize_sequentially, run_float_block
+from duqpp.methods.base import Block
+from duqpp.methods.sequential import run_float_block
 from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
@@ -33,9 +33,8 @@ def run(make_tiny):
         original = stack.block(0)
         quantized = copy.deepcopy(original)
         config = QuantizeConfig(method="duqpp", **options)
-        reports, _ = quantize_sequentially(
-            quantized, 0, config, layout_of(config, {}), block_inputs
-        )
+        block = Block.of(quantized, 0, config.skip, stack.config)
+        reports, _ = config.build_method().quantize_groups(block, block_inputs)
         return original, quantized, block_inputs, reports
 
     return job
@@ -92,8 +91,8 @@ def test_each_group_is_calibrated_on_what_it_will_read(run, monkeypatch):
     monkeypatch.setattr(
         module,
         "quantize_weights",
-        lambda plan, hessian, *rest, real=module.quantize_weights: (
-            hessians.append((plan, hessian)) or real(plan, hessian, *rest)
+        lambda plan, options, hessian, *rest, real=module.quantize_weights: (
+            hessians.append((plan, hessian)) or real(plan, options, hessian, *rest)
         ),
     )
     _, block, block_inputs, _ = run("llama")
@@ -110,8 +109,8 @@ def test_the_hessian_of_float_activations_is_not_rounded(run, monkeypatch):
     monkeypatch.setattr(
         module,
         "quantize_weights",
-        lambda plan, hessian, *rest, real=module.quantize_weights: (
-            hessians.append((plan, hessian)) or real(plan, hessian, *rest)
+        lambda plan, options, hessian, *rest, real=module.quantize_weights: (
+            hessians.append((plan, hessian)) or real(plan, options, hessian, *rest)
         ),
     )
     original, _, block_inputs, _ = run("llama", hessian="float")
@@ -124,12 +123,12 @@ def test_a_float_block_is_run_once_for_outputs_and_group_inputs(run, monkeypatch
     """Of the first batches alone, what the groups read; of all of them, the block's outputs."""
     monkeypatch.setattr("duqpp.models.llama.TOKENS_PER_BATCH", 2 * 48)
     original, _, block_inputs, _ = run("llama")
-    config = QuantizeConfig(method="duqpp", skip=("o_proj",))
     batches = len(block_inputs.hidden)
     assert batches == 3
     runs = []
     handle = original.register_forward_hook(lambda *_: runs.append(1))
-    outputs, found = run_float_block(original, 0, config, block_inputs, batches - 1)
+    block = Block.of(original, 0, ("o_proj",), None)
+    outputs, found = run_float_block(block, block_inputs, batches - 1)
     handle.remove()
     assert len(runs) == batches
     for out, expected in zip(outputs, block_inputs.outputs(original, 0), strict=True):
@@ -139,7 +138,7 @@ def test_a_float_block_is_run_once_for_outputs_and_group_inputs(run, monkeypatch
         if group.name in found:
             read = read_by(original, group.linears[0], block_inputs.first(batches - 1))
             oracle.assert_same(found[group.name], read, group.name)
-    assert run_float_block(original, 0, config, block_inputs, 0)[1] == {}
+    assert run_float_block(block, block_inputs, 0)[1] == {}
 
 
 def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_tiny, monkeypatch):
@@ -148,8 +147,8 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
     monkeypatch.setattr(
         module,
         "quantize_weights",
-        lambda plan, hessian, config, index, drift, real=module.quantize_weights: (
-            seen.append((plan, drift)) or real(plan, hessian, config, index, drift)
+        lambda plan, options, hessian, drift, real=module.quantize_weights: (
+            seen.append((plan, drift.sums)) or real(plan, options, hessian, drift)
         ),
     )
     xs = []
@@ -163,9 +162,9 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
         stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(seed)))
         for seed in (1, 2)
     )
-    block, config = stack.block(0), QuantizeConfig(method="duqpp")
-    _, exact = run_float_block(block, 0, config, other, len(other.hidden))
-    quantize_sequentially(block, 0, config, layout_of(config, {}), own, exact)
+    block = Block.of(stack.block(0), 0, (), stack.config)
+    _, exact = run_float_block(block, other, len(other.hidden))
+    QuantizeConfig(method="duqpp").build_method().quantize_groups(block, own, exact)
     for group, x, (plan, drift) in zip(GROUPS, xs[0::2], seen, strict=True):
         ours, theirs = plan.transform.apply(x), plan.transform.apply(exact[group.name])
         rounded = dequantize(quantize(ours, rule="even"))
@@ -176,11 +175,11 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
 def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, make_tiny):
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
-    block, config = stack.block(0), QuantizeConfig(method="duqpp")
-    _, exact = run_float_block(block, 0, config, first, len(first.hidden))
+    block = Block.of(stack.block(0), 0, (), stack.config)
+    _, exact = run_float_block(block, first, len(first.hidden))
     exact["gate_up"][5, 7] = float("inf")
     with pytest.raises(InputError, match=r"layers\.0\.gate_up: the float model's activations"):
-        quantize_sequentially(block, 0, config, layout_of(config, {}), first, exact)
+        QuantizeConfig(method="duqpp").build_method().quantize_groups(block, first, exact)
 
 
 @pytest.mark.parametrize("gptq", [True, False])
@@ -195,10 +194,8 @@ def test_reports_are_of_all_that_a_group_reads(gptq, run, monkeypatch):
     monkeypatch.setattr(
         module,
         "report_group",
-        lambda index, plan, weights, samples, *rest, real=module.report_group: (
-            plans.append(plan)
-            or reported.append(samples)
-            or real(index, plan, weights, samples, *rest)
+        lambda plan, weights, samples, *rest, real=module.report_group: (
+            plans.append(plan) or reported.append(samples) or real(plan, weights, samples, *rest)
         ),
     )
     reports = run("llama", gptq=gptq)[3]

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from duqpp.config import QuantizeConfig
-from duqpp.methods.independent import layout_of, quantize_block
+from duqpp.methods.base import Block, Streams
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.reference import ReferenceBackend
 from tests import inputs, oracle
@@ -25,9 +25,9 @@ def quantized(make_tiny):
     def make(model_type: str = "llama", **options):
         model = AutoModelForCausalLM.from_pretrained(make_tiny(model_type)).eval()
         config = QuantizeConfig(**({"method": "hadamard"} | options))
-        layout = layout_of(config, {})
+        method = config.build_method()
         for index, block in enumerate(model.model.layers):
-            quantize_block(block, index, config, layout, model.config, None, None)
+            method.quantize(Block.of(block, index, config.skip, model.config), Streams())
         return model
 
     return make

@@ -5,17 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duqpp.config import Method, QuantizeConfig
+from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.methods.group import GroupPlan
-from duqpp.methods.independent import _transform
+from duqpp.methods import METHODS
+from duqpp.methods.independent import GroupInput
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.block_rotation import MAX_CONDITION, check_invertible
 from duqpp.rotation.construct import zigzag_permutation
 from tests import inputs, oracle
 
-METHODS = [method for method in Method.__args__ if method not in ("learned", "duqpp")]
+SINGLE = [name for name in METHODS if name not in ("learned", "duqpp")]  # group by group
 SCOPES = ("shared", "per-block")
 
 
@@ -26,8 +26,9 @@ def relative(made: torch.Tensor, exact: torch.Tensor) -> float:
 def method_transform(method: str, scope: str, scales, x: torch.Tensor, seed: int) -> InputTransform:
     """What a method does to the input x [n, K]; scales are smoothing folded into the matrices."""
     config = QuantizeConfig(method=method, rotation=scope, max_steps=12)
-    plan = GroupPlan(None, {}, torch.ones(x.shape[1], dtype=torch.float64))
-    return _transform(config, plan, x, scales, inputs.generator(seed))
+    smoothed = x if scales is None else x / scales.float()
+    group = GroupInput(x.shape[1] // 32, smoothed, scales, inputs.generator(seed))
+    return config.build_method().transform(group)
 
 
 def smoothing(k: int, seed: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ def smoothing(k: int, seed: int) -> torch.Tensor:
 
 
 @given(
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(SINGLE),
     scope=st.sampled_from(SCOPES),
     smooth=st.booleans(),
     rows=st.integers(1, 40),
@@ -62,7 +63,7 @@ def test_the_linears_function_is_unchanged(
     assert relative(made, exact) < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 @pytest.mark.parametrize(
     ("scope", "smooth"), [("shared", False), ("per-block", False), ("per-block", True)]
 )

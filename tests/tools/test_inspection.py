@@ -8,8 +8,9 @@ import pytest
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
-from duqpp.job.quantize import REPORT_FILE, quantize_model
-from duqpp.methods.group import GroupReport
+from duqpp.job.finish import REPORT_FILE
+from duqpp.job.quantize import quantize_model
+from duqpp.methods.reports import GroupReport
 from duqpp.tools.inspection import inspect_model, layer_and_kind, mean_errors
 
 SMALL = {"samples": 2, "seq_len": 64, "max_steps": 16}

@@ -4,7 +4,7 @@ import pytest
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.methods.group import GroupReport
+from duqpp.methods.reports import GroupReport
 from duqpp.tools.inspection import KINDS, Inspection, inspect_model
 
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")

@@ -1,41 +1,22 @@
-"""`--refine blocks`: train one decoder block's codes to give the float block's outputs."""
+"""refine="blocks": train one decoder block's codes to give the float block's outputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duqpp.config import QuantizeConfig
+from duqpp.format import ScaleRule
+from duqpp.methods.base import Block
 from duqpp.methods.refine.latent import to_codes, to_latents
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
-from duqpp.models.llama import BlockInputs, quantized_groups
+from duqpp.methods.reports import RefineReport
+from duqpp.models.llama import BlockInputs
 from duqpp.ops import quantize
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.
 _RATE = 6e-3
 _CHECKS = 4  # of the held-back loss, evenly over the steps
-
-
-@dataclass(frozen=True)
-class RefineReport:
-    """loss_before, loss_after: mean over held-back tokens of the block's squared error over the
-    squared norm of the float output. steps: of the optimizer. improved: else nothing was changed.
-    """
-
-    loss_before: float
-    loss_after: float
-    steps: int
-
-    @property
-    def improved(self) -> bool:
-        return self.loss_after < self.loss_before
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
 def block_loss(
@@ -56,12 +37,11 @@ def block_loss(
 
 
 def refine_block(
-    block: nn.Module,
-    index: int,
-    config: QuantizeConfig,
+    block: Block,
     latents: Mapping[str, Tensor],
     inputs: BlockInputs,
     targets: list[Tensor],
+    rule: ScaleRule,
     generator: torch.Generator,
 ) -> tuple[RefineReport, dict[str, Tensor]]:
     """Train the weights of a quantized block through their rounding, in place.
@@ -72,17 +52,17 @@ def refine_block(
     training stops early when checks are clearly worse.
 
     Args:
-        latents: by linear, from `quantize_sequentially`.
+        latents: by linear, from `Sequential.quantize_groups`.
         inputs: of the quantized stream. targets: the float block's outputs in the float stream,
             batch by batch.
-        generator: of the order of batches.
+        rule: scale rule of the weights. generator: of the order of batches.
     Returns: the report; and the latents of the codes that stay, by linear.
     Raises: InputError when there are fewer than two batches.
     """
     held = held_back(len(inputs.hidden))
-    groups = quantized_groups(index, config.skip)
-    parameters = to_latents(block, groups, latents, rule=config.weight_rule)
-    loss = block_loss(block, index, inputs, targets)
+    module, groups = block.module, block.groups
+    parameters = to_latents(module, groups, latents, rule=rule)
+    loss = block_loss(module, block.index, inputs, targets)
     stopping = EarlyStopping(
         lambda: sum(float(loss(batch)) for batch in held) / len(held),
         lambda: {name: latent.detach().clone() for name, latent in parameters.items()},
@@ -100,8 +80,7 @@ def refine_block(
                 break
     report = RefineReport(stopping.first, stopping.least, steps)
     if stopping.best is None:
-        to_codes(block, groups, None)
+        to_codes(module, groups, None)
         return report, dict(latents)
-    rule = config.weight_rule
-    to_codes(block, groups, {n: quantize(w, rule=rule) for n, w in stopping.best.items()})
+    to_codes(module, groups, {n: quantize(w, rule=rule) for n, w in stopping.best.items()})
     return report, stopping.best

@@ -1,20 +1,18 @@
-"""`--refine distill`: train all codes together on the float model's next-token distribution."""
+"""refine="distill": train all codes together on the float model's next-token distribution."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from duqpp.checkpoint.shard import read_shard, write_shard
-from duqpp.config import QuantizeConfig
-from duqpp.format import MXFP4Tensor
+from duqpp.checkpoint.shard import Progress, read_shard, write_shard
+from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.methods.base import QuantizedModel
 from duqpp.methods.refine.latent import to_codes, to_latents
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
-from duqpp.models.llama import BlockInputs, quantized_groups
+from duqpp.methods.reports import DistillReport
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.ops import quantize
 
@@ -26,36 +24,12 @@ _EPOCHS = 2
 _CHECK_STEPS = 16  # between checks of the held-back divergence, after which the state is saved
 
 
-@dataclass(frozen=True)
-class DistillReport:
-    """divergence_before, divergence_after: mean KL(float || quantized) in nats on held-back tokens.
-
-    steps: of the optimizer. improved: else nothing was changed.
-    """
-
-    divergence_before: float
-    divergence_after: float
-    steps: int
-
-    @property
-    def improved(self) -> bool:
-        return self.divergence_after < self.divergence_before
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-
 def distill(
-    blocks: list[nn.Module],
-    latents: list[Mapping[str, Tensor]],
-    config: QuantizeConfig,
-    inputs: BlockInputs,
-    exact: list[Tensor],
-    head: nn.Module,
+    model: QuantizedModel,
+    rule: ScaleRule,
     state: Path,
     generator: torch.Generator,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> DistillReport:
     """Train the weights of all blocks through their rounding, in place.
 
@@ -65,18 +39,16 @@ def distill(
     clearly worse.
 
     Args:
-        blocks: quantized decoder blocks. latents: of each, by linear.
-        inputs: what enters block 0. exact: what leaves the float model's last block, by batch.
-        head: hidden states [..., hidden] to logits [..., vocabulary].
+        rule: scale rule of the weights.
         state: file that an interrupted job is continued from.
         generator: of the order of batches.
         progress: called with ("distill", steps done, steps in all).
     """
-    groups = [quantized_groups(index, config.skip) for index in range(len(blocks))]
+    inputs, exact, head = model.inputs, model.exact, model.head
     parameters: dict[str, nn.Parameter] = {}
-    for index, block in enumerate(blocks):
-        trained = to_latents(block, groups[index], latents[index], rule=config.weight_rule)
-        parameters |= {f"{index}.{name}": latent for name, latent in trained.items()}
+    for block, latents in zip(model.blocks, model.latents, strict=True):
+        trained = to_latents(block.module, block.groups, latents, rule=rule)
+        parameters |= {f"{block.index}.{name}": latent for name, latent in trained.items()}
     held = held_back(len(inputs.hidden))
     order = [
         batch
@@ -87,14 +59,15 @@ def distill(
 
     def hidden(batch: int) -> Tensor:
         x = inputs.hidden[batch]
-        for index, block in enumerate(blocks):
+        for block in model.blocks:
             # What a block computes inside is computed again for its gradients, not kept.
-            out = checkpoint(block, x, use_reentrant=False, **inputs.arguments[batch][index])
+            arguments = inputs.arguments[batch][block.index]
+            out = checkpoint(block.module, x, use_reentrant=False, **arguments)
             x = out[0] if isinstance(out, tuple) else out
         return x
 
     def codes() -> dict[str, MXFP4Tensor]:
-        return {n: quantize(p.detach(), rule=config.weight_rule) for n, p in parameters.items()}
+        return {n: quantize(p.detach(), rule=rule) for n, p in parameters.items()}
 
     stopping = EarlyStopping(
         lambda: sum(divergence(hidden(b), exact[b], head) for b in held) / len(held), codes
@@ -114,14 +87,14 @@ def distill(
                     break
                 _save(state, parameters, optimizer, stopping)
     progress("distill", len(order), len(order))
-    for index, (block, own) in enumerate(zip(blocks, groups, strict=True)):
-        prefix = f"{index}."
+    for block in model.blocks:
+        prefix = f"{block.index}."
         best = stopping.best and {
             name.removeprefix(prefix): weight
             for name, weight in stopping.best.items()
             if name.startswith(prefix)
         }
-        to_codes(block, own, best)
+        to_codes(block.module, block.groups, best)
     return DistillReport(stopping.first, stopping.least, steps)
 
 

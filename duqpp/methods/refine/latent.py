@@ -4,7 +4,7 @@ Rounding has no gradient, so the backward pass takes it for the identity (straig
 is trained decides which codes are chosen; the transform of the input stays as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class LatentLinear(nn.Module):
 
 def to_latents(
     block: nn.Module,
-    groups: list[LinearGroup],
+    groups: Sequence[LinearGroup],
     latents: Mapping[str, Tensor],
     *,
     rule: ScaleRule,
@@ -124,7 +124,7 @@ def to_latents(
 
 
 def to_codes(
-    block: nn.Module, groups: list[LinearGroup], weights: Mapping[str, MXFP4Tensor] | None
+    block: nn.Module, groups: Sequence[LinearGroup], weights: Mapping[str, MXFP4Tensor] | None
 ) -> None:
     """Undo `to_latents`: the quantized linears come back, with these weights or as they were.
 

@@ -12,15 +12,16 @@ import duqpp.methods.refine.blocks as module
 from duqpp.calibration.tokens import tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.methods.independent import layout_of
+from duqpp.format import ScaleRule
+from duqpp.methods.base import Block
 from duqpp.methods.refine.blocks import refine_block
-from duqpp.methods.sequential import quantize_sequentially
 from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
 from duqpp.nn import MXFP4Linear
 from tests import inputs
 
 LINEARS = [name for group in GROUPS for name in group.linears]
+MSE = ScaleRule.MSE
 CONFIG = QuantizeConfig(method="duqpp", refine="blocks", samples=1, refine_samples=2)
 
 
@@ -34,9 +35,9 @@ def job(make_tiny):
         block_inputs = stack.first_inputs(tokens)
         block = stack.block(0)
         targets = list(block_inputs.outputs(block, 0))
-        layout = layout_of(config, {})
-        _, latents = quantize_sequentially(block, 0, config, layout, block_inputs.first(1))
-        return block, latents, block_inputs, targets
+        own = Block.of(block, 0, config.skip, stack.config)
+        _, latents = config.build_method().quantize_groups(own, block_inputs.first(1))
+        return own, latents, block_inputs, targets
 
     return make
 
@@ -54,16 +55,16 @@ def loss(block, block_inputs, targets, batches) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_it_lowers_the_loss_on_batches_that_it_did_not_train_on(family, job):
     block, latents, block_inputs, targets = job(family)
-    before = copy.deepcopy(block)
-    report, _ = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    before = copy.deepcopy(block.module)
+    report, _ = refine_block(block, latents, block_inputs, targets, MSE, inputs.generator(0))
     held = [len(targets) - 1]
     assert report.improved
     assert report.steps == len(targets) - 1
-    made = loss(block, block_inputs, targets, held)
+    made = loss(block.module, block_inputs, targets, held)
     assert made < loss(before, block_inputs, targets, held)
     assert made == pytest.approx(report.loss_after, rel=1e-3)
     for name in LINEARS:
-        linear = block.get_submodule(name)
+        linear = block.module.get_submodule(name)
         assert isinstance(linear, MXFP4Linear)
         assert not torch.equal(linear.weight.codes, before.get_submodule(name).weight.codes)
         assert torch.equal(linear.rotation, before.get_submodule(name).rotation)
@@ -73,8 +74,8 @@ def test_the_same_seed_gives_the_same_bytes(job):
     made = []
     for _ in range(2):
         block, *rest = job()
-        refine_block(block, 0, CONFIG, *rest, inputs.generator(3))
-        made.append(block.state_dict())
+        refine_block(block, *rest, MSE, inputs.generator(3))
+        made.append(block.module.state_dict())
     assert all(torch.equal(v, made[1][n]) for n, v in made[0].items())
 
 
@@ -82,11 +83,11 @@ def test_what_does_not_help_is_not_kept(job, monkeypatch):
     """A rate that wrecks the weights: the block must be as it was, byte for byte."""
     monkeypatch.setattr(module, "_RATE", 30.0)
     block, latents, block_inputs, targets = job()
-    before = copy.deepcopy(block.state_dict())
-    report, _ = refine_block(block, 0, CONFIG, latents, block_inputs, targets, inputs.generator(0))
+    before = copy.deepcopy(block.module.state_dict())
+    report, _ = refine_block(block, latents, block_inputs, targets, MSE, inputs.generator(0))
     assert not report.improved
     assert report.loss_after == report.loss_before
-    assert all(torch.equal(v, before[n]) for n, v in block.state_dict().items())
+    assert all(torch.equal(v, before[n]) for n, v in block.module.state_dict().items())
 
 
 def test_skipped_linears_are_not_trained(job):
@@ -94,10 +95,13 @@ def test_skipped_linears_are_not_trained(job):
         method="duqpp", refine="blocks", samples=1, refine_samples=2, skip=("k_proj", "down_proj")
     )
     block, latents, block_inputs, targets = job(config=config)
-    kept = {n: block.get_submodule(n).weight.clone() for n in ("self_attn.k_proj", "mlp.down_proj")}
-    refine_block(block, 0, config, latents, block_inputs, targets, inputs.generator(0))
+    kept = {
+        n: block.module.get_submodule(n).weight.clone()
+        for n in ("self_attn.k_proj", "mlp.down_proj")
+    }
+    refine_block(block, latents, block_inputs, targets, MSE, inputs.generator(0))
     for name, weight in kept.items():
-        assert torch.equal(block.get_submodule(name).weight, weight)
+        assert torch.equal(block.module.get_submodule(name).weight, weight)
 
 
 @pytest.mark.parametrize("refine", ["blocks", "distill"])
@@ -118,7 +122,7 @@ def test_a_block_without_quantized_linears_is_left_out(refine, make_tiny, tmp_pa
 def test_one_batch_is_too_few(job):
     block, latents, block_inputs, targets = job()
     with pytest.raises(InputError, match="training needs more calibration text"):
-        refine_block(block, 0, CONFIG, latents, block_inputs.first(1), targets, inputs.generator(0))
+        refine_block(block, latents, block_inputs.first(1), targets, MSE, inputs.generator(0))
 
 
 @pytest.mark.parametrize(

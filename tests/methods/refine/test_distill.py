@@ -12,9 +12,8 @@ import duqpp.methods.refine.distill as module
 from duqpp.config import QuantizeConfig
 from duqpp.format import ScaleRule
 from duqpp.format import quantize as quantize_mxfp4
-from duqpp.methods.independent import layout_of
+from duqpp.methods.base import Block, QuantizedModel
 from duqpp.methods.refine.distill import distill, divergence, divergence_gradient
-from duqpp.methods.sequential import quantize_sequentially
 from duqpp.models.llama import DecoderStack
 from duqpp.models.source import open_source
 from tests import inputs
@@ -55,7 +54,7 @@ def test_the_divergence_and_its_gradient(shape, head):
 
 @pytest.fixture
 def job(make_tiny, tmp_path):
-    """Quantized blocks, their latents, first inputs, the float model's last outputs, the head."""
+    """A quantized model with its latents, and where an interrupted run is kept."""
 
     def make():
         stack = DecoderStack(open_source(str(make_tiny("llama"))))
@@ -63,65 +62,77 @@ def job(make_tiny, tmp_path):
         stream = stack.first_inputs(tokens)
         exact, first = stream.first(len(stream.hidden)), stream.first(len(stream.hidden))
         blocks, latents = [], []
-        layout = layout_of(CONFIG, {})
+        method = CONFIG.build_method()
         for index in range(len(stack)):
-            block = stack.block(index)
-            exact.hidden = list(exact.outputs(block, index))
-            _, found = quantize_sequentially(block, index, CONFIG, layout, stream.first(1))
-            stream.hidden = list(stream.outputs(block, index))
+            block = Block.of(stack.block(index), index, (), stack.config)
+            exact.hidden = list(exact.outputs(block.module, index))
+            _, found = method.quantize_groups(block, stream.first(1))
+            stream.hidden = list(stream.outputs(block.module, index))
             blocks.append(block)
             latents.append(found)
         state = tmp_path / "state"
-        return blocks, latents, CONFIG, first, exact.hidden, stack.head(), state
+        return QuantizedModel(blocks, latents, first, exact.hidden, stack.head()), state
 
     return make
 
 
 def run(job, progress=lambda *_: None):
-    return distill(*job, inputs.generator(5), progress)
+    model, state = job
+    return distill(model, ScaleRule.MSE, state, inputs.generator(5), progress)
 
 
-def damage(blocks, latents) -> None:
+def damage(model) -> None:
     """Make every quantized weight a quarter too large, in the codes and in what is trained."""
-    for block, own in zip(blocks, latents, strict=True):
+    for block, own in zip(model.blocks, model.latents, strict=True):
         for name in own:
             own[name] = 1.25 * own[name]
-            block.get_submodule(name).replace_weight(quantize_mxfp4(own[name], rule=ScaleRule.MSE))
+            block.module.get_submodule(name).replace_weight(
+                quantize_mxfp4(own[name], rule=ScaleRule.MSE)
+            )
 
 
-def held_divergence(blocks, first, exact, head) -> float:
-    hidden = first.hidden[-1]
+def held_divergence(model) -> float:
+    hidden = model.inputs.hidden[-1]
     with torch.no_grad():
-        for index, block in enumerate(blocks):
-            out = block(hidden, **first.arguments[-1][index])
+        for block in model.blocks:
+            out = block.module(hidden, **model.inputs.arguments[-1][block.index])
             hidden = out[0] if isinstance(out, tuple) else out
-        return float(exact_divergence(hidden, exact[-1], head))
+        return float(exact_divergence(hidden, model.exact[-1], model.head))
 
 
 def test_it_lowers_the_divergence_on_text_that_it_did_not_train_on(job, monkeypatch):
     """From a start with much to gain: what rounding alone costs this model, a few changed codes
     move by 3 % up or down."""
-    blocks, latents, config, first, exact, head, state = job()
-    damage(blocks, latents)
-    before = held_divergence(blocks, first, exact, head)
+    model, state = job()
+    damage(model)
+    before = held_divergence(model)
     monkeypatch.setattr(module, "_RATE", 1e-2)
-    report = run((blocks, latents, config, first, exact, head, state))
-    after = held_divergence(blocks, first, exact, head)
+    report = run((model, state))
+    after = held_divergence(model)
     assert report.improved
     assert after < 0.9 * before
     assert report.divergence_before == pytest.approx(before, rel=1e-2)
     assert report.divergence_after == pytest.approx(after, rel=1e-2)
-    assert report.steps == 2 * (len(exact) - 1)
+    assert report.steps == 2 * (len(model.exact) - 1)
 
 
 def test_what_does_not_help_is_not_kept(job, monkeypatch):
     monkeypatch.setattr(module, "_RATE", 30.0)
-    arguments = job()
-    before = [copy.deepcopy(block.state_dict()) for block in arguments[0]]
-    report = run(arguments)
+    model, state = job()
+    before = copy.deepcopy(states(model))
+    report = run((model, state))
     assert not report.improved
-    for block, expected in zip(arguments[0], before, strict=True):
-        assert all(torch.equal(v, expected[n]) for n, v in block.state_dict().items())
+    assert_same(states(model), before)
+
+
+def states(model) -> list[dict[str, torch.Tensor]]:
+    """What the shards of a model's blocks would hold."""
+    return [block.module.state_dict() for block in model.blocks]
+
+
+def assert_same(made, expected) -> None:
+    for own, other in zip(made, expected, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
 
 
 def falling(values, monkeypatch) -> None:
@@ -139,21 +150,21 @@ def falling(values, monkeypatch) -> None:
 def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_worse(job, monkeypatch):
     """Checks after steps 1, 2, 3 and 4: the second is the best, so 4 of 8 steps are taken."""
     monkeypatch.setattr(module, "_CHECK_STEPS", 1)
-    states = []
-    monkeypatch.setattr(module, "_save", lambda _, parameters, *__: states.append(parameters))
+    saved = []
+    monkeypatch.setattr(module, "_save", lambda _, parameters, *__: saved.append(parameters))
     falling([0.5, 0.4, 0.3, 0.35, 0.4], monkeypatch)
-    blocks, latents, *rest = job()
+    model, state = job()
     kept = []
 
     def progress(stage, done, total):
         if done == 2:
-            kept.extend(quantize_mxfp4(p.detach(), rule=ScaleRule.MSE) for p in states[-1].values())
+            kept.extend(quantize_mxfp4(p.detach(), rule=ScaleRule.MSE) for p in saved[-1].values())
 
-    report = run((blocks, latents, *rest), progress)
+    report = run((model, state), progress)
     assert report == module.DistillReport(0.5, 0.3, steps=4)
     made = [
-        block.get_submodule(n).weight
-        for block, own in zip(blocks, latents, strict=True)
+        block.module.get_submodule(n).weight
+        for block, own in zip(model.blocks, model.latents, strict=True)
         for n in own
     ]
     assert len(made) == len(kept)
@@ -170,19 +181,18 @@ def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeyp
     """The weights are those of a run that keeps everything; each block runs twice in a step."""
     calls, made = [], []
     for keep in (False, True):
-        blocks, *rest = job()
+        model, state = job()
         if keep:
             monkeypatch.setattr(module, "checkpoint", lambda f, x, use_reentrant, **k: f(x, **k))
-        handle = blocks[0].register_forward_pre_hook(
+        handle = model.blocks[0].module.register_forward_pre_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
-        report = run((blocks, *rest))
+        report = run((model, state))
         handle.remove()
         assert sum(calls) == report.steps * (1 if keep else 2)
         calls.clear()
-        made.append([b.state_dict() for b in blocks])
-    for recomputed, kept in zip(*made, strict=True):
-        assert all(torch.equal(v, kept[n]) for n, v in recomputed.items())
+        made.append(states(model))
+    assert_same(*made)
 
 
 @pytest.mark.parametrize("best", ["start", "saved", "end"])
@@ -210,9 +220,7 @@ def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     falling([divergences[best][0], *divergences[best][2:]], monkeypatch)
     assert run(fresh, lambda stage, done, total: steps.append(done)) == report
     assert steps[0] == 3
-    for block, expected in zip(fresh[0], whole[0], strict=True):
-        expected = expected.state_dict()
-        assert all(torch.equal(v, expected[n]) for n, v in block.state_dict().items())
+    assert_same(states(fresh[0]), states(whole[0]))
 
 
 # Through quantize_model.

@@ -1,0 +1,77 @@
+"""The calibration sequences of a job, and what they make enter the first decoder block."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duqpp.calibration.tokens import read_text, sample_sequences, tokenize
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.methods.base import Streams
+from duqpp.models.llama import DecoderStack
+
+
+def calibration_tokens(
+    model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: str | Tensor
+) -> tuple[Tensor | None, str, QuantizeConfig]:
+    """Token sequences, or None where no activations are read; and what the data are called.
+
+    And the options, with as many refine_samples as a text has.
+    """
+    if not config.needs.inputs:
+        return None, "none", config
+    if isinstance(calibration, Tensor):
+        tokens, name = calibration, "tokens"
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise InputError(
+                "calibration tokens must be int64 [samples, seq_len], "
+                f"got {tokens.dtype} {list(tokens.shape)}"
+            )
+        tokens = tokens.cpu()
+    else:
+        text = tokenize(tokenizer, read_text(calibration))
+        config = config.for_text(text.numel())
+        tokens = sample_sequences(
+            text,
+            samples=config.sequences,
+            seq_len=config.seq_len,
+            seed=config.seed,
+        )
+        name = Path(calibration).name if Path(calibration).exists() else calibration
+    least, most = (int(token) for token in tokens.aminmax())
+    if least < 0 or most >= model_config.vocab_size:
+        raise InputError(
+            f"calibration tokens must be in [0, {model_config.vocab_size}), the model's "
+            f"vocabulary, got {least} to {most}"
+        )
+    if config.needs.refining:
+        tokens = _spread_first(tokens, config.samples)
+    return tokens, name, config
+
+
+def first_streams(stack: DecoderStack, tokens: Tensor | None, config: QuantizeConfig) -> Streams:
+    """What enters the first block.
+
+    Args: tokens: int64 [sequences, seq_len], those that calibrate before those that only refine;
+        None for a method that reads no activations.
+    """
+    if tokens is None:
+        return Streams()
+    inputs = stack.first_inputs(tokens[: config.samples] if config.needs.refining else tokens)
+    calibrating = len(inputs.hidden)
+    if config.needs.refining:
+        inputs = inputs.joined(stack.first_inputs(tokens[config.samples :]))
+    exact = inputs.first(len(inputs.hidden)) if config.needs.float_stream else None
+    return Streams(inputs, exact, calibrating)
+
+
+def _spread_first(tokens: Tensor, count: int) -> Tensor:
+    """Sequences reordered: first `count` that are spread evenly over all, then the others."""
+    if len(tokens) <= count:
+        raise InputError(f"refine needs more than {count} calibration sequences")
+    chosen = torch.linspace(0, len(tokens) - 1, count).round().long()
+    others = torch.ones(len(tokens), dtype=torch.bool)
+    others[chosen] = False
+    return torch.cat((tokens[chosen], tokens[others]))

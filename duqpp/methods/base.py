@@ -1,0 +1,189 @@
+"""Method: how a decoder block is quantized, and what every way to do it has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.shard import Progress
+from duqpp.errors import InputError
+from duqpp.format import MXFP4Tensor
+from duqpp.methods.options import Options
+from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
+from duqpp.models.llama import BlockInputs, LinearGroup, layer_prefix, quantized_groups
+from duqpp.rotation import InputTransform
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method reads besides the weights, and what it wants done around it.
+
+    seed: whether anything is drawn at random. inputs: activations that enter a block. float_stream:
+    the float model's own activations, beside those of the quantized model. refining: calibration
+    sequences that only refine, besides those that calibrate. whole_model: the latents of every
+    block until all are quantized, and then a call of `Method.train`.
+    """
+
+    seed: bool = False
+    inputs: bool = False
+    float_stream: bool = False
+    refining: bool = False
+    whole_model: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block on its way: a method replaces its float linears by quantized ones, in place.
+
+    index, name: in the model, as 3 and "model.layers.3". groups: those that are quantized, in the
+    order of the forward pass; their linears are those that no skip list names. config: the
+    transformers configuration, for the attention heads.
+    """
+
+    module: nn.Module
+    index: int
+    name: str
+    groups: Sequence[LinearGroup]
+    config: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, index: int, skip: Sequence[str], config: Any) -> "Block":
+        """Block `index` of a model with this transformers configuration."""
+        groups = quantized_groups(index, tuple(skip))
+        return cls(module, index, layer_prefix(index), groups, config)
+
+
+@dataclass
+class Streams:
+    """What enters a decoder block.
+
+    inputs: where the blocks before it are quantized (with next_inputs="float": are not); None for a
+    method that reads no activations. exact: in the float model; None for a method that asks for no
+    float stream. calibrating: how many of the batches calibrate; the others only refine.
+    """
+
+    inputs: BlockInputs | None = None
+    exact: BlockInputs | None = None
+    calibrating: int = 0
+
+    def advance(self, block: Block, result: "BlockResult") -> None:
+        """Move on to what enters the next block."""
+        if self.exact is not None and result.exact_outputs is not None:
+            self.exact.hidden = result.exact_outputs
+        if self.inputs is None:
+            return
+        if result.float_outputs is not None:
+            self.inputs.hidden = result.float_outputs
+        else:
+            self.inputs.advance(block.module, block.index)
+
+
+@dataclass
+class BlockResult:
+    """What a method has done to a block.
+
+    groups, refined: reports. latents: by linear, what its codes were rounded from, float32 [N, K];
+    for a method that trains the whole model. float_outputs: the float block's outputs for the
+    inputs, batch by batch, where next_inputs="float" asks for them. exact_outputs: in the float
+    stream, where there is one.
+    """
+
+    groups: list[GroupReport]
+    refined: RefineReport | None = None
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    float_outputs: list[Tensor] | None = None
+    exact_outputs: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """All blocks of a model, quantized, for a method that trains them together.
+
+    latents: of each block. inputs: what enters block 0. exact: what leaves the float model's last
+    block, batch by batch. head: hidden states [..., hidden] to logits [..., vocabulary].
+    """
+
+    blocks: list[Block]
+    latents: list[dict[str, Tensor]]
+    inputs: BlockInputs
+    exact: list[Tensor]
+    head: nn.Module
+
+
+class Method(ABC):
+    """A way to quantize decoder blocks. A subclass is named once in `duqpp.methods.METHODS`.
+
+    name: as `--method` and checkpoints have it. summary: what it does to the inputs of the linears.
+    permuted: whether its linears also have DuQuant's pre_rotation and permutation.
+
+    Args: options: of the class's own `Options`, checked.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+    permuted: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        options.check()
+        self.options = options
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What must be there when `quantize` is called."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the linears have a rotation."""
+        return True
+
+    def layout(self, skip: Sequence[str] = (), provenance: dict[str, Any] | None = None) -> Layout:
+        """The checkpoint layout that it leads to.
+
+        Args: skip: modules that stay in floating point, besides lm_head.
+        """
+        return Layout(
+            method=self.name,
+            rotation=self.options.rotation.replace("-", "_") if self.rotates else "none",
+            permuted=self.permuted,
+            weight_rule=self.options.weight_rule,
+            activation_rule=self.options.activation_rule,
+            skip=tuple(dict.fromkeys(("lm_head", *skip))),
+            provenance=provenance or {},
+        )
+
+    @abstractmethod
+    def quantize(self, block: Block, streams: Streams) -> BlockResult:
+        """Replace the linears of a float block by quantized ones, in place.
+
+        Args: streams: what enters the block; they are left as they are.
+        Raises: InputError when an input is not finite or a weight cannot be quantized; it names the
+            linear or its group.
+        """
+
+    def quantize_linear(
+        self, block_name: str, group: LinearGroup, weight: Tensor
+    ) -> tuple[MXFP4Tensor, InputTransform]:
+        """One linear by itself, with no activations, as `quantize` does it in its block.
+
+        Args:
+            block_name: such as "model.layers.3". group: with this linear alone.
+            weight: floating point [N, K].
+        Returns: the folded weight, and what the linear does to its input.
+        Raises: InputError when the method needs activations, or the weight cannot be quantized.
+        """
+        raise InputError(f"the method {self.name} needs calibration for {block_name}")
+
+    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
+        """Train all blocks together, in place, once they are quantized.
+
+        Args:
+            state: file that an interrupted call goes on from.
+            progress: called with ("distill", steps done, steps in all).
+        """
+        raise NotImplementedError(f"{self.name} trains no whole model: see Needs.whole_model")
