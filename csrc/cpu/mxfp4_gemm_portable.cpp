@@ -1,5 +1,5 @@
-// mxfp4_gemm in C++17: for machines without vector kernels, and for rows whose scales those
-// exclude.
+// mxfp4_gemm without intrinsics: for machines without vector kernels, and for rows whose scales
+// those exclude.
 #include <cstring>
 
 #include "cpu/gemm_kernels.h"
