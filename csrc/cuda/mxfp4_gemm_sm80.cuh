@@ -571,8 +571,7 @@ DUQPP_WARP_PROGRAM void multiply_segment(
 
 // ---- Totals ----
 
-// round(round(total alpha) + bias), rounded to the dtype of out. `sum` is an index of
-// WarpMemory::sums.
+// round(total + bias), rounded to the dtype of out. `sum` is an index of WarpMemory::sums.
 template <class Traits>
 DUQPP_WARP_PROGRAM void store_total(const GemmSm80Params& params, const CtaTask& task, int sum,
                                     float total) {
@@ -582,7 +581,6 @@ DUQPP_WARP_PROGRAM void store_total(const GemmSm80Params& params, const CtaTask&
       task.first_n + tiles / Traits::kColumnTiles * kFragmentRows + lane_row(lane) + 8 * (i / 2);
   const int64_t m = task.first_m + tiles % Traits::kColumnTiles * 8 + 2 * (lane & 3) + i % 2;
   if (n >= problem.N || m >= problem.M) return;
-  float value = multiply_rounded(total, problem.alpha);
   if (problem.bias != nullptr) {
     float bias;
     if (problem.bias_dtype == Dtype::kFloat32) {
@@ -591,10 +589,10 @@ DUQPP_WARP_PROGRAM void store_total(const GemmSm80Params& params, const CtaTask&
       const uint16_t bits = static_cast<const uint16_t*>(problem.bias)[n];
       bias = problem.bias_dtype == Dtype::kBFloat16 ? decode_bfloat16(bits) : decode_float16(bits);
     }
-    value = add_rounded(value, bias);
+    total += bias;
   }
   static_cast<uint16_t*>(problem.out)[m * problem.N + n] =
-      problem.out_dtype == Dtype::kBFloat16 ? encode_bfloat16(value) : encode_float16(value);
+      problem.out_dtype == Dtype::kBFloat16 ? encode_bfloat16(total) : encode_float16(total);
 }
 
 // A thread's part of the end of a round: adds the segments' sums to the totals, in order. After the

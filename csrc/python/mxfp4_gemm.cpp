@@ -19,7 +19,6 @@ MXFP4GemmProblem problem_of_shape(int64_t M, int64_t N, int64_t K) {
   problem.N = N;
   problem.K = K;
   problem.a_codes = problem.a_scales = problem.b_codes = problem.b_scales = anywhere;
-  problem.alpha = 1.0f;
   problem.out = anywhere;
   return problem;
 }
@@ -68,7 +67,6 @@ void bind_mxfp4_gemm(py::module_& module) {
                                           reinterpret_cast<const uint8_t*>(b_scales),
                                           reinterpret_cast<const void*>(bias),
                                           static_cast<Dtype>(bias_dtype),
-                                          1.0f,
                                           reinterpret_cast<void*>(out),
                                           static_cast<Dtype>(out_dtype)};
         return cuda::check_mxfp4_gemm(problem, a_scales_size, b_scales_size,

@@ -120,10 +120,10 @@ MUTATIONS = (
         WARP_PROGRAM,
     ),
     Mutation(
-        "bias before alpha",
+        "a bias of float16 read as bfloat16",
         KERNEL,
-        "float value = multiply_rounded(total, problem.alpha);",
-        "float value = total;",
+        "Dtype::kBFloat16 ? decode_bfloat16(bits) : decode_float16(bits);",
+        "Dtype::kBFloat16 ? decode_bfloat16(bits) : decode_bfloat16(bits);",
         WARP_PROGRAM,
     ),
     Mutation(
