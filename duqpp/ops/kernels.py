@@ -59,7 +59,7 @@ def unavailable(backend: dispatch.Backend, op: str, machine: Machine) -> str | N
     if machine.capability is None:
         return backend.unavailable_reason(op, torch.device("cpu"))
     if isinstance(backend, CudaBackend) and compiled_library() is not None:
-        return backend.unavailable_on(op, machine.capability)
+        return backend.unavailable_on(machine.capability)
     return backend.unavailable_reason(op, torch.device("cuda"))
 
 
