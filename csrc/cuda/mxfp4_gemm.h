@@ -1,5 +1,10 @@
-// mxfp4_gemm on a GPU: argument checks, and the launch of the kernel that a plan names. Needs
-// no CUDA header, and nothing here but `clear_workspace` and `run` needs a GPU.
+// mxfp4_gemm on a GPU: the launch of the kernel that a plan names. Needs no CUDA header, and
+// nothing here but `clear_mxfp4_gemm_workspace` and `run_mxfp4_gemm` needs a GPU.
+//
+// Problems arrive checked (csrc/torch/cuda_ops.cpp): N a multiple of 8, K of 32, both positive and,
+// like M, 32-bit integers; codes, scales and out start at multiples of 16 bytes; x is as
+// rotate_quantize leaves it, W as select_gemm's architecture reads it (weight_scales_size); out is
+// of 16-bit floats.
 //
 //   plan = select_gemm(M, N, K, arch, sm_count)        kernel_table.h
 //   workspace = gemm_workspace_size(plan, M, N) bytes, 16-byte aligned, of the same device
@@ -14,19 +19,6 @@
 #include "problem.h"
 
 namespace duqpp::cuda {
-
-// How a kernel reads W: row-major codes and swizzled scales, or both in fragment order
-// (format/weight_fragment.h). x is always as rotate_quantize leaves it.
-enum class WeightLayout : int32_t { kSwizzledScales = 0, kFragments = 1 };
-
-constexpr WeightLayout weight_layout(int arch) {
-  return arch >= 80 && arch <= 90 ? WeightLayout::kFragments : WeightLayout::kSwizzledScales;
-}
-
-// Why the kernels of gemm_kernel.h cannot compute the problem, naming the argument and what it
-// should be, or an empty string. `*_scales_size` are the bytes behind the scale pointers.
-std::string check_mxfp4_gemm(const MXFP4GemmProblem& problem, int64_t a_scales_size,
-                             int64_t b_scales_size, WeightLayout layout);
 
 // Whether the build holds the kernel: it may leave out architectures. What follows is for those
 // that it holds.

@@ -73,6 +73,8 @@ void bind_kernel_table(py::module_& module) {
   module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "sm_count"_a,
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
+  module.def("weight_scales_size", &cuda::weight_scales_size, "N"_a, "K"_a, py::kw_only(), "arch"_a,
+             "Bytes of the scales of a weight [N, K] prepared for compute capability arch / 10.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,
              "Bytes of device memory that a launch of the plan needs.");
   module.def("fragment_nibble_offset", &fragment_nibble_offset, "row"_a, "column"_a, "N"_a, "K"_a,

@@ -6,7 +6,6 @@ PROGRAM = "tests/cpp/test_cpu_programs.py::test_program_passes_under_the_sanitiz
 WARP_PROGRAM = f"{PROGRAM}[test_gemm_warp_program]"
 SASS_TESTS = "tests/cuda/test_mxfp4_gemm_sm80_sass.py"
 TABLE_TESTS = "tests/cuda/test_kernel_table.py"
-HOST_TESTS = "tests/cuda/test_mxfp4_gemm_host.py"
 LAYOUT_TESTS = "tests/format/test_weight_fragment.py"
 
 KERNEL = "csrc/cuda/mxfp4_gemm_sm80.cuh"
@@ -15,7 +14,6 @@ WARP = "csrc/cuda/mxfp4_gemm_sm80_warp.cuh"
 PLAN = "csrc/cuda/mxfp4_gemm_sm80_plan.h"
 LAYOUT = "csrc/format/weight_fragment.h"
 TABLE = "csrc/cuda/kernel_table.h"
-CHECKS = "csrc/cuda/mxfp4_gemm.cpp"
 PYTHON = "duqpp/format/weight_fragment.py"
 
 MUTATIONS = (
@@ -164,10 +162,10 @@ MUTATIONS = (
     ),
     Mutation(
         "scales of W checked as swizzled",
-        CHECKS,
-        "if (layout == WeightLayout::kSwizzledScales) return check_scales(",
-        "if (layout != WeightLayout::kSwizzledScales || true) return check_scales(",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        TABLE,
+        "return arch >= 80 && arch <= 90 ? fragment_scales_size",
+        "return arch >= 80 && arch < 80 ? fragment_scales_size",
+        f"{TABLE_TESTS}::test_scales_of_a_weight_are_swizzled_or_in_fragment_order",
         library=True,
     ),
     Mutation(
