@@ -1,5 +1,6 @@
 // Configuration and launch of mxfp4_gemm_sm80.cuh.
 #include "cuda/device.h"
+#include "cuda/device_info.h"
 #include "cuda/kernel_table.h"
 #include "cuda/mxfp4_gemm_instance.h"
 #include "cuda/mxfp4_gemm_sm80.cuh"
@@ -82,23 +83,24 @@ struct GemmSm80 {
                 "more than a warp for each scheduler, on any device");
 
   // More than 48 KiB must be asked for, once on each device.
-  static void allow_shared_memory(const Device& device) {
+  static void allow_shared_memory(int index, int most) {
     static DeviceSet allowed;
-    if (allowed.has(device.index)) return;
-    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, device.shared_memory);
+    if (allowed.has(index)) return;
+    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, most);
     DUQPP_CHECK_CUDA(kOp, cudaFuncSetAttribute(
                               gemm_sm80_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               gemm_sm80_shared_memory(warps, kRowTiles, kColumnTiles)));
-    allowed.add(device.index);
+    allowed.add(index);
   }
 
   static void launch(const MXFP4GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
     constexpr int64_t kMostInGrid = 65535;  // along y, and along z
-    const Device device = current_device(kOp);
+    const int index = current_device(kOp);
+    const DeviceInfo device = device_info(index);
     const GemmSm80Params params{
         problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles, device.shared_memory),
         plan.early_weights};
-    allow_shared_memory(device);
+    allow_shared_memory(index, device.shared_memory);
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -114,7 +116,7 @@ struct GemmSm80 {
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = device.capability_major >= 9 && has_wait<Traits>() ? 1 : 0;
+    config.numAttrs = device.arch >= 90 && has_wait<Traits>() ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 
