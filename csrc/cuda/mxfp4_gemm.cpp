@@ -47,16 +47,16 @@ int64_t mxfp4_gemm_workspace_size(const MXFP4GemmProblem& problem, const GemmPla
   return instance(plan.kernel)->workspace_size(problem, plan);
 }
 
-std::string clear_mxfp4_gemm_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
-                                       void* workspace, void* stream) {
-  if (problem.M == 0) return {};
-  return instance(plan.kernel)->clear_workspace(problem, plan, workspace, stream);
+void clear_mxfp4_gemm_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
+                                void* workspace, void* stream) {
+  if (problem.M == 0) return;
+  instance(plan.kernel)->clear_workspace(problem, plan, workspace, stream);
 }
 
-std::string run_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
-                           void* stream) {
-  if (problem.M == 0) return {};
-  return instance(plan.kernel)->run(problem, plan, workspace, stream);
+void run_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
+                    void* stream) {
+  if (problem.M == 0) return;
+  instance(plan.kernel)->run(problem, plan, workspace, stream);
 }
 
 }  // namespace duqpp::cuda

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "cuda/gemm_kernel.h"
 #include "problem.h"
@@ -30,16 +29,16 @@ int mxfp4_gemm_shared_memory(GemmKernel kernel);  // bytes that a CTA takes
 bool can_implement_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan);
 int64_t mxfp4_gemm_workspace_size(const MXFP4GemmProblem& problem, const GemmPlan& plan);
 
+// The next two throw std::runtime_error when CUDA or CUTLASS refuses.
+
 // Zeroes the barriers of stream-K, an asynchronous memset that a CUDA graph can capture; nothing
 // for other kernels. Queued ahead of rotate_quantize it leaves that kernel and the GEMM adjacent,
-// so that the GEMM's start overlaps its end. `stream` is a cudaStream_t. Returns why it failed, or
-// an empty string.
-std::string clear_mxfp4_gemm_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
-                                       void* workspace, void* stream);
+// so that the GEMM's start overlaps its end. `stream` is a cudaStream_t.
+void clear_mxfp4_gemm_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
+                                void* workspace, void* stream);
 
 // One launch on the stream: no allocation, no synchronization, no memset. Nothing if M is 0.
-// Returns why it failed, or an empty string.
-std::string run_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
-                           void* stream);
+void run_mxfp4_gemm(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
+                    void* stream);
 
 }  // namespace duqpp::cuda

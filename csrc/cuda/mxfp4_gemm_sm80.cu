@@ -93,7 +93,7 @@ struct GemmSm80 {
     allowed.add(index);
   }
 
-  static void launch(const MXFP4GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
+  static void run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*, void* stream) {
     constexpr int64_t kMostInGrid = 65535;  // along y, and along z
     const int index = current_device(kOp);
     const DeviceInfo device = device_info(index);
@@ -114,7 +114,7 @@ struct GemmSm80 {
              static_cast<unsigned>(layers));
     config.blockDim = dim3(params.plan.warps * kWarpLanes);
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
-    config.stream = stream;
+    config.stream = as_stream(stream);
     config.attrs = &overlap;
     config.numAttrs = device.arch >= 90 && has_wait<Traits>() ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
@@ -125,18 +125,7 @@ struct GemmSm80 {
     return problem.N % 8 == 0 && problem.K % kBlockSize == 0;
   }
   static int64_t workspace_size(const MXFP4GemmProblem&, const GemmPlan&) { return 0; }
-  static std::string clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {
-    return {};
-  }
-  static std::string run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*,
-                         void* stream) {
-    try {
-      launch(problem, plan, as_stream(stream));
-    } catch (const std::runtime_error& error) {
-      return error.what();
-    }
-    return {};
-  }
+  static void clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {}
 
   static constexpr GemmInstance kInstance = {kSharedMemory, can_implement, workspace_size,
                                              clear_workspace, run};

@@ -26,8 +26,6 @@ using torch::stable::accelerator::DeviceGuard;
 constexpr const char* kQuantize = "rotate_quantize";
 constexpr const char* kGemm = "mxfp4_gemm";
 
-void check_status(const std::string& message) { STD_TORCH_CHECK(message.empty(), message); }
-
 // A rotate_quantize that is ready to launch: checked, and its results allocated.
 struct Quantization {
   RotateQuantizeProblem problem;
@@ -93,7 +91,7 @@ struct Product {
   Tensor out, workspace;
 
   void launch(void* stream) const {
-    check_status(cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream));
+    cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream);
   }
 };
 
@@ -118,8 +116,7 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
                   info.arch % 10);
   const int64_t bytes = cuda::gemm_workspace_size(*plan, problem.M, problem.N);
   const Tensor workspace = torch::stable::new_empty(a_codes, {bytes}, ScalarType::Byte);
-  check_status(
-      cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream));
+  cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream);
   return {problem, *plan, out, workspace};
 }
 
