@@ -44,4 +44,18 @@ inline int current_device(const char* op) {
   return index;
 }
 
+// Whether the device's code of a kernel has the wait for the kernel before it. Code for sm_80 has
+// none, and a driver may have compiled it for a newer device from PTX: launched to overlap, it
+// would race. Asked once for each kernel.
+template <auto kKernel>
+bool has_wait(const char* op) {
+  static const bool answer = [op] {
+    cudaFuncAttributes attributes{};
+    DUQPP_CHECK_CUDA(op,
+                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+    return attributes.ptxVersion >= 90;
+  }();
+  return answer;
+}
+
 }  // namespace duqpp::cuda

@@ -59,18 +59,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   }
 }
 
-// Whether the device's code of a kernel has the wait. Code for sm_80 has none, and a driver may
-// have compiled it for a newer device from PTX: launched to overlap, it would race.
-template <class Traits>
-bool has_wait() {
-  static const bool answer = [] {
-    cudaFuncAttributes attributes{};
-    DUQPP_CHECK_CUDA(kOp, cudaFuncGetAttributes(&attributes, gemm_sm80_kernel<Traits>));
-    return attributes.ptxVersion >= 90;
-  }();
-  return answer;
-}
-
 template <int kRowTiles, int kColumnTiles>
 struct GemmSm80 {
   using Traits = GemmSm80Traits<kRowTiles, kColumnTiles>;
@@ -116,7 +104,7 @@ struct GemmSm80 {
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
     config.stream = as_stream(stream);
     config.attrs = &overlap;
-    config.numAttrs = device.arch >= 90 && has_wait<Traits>() ? 1 : 0;
+    config.numAttrs = device.arch >= 90 && has_wait<gemm_sm80_kernel<Traits>>(kOp) ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 

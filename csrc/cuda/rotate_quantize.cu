@@ -41,18 +41,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas)
   rotate_quantize_warp<Traits, GpuWarp>(params, task, constants, reciprocal_rms);
 }
 
-// Whether the device's code of a kernel has the wait. Code for sm_80 has none, and a driver may
-// have compiled it for a newer device from PTX: launched to overlap, it would race.
-template <class Traits>
-bool has_wait() {
-  static const bool answer = [] {
-    cudaFuncAttributes attributes{};
-    DUQPP_CHECK_CUDA(kOp, cudaFuncGetAttributes(&attributes, rotate_quantize_kernel<Traits>));
-    return attributes.ptxVersion >= 90;
-  }();
-  return answer;
-}
-
 template <class Traits>
 void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
   const DeviceInfo device = device_info(current_device(kOp));
@@ -70,7 +58,7 @@ void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
   config.blockDim = dim3(params.plan.teams * kTeamWarps * kWarpLanes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = device.arch >= 90 && has_wait<Traits>() ? 1 : 0;
+  config.numAttrs = device.arch >= 90 && has_wait<rotate_quantize_kernel<Traits>>(kOp) ? 1 : 0;
   DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, rotate_quantize_kernel<Traits>, params));
 }
 
