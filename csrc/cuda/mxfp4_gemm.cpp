@@ -1,35 +1,21 @@
 #include "cuda/mxfp4_gemm.h"
 
-#include <array>
-
 #include "cuda/mxfp4_gemm_instance.h"
 
 namespace duqpp::cuda {
 
 // Weak: their address is null where the build leaves out the architecture.
-extern const GemmInstance kSm100Swapped __attribute__((weak));
-extern const GemmInstance kSm100SwappedStreamK __attribute__((weak));
-extern const GemmInstance kSm100Tile256x128 __attribute__((weak));
-extern const GemmInstance kSm100Tile256x192 __attribute__((weak));
-extern const GemmInstance kSm100Tile256x256 __attribute__((weak));
-extern const GemmInstance kSm120Tile128x128 __attribute__((weak));
-extern const GemmInstance kSm80Tile16x8 __attribute__((weak));
-extern const GemmInstance kSm80Tile32x8 __attribute__((weak));
-extern const GemmInstance kSm80Tile64x8 __attribute__((weak));
-extern const GemmInstance kSm80Tile16x16 __attribute__((weak));
-extern const GemmInstance kSm80Tile32x16 __attribute__((weak));
-extern const GemmInstance kSm80Tile64x16 __attribute__((weak));
-extern const GemmInstance kSm80Tile32x32 __attribute__((weak));
+#define DUQPP_DECLARE_WEAK(identifier, ...) \
+  extern const GemmInstance k##identifier __attribute__((weak));
+DUQPP_GEMM_KERNELS(DUQPP_DECLARE_WEAK)
+#undef DUQPP_DECLARE_WEAK
 
 namespace {
 
 const GemmInstance* instance(GemmKernel kernel) {
-  static const std::array<const GemmInstance*, kGemmKernels> instances = {
-      &kSm100Swapped,     &kSm100SwappedStreamK, &kSm100Tile256x128, &kSm100Tile256x192,
-      &kSm100Tile256x256, &kSm120Tile128x128,    &kSm80Tile16x8,     &kSm80Tile32x8,
-      &kSm80Tile64x8,     &kSm80Tile16x16,       &kSm80Tile32x16,    &kSm80Tile64x16,
-      &kSm80Tile32x32,
-  };
+#define DUQPP_ADDRESS(identifier, ...) &k##identifier,
+  static const GemmInstance* const instances[] = {DUQPP_GEMM_KERNELS(DUQPP_ADDRESS)};
+#undef DUQPP_ADDRESS
   return instances[static_cast<size_t>(kernel)];
 }
 

@@ -18,18 +18,8 @@ struct GemmInstance {
 };
 
 // Each in a source of its own, but for those of sm_80, which share one.
-extern const GemmInstance kSm100Swapped;
-extern const GemmInstance kSm100SwappedStreamK;
-extern const GemmInstance kSm100Tile256x128;
-extern const GemmInstance kSm100Tile256x192;
-extern const GemmInstance kSm100Tile256x256;
-extern const GemmInstance kSm120Tile128x128;
-extern const GemmInstance kSm80Tile16x8;
-extern const GemmInstance kSm80Tile32x8;
-extern const GemmInstance kSm80Tile64x8;
-extern const GemmInstance kSm80Tile16x16;
-extern const GemmInstance kSm80Tile32x16;
-extern const GemmInstance kSm80Tile64x16;
-extern const GemmInstance kSm80Tile32x32;
+#define DUQPP_DECLARE(identifier, ...) extern const GemmInstance k##identifier;
+DUQPP_GEMM_KERNELS(DUQPP_DECLARE)
+#undef DUQPP_DECLARE
 
 }  // namespace duqpp::cuda

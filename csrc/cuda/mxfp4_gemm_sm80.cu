@@ -119,14 +119,18 @@ struct GemmSm80 {
                                              clear_workspace, run};
 };
 
+template <GemmKernel kernel>
+inline constexpr GemmInstance kInstance = GemmSm80<gemm_kernel_info(kernel).tile_m / kFragmentRows,
+                                                   gemm_kernel_info(kernel).tile_n / 8>::kInstance;
+
 }  // namespace
 
-const GemmInstance kSm80Tile16x8 = GemmSm80<1, 1>::kInstance;
-const GemmInstance kSm80Tile32x8 = GemmSm80<2, 1>::kInstance;
-const GemmInstance kSm80Tile64x8 = GemmSm80<4, 1>::kInstance;
-const GemmInstance kSm80Tile16x16 = GemmSm80<1, 2>::kInstance;
-const GemmInstance kSm80Tile32x16 = GemmSm80<2, 2>::kInstance;
-const GemmInstance kSm80Tile64x16 = GemmSm80<4, 2>::kInstance;
-const GemmInstance kSm80Tile32x32 = GemmSm80<2, 4>::kInstance;
+const GemmInstance kSm80Tile16x8 = kInstance<GemmKernel::kSm80Tile16x8>;
+const GemmInstance kSm80Tile32x8 = kInstance<GemmKernel::kSm80Tile32x8>;
+const GemmInstance kSm80Tile64x8 = kInstance<GemmKernel::kSm80Tile64x8>;
+const GemmInstance kSm80Tile16x16 = kInstance<GemmKernel::kSm80Tile16x16>;
+const GemmInstance kSm80Tile32x16 = kInstance<GemmKernel::kSm80Tile32x16>;
+const GemmInstance kSm80Tile64x16 = kInstance<GemmKernel::kSm80Tile64x16>;
+const GemmInstance kSm80Tile32x32 = kInstance<GemmKernel::kSm80Tile32x32>;
 
 }  // namespace duqpp::cuda

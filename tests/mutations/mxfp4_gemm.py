@@ -75,8 +75,8 @@ MUTATIONS = (
     Mutation(
         "a kernel in another's place",
         LAUNCH,
-        "&kSm100Swapped,     &kSm100SwappedStreamK,",
-        "&kSm100SwappedStreamK, &kSm100Swapped,",
+        "return instances[static_cast<size_t>(kernel)];",
+        "return instances[static_cast<size_t>(kernel) ^ 1];",
         f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
         library=True,
     ),
