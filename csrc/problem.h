@@ -34,7 +34,7 @@ struct RotateQuantizeProblem {
   uint8_t* scales;         // [M, K/32] or the swizzled buffer, padding included
 };
 
-// out = alpha * dequantize(a) dequantize(b)^T + bias: [M, K] times [N, K] transposed.
+// out = dequantize(a) dequantize(b)^T + bias: [M, K] times [N, K] transposed.
 struct MXFP4GemmProblem {
   int64_t M, N, K;
   const uint8_t* a_codes;   // [M, K/2]
@@ -43,7 +43,6 @@ struct MXFP4GemmProblem {
   const uint8_t* b_scales;
   const void* bias;         // [N] of bias_dtype, or null
   Dtype bias_dtype;
-  float alpha;
   void* out;                // [M, N] of out_dtype, contiguous
   Dtype out_dtype;
 };

@@ -27,10 +27,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         dispatch = importlib.import_module("duqpp.ops.dispatch")
     except ImportError as error:
         return [f"duqpp backends: unknown ({error})"]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines = ["duqpp backends:"]
-    for row in dispatch.capability_table():
-        ops = [f"{op}: {answer}" for op, answer in row.items() if op != "backend"]
-        lines.append(f"  {row['backend']}: {', '.join(ops)}")
+    for backend in dispatch.BACKENDS:
+        reasons = [backend.unavailable_reason("mxfp4_gemm", torch.device(d)) for d in devices]
+        answers = [f"on {d}: {reason or 'yes'}" for d, reason in zip(devices, reasons, strict=True)]
+        lines.append(f"  {backend.name}: {', '.join(answers)}")
     return lines
 
 

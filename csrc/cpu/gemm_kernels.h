@@ -53,9 +53,9 @@ struct GemmKernels {
   void (*multiply_tile)(const uint8_t* row_panel, int rows, const uint8_t* codes,
                         const uint8_t* scales, int64_t blocks, float* sums);
 
-  // out [rows, columns] = round(sums * alpha + bias), rows `stride` elements apart in `out`.
+  // out [rows, columns] = round(sums + bias), rows `stride` elements apart in `out`.
   // bias is null or has 16 panel_tiles elements.
-  void (*store)(const float* sums, int rows, int columns, float alpha, const float* bias, void* out,
+  void (*store)(const float* sums, int rows, int columns, const float* bias, void* out,
                 int64_t stride, Dtype dtype);
 };
 

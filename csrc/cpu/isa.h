@@ -9,7 +9,7 @@ namespace duqpp::cpu {
 
 // Worst first. Every kernel computes the same bytes on each.
 enum class Isa : int32_t {
-  kPortable = 0,  // C++17, no intrinsics
+  kPortable = 0,  // no intrinsics
   kAvx2 = 1,      // AVX2, FMA, F16C
   kAvxVnni = 2,   // and AVX-VNNI
   kAvx512 = 3,    // AVX-512 F, BW, DQ, VL and VNNI

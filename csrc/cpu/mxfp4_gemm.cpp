@@ -219,7 +219,7 @@ class Gemm {
     const int64_t element_bytes = problem_.out_dtype == Dtype::kFloat32 ? 4 : 2;
     uint8_t* const out =
         static_cast<uint8_t*>(problem_.out) + (row * problem_.N + column) * element_bytes;
-    kernels.store(sums, rows, static_cast<int>(columns), problem_.alpha,
+    kernels.store(sums, rows, static_cast<int>(columns),
                   bias_.empty() ? nullptr : bias_.data() + column, out, problem_.N,
                   problem_.out_dtype);
   }

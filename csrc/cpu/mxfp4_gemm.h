@@ -19,7 +19,7 @@ void restore_weight(int64_t N, int64_t K, const uint8_t* tiled_codes, const uint
 // a row-major with row-major scales, b as prepare_weight left it.
 //
 // An output is, in float32 and rounding to nearest even,
-//   out = round_to_out_dtype(round(round(total * alpha) + bias))      without a bias, no addition
+//   out = round_to_out_dtype(round(total + bias))      without a bias, no addition
 // where `total` is as format/block_sum.h defines it: one rounding a block, whatever the scales, and
 // one a segment. A scale byte of 255 makes its row or column NaN, the quiet NaN with a clear sign.
 // The bytes are the same on every instruction set, for every division into tasks and whatever other

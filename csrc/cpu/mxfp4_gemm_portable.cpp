@@ -1,5 +1,5 @@
-// mxfp4_gemm in C++17: for machines without vector kernels, and for rows whose scales those
-// exclude.
+// mxfp4_gemm without intrinsics: for machines without vector kernels, and for rows whose scales
+// those exclude.
 #include <cstring>
 
 #include "cpu/gemm_kernels.h"
@@ -90,11 +90,11 @@ void multiply_panel(const uint8_t* row_panel, int rows, const uint8_t* weight_pa
   for (int i = 0; i < rows * kTileRows; ++i) sums[i] += segment[i];
 }
 
-void store(const float* sums, int rows, int columns, float alpha, const float* bias, void* out,
-           int64_t stride, Dtype dtype) {
+void store(const float* sums, int rows, int columns, const float* bias, void* out, int64_t stride,
+           Dtype dtype) {
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < columns; ++i) {
-      float value = sums[row * kTileRows + i] * alpha;
+      float value = sums[row * kTileRows + i];
       if (bias) value += bias[i];
       const int64_t index = row * stride + i;
       if (dtype == Dtype::kFloat32) {

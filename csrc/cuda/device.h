@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -38,35 +37,25 @@ class DeviceSet {
   std::atomic<uint64_t> bits_{0};
 };
 
-// What a launch depends on, of the calling thread's current device.
-struct Device {
-  int index;
-  int capability_major;  // 9 for compute capability 9.0
-  int sm_count;
-  int shared_memory;  // bytes that a CTA can ask for
-};
-
-inline Device current_device(const char* op) {
-  static Device known[kKnownDevices];
-  static DeviceSet asked;
-  static std::mutex writing;
+// Index of the calling thread's current device.
+inline int current_device(const char* op) {
   int index = 0;
   DUQPP_CHECK_CUDA(op, cudaGetDevice(&index));
-  if (asked.has(index)) return known[index];
+  return index;
+}
 
-  Device device{index, 0, 0, 0};
-  DUQPP_CHECK_CUDA(op, cudaDeviceGetAttribute(&device.capability_major,
-                                              cudaDevAttrComputeCapabilityMajor, index));
-  DUQPP_CHECK_CUDA(op,
-                   cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
-  DUQPP_CHECK_CUDA(op, cudaDeviceGetAttribute(&device.shared_memory,
-                                              cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  const std::lock_guard<std::mutex> lock(writing);
-  if (index < kKnownDevices && !asked.has(index)) {
-    known[index] = device;
-    asked.add(index);
-  }
-  return device;
+// Whether the device's code of a kernel has the wait for the kernel before it. Code for sm_80 has
+// none, and a driver may have compiled it for a newer device from PTX: launched to overlap, it
+// would race. Asked once for each kernel.
+template <auto kKernel>
+bool has_wait(const char* op) {
+  static const bool answer = [op] {
+    cudaFuncAttributes attributes{};
+    DUQPP_CHECK_CUDA(op,
+                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+    return attributes.ptxVersion >= 90;
+  }();
+  return answer;
 }
 
 }  // namespace duqpp::cuda

@@ -1,6 +1,5 @@
 #include "cuda/device_info.h"
 
-#include <map>
 #include <mutex>
 
 #include "cuda/device.h"
@@ -8,17 +7,26 @@
 namespace duqpp::cuda {
 
 DeviceInfo device_info(int index) {
-  static std::mutex mutex;
-  static std::map<int, DeviceInfo> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = known.find(index); found != known.end()) return found->second;
+  static DeviceInfo known[kKnownDevices];
+  static DeviceSet asked;
+  static std::mutex writing;
+  if (asked.has(index)) return known[index];
 
-  constexpr const char* kOp = "device_info";
-  int major = 0, minor = 0, sm_count = 0;
-  DUQPP_CHECK_CUDA(kOp, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-  DUQPP_CHECK_CUDA(kOp, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  DUQPP_CHECK_CUDA(kOp, cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, index));
-  return known[index] = {10 * major + minor, sm_count};
+  const auto attribute = [index](cudaDeviceAttr attribute) {
+    int value = 0;
+    DUQPP_CHECK_CUDA("device_info", cudaDeviceGetAttribute(&value, attribute, index));
+    return value;
+  };
+  const DeviceInfo info = {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                               attribute(cudaDevAttrComputeCapabilityMinor),
+                           attribute(cudaDevAttrMultiProcessorCount),
+                           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const std::lock_guard<std::mutex> lock(writing);
+  if (index < kKnownDevices && !asked.has(index)) {
+    known[index] = info;
+    asked.add(index);
+  }
+  return info;
 }
 
 }  // namespace duqpp::cuda

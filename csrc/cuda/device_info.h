@@ -1,4 +1,4 @@
-// What the choice of a kernel depends on, for callers that see no CUDA header.
+// What the choice and the launch of a kernel depend on, for callers that see no CUDA header.
 #pragma once
 
 namespace duqpp::cuda {
@@ -6,6 +6,7 @@ namespace duqpp::cuda {
 struct DeviceInfo {
   int arch;  // 10 x compute capability: 103 for 10.3
   int sm_count;
+  int shared_memory;  // bytes that a CTA can ask for
 };
 
 // Of a device by its index; asked once each, since a query takes microseconds.

@@ -2,22 +2,13 @@
 #include "cuda/device.h"
 #include "cuda/expand.cuh"
 #include "cuda/expand.h"
+#include "cuda/gpu_lanes.cuh"
 
 namespace duqpp::cuda {
 namespace {
 
 // The warp of expand.cuh on a GPU: one lane of it.
-struct GpuLane {
-  template <class T>
-  struct Lanes {
-    T value;
-    __device__ T& operator[](int) { return value; }
-    __device__ const T& operator[](int) const { return value; }
-  };
-  template <class Body>
-  static __device__ __forceinline__ void for_each_lane(Body&& body) {
-    body(static_cast<int>(threadIdx.x) % 32);
-  }
+struct GpuExpandWarp : GpuLanes {
   static __device__ __forceinline__ void exchange_with_neighbour(Lanes<uint32_t>& word) {
     word.value = __shfl_xor_sync(~0u, word.value, 1);
   }
@@ -54,7 +45,7 @@ __global__ void __launch_bounds__(kExpandThreads)
       problem.row_scales[tile.values_row + threadIdx.x] = row_scale(exponents[threadIdx.x]);
     }
   }
-  expand_weight_warp<Block, GpuLane>(problem, tile, threadIdx.x / 32, exponents);
+  expand_weight_warp<Block, GpuExpandWarp>(problem, tile, threadIdx.x / 32, exponents);
 }
 
 using Kernel = void (*)(ExpandProblem);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/gpu_lanes.cuh"
 #include "cuda/rotate_quantize.cuh"
 #include "cute/arch/mma_sm80.hpp"
 #include "cutlass/arch/grid_dependency_control.h"
@@ -22,19 +23,7 @@ template <Dtype kDtype>
 using Element =
     cute::conditional_t<kDtype == Dtype::kFloat16, cutlass::half_t, cutlass::bfloat16_t>;
 
-struct GpuWarp {
-  template <class T>
-  struct Lanes {
-    T value;
-    __device__ T& operator[](int) { return value; }
-    __device__ const T& operator[](int) const { return value; }
-  };
-
-  template <class Body>
-  static __device__ __forceinline__ void for_each_lane(Body&& body) {
-    body(static_cast<int>(threadIdx.x) % kWarpLanes);
-  }
-
+struct GpuWarp : GpuLanes {
   // 128 bits where `valid`; otherwise `words` keeps its value. The volatile instruction cannot move
   // above the wait for the kernel before this one, which plain loads may: that wait names no
   // memory.

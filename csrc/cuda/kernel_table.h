@@ -13,6 +13,9 @@
 #include <utility>
 
 #include "cuda/gemm_kernel.h"
+#include "format/mx_block.h"
+#include "format/scale_layout.h"
+#include "format/weight_fragment.h"
 
 namespace duqpp::cuda {
 
@@ -111,6 +114,12 @@ constexpr const char* gemm_kernel_reason(GemmKernel kernel) {
     default:
       return "least waves of tiles x cost of a wave, in a model of a B200";
   }
+}
+
+// Bytes of the scales of a weight [N, K] as the kernels of compute capability arch / 10 read it:
+// swizzled beside row-major codes, or in fragment order like the codes (format/weight_fragment.h).
+constexpr int64_t weight_scales_size(int64_t N, int64_t K, int arch) {
+  return arch >= 80 && arch <= 90 ? fragment_scales_size(N, K) : swizzled_size(N, K / kBlockSize);
 }
 
 // Bytes of device memory that a launch needs: with stream-K a float32 tile for each tile of the

@@ -16,9 +16,11 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>
 #include <cutlass/util/packed_stride.hpp>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "cuda/device.h"
 #include "cuda/gemm_kernel.h"
 #include "cuda/mxfp4_gemm_epilogue.cuh"
 #include "cuda/mxfp4_gemm_instance.h"
@@ -64,11 +66,9 @@ struct CutlassGemm {
   static_assert((kBiasAlong == BiasAlong::kRows) ==
                 std::is_same_v<OutLayout, cutlass::layout::ColumnMajor>);
   static constexpr auto kRounding = cutlass::FloatRoundStyle::round_to_nearest;
-  using ScaleAndAdd = fusion::Sm90EVT<
-      fusion::Sm90Compute<cutlass::homogeneous_multiply_add, float, float, kRounding>,
-      fusion::Sm90ScalarBroadcast<float>, fusion::Sm90AccFetch, Bias<CtaTile, kBiasAlong>>;
-  using Fusion =
-      fusion::Sm90EVT<fusion::Sm90Compute<Round, OutWord, float, kRounding>, ScaleAndAdd>;
+  using AddBias = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::plus, float, float, kRounding>,
+                                  fusion::Sm90AccFetch, Bias<CtaTile, kBiasAlong>>;
+  using Fusion = fusion::Sm90EVT<fusion::Sm90Compute<Round, OutWord, float, kRounding>, AddBias>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       typename Config::Arch, OpClass, Tile, typename Config::Cluster,
@@ -124,9 +124,8 @@ struct CutlassGemm {
 
     typename Kernel::EpilogueArguments epilogue{};
     // The arguments of a visitor's inputs come before its own.
-    const typename ScaleAndAdd::Arguments scale_and_add{
-        {{problem.alpha}}, {}, {problem.bias, problem.bias_dtype}, {}};
-    epilogue.thread = {scale_and_add, {problem.out_dtype == Dtype::kFloat16}};
+    const typename AddBias::Arguments add_bias{{}, {problem.bias, problem.bias_dtype}, {}};
+    epilogue.thread = {add_bias, {problem.out_dtype == Dtype::kFloat16}};
     epilogue.ptr_D = static_cast<OutWord*>(problem.out);
     epilogue.dD = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {A.rows, B.rows, 1});
 
@@ -146,30 +145,25 @@ struct CutlassGemm {
     return static_cast<int64_t>(Gemm::get_workspace_size(arguments(problem, plan)));
   }
 
-  static std::string clear_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
-                                     void* workspace, void* stream) {
-    return failure(Kernel::initialize_workspace(arguments(problem, plan), workspace,
-                                                static_cast<cudaStream_t>(stream)));
+  static void clear_workspace(const MXFP4GemmProblem& problem, const GemmPlan& plan,
+                              void* workspace, void* stream) {
+    check(Kernel::initialize_workspace(arguments(problem, plan), workspace, as_stream(stream)));
   }
 
-  static std::string run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
-                         void* stream) {
-    const cudaError_t granted =
-        cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kInstance.shared_memory);
-    if (granted != cudaSuccess) return failure(cutlass::Status::kErrorInternal, granted);
+  static void run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
+                  void* stream) {
+    DUQPP_CHECK_CUDA("mxfp4_gemm", cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        kInstance.shared_memory));
     typename Kernel::Params params =
         Kernel::to_underlying_arguments(arguments(problem, plan), workspace);
-    return failure(Gemm::run(params, static_cast<cudaStream_t>(stream), nullptr,
-                             /*launch_with_pdl=*/true));
+    check(Gemm::run(params, as_stream(stream), nullptr, /*launch_with_pdl=*/true));
   }
 
-  static std::string failure(cutlass::Status status, cudaError_t error = cudaSuccess) {
-    if (status == cutlass::Status::kSuccess) return {};
-    std::string message =
-        std::string("mxfp4_gemm: ") + kInfo.name + ": " + cutlass::cutlassGetStatusString(status);
-    if (error != cudaSuccess) message += std::string(": ") + cudaGetErrorString(error);
-    return message;
+  static void check(cutlass::Status status) {
+    if (status == cutlass::Status::kSuccess) return;
+    throw std::runtime_error(std::string("mxfp4_gemm: ") + kInfo.name + ": " +
+                             cutlass::cutlassGetStatusString(status));
   }
 
   static constexpr GemmInstance kInstance = {Kernel::SharedStorageSize, can_implement,

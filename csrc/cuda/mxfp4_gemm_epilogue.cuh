@@ -1,5 +1,5 @@
 // What mxfp4_gemm does to an accumulator before it is stored:
-// out = round(alpha * accumulator + bias).
+// out = round(accumulator + bias).
 //
 // The dtypes of bias and out are run-time arguments: a CUTLASS kernel compiles for over a minute,
 // and a template argument for each dtype would multiply that by six. Out is stored as 16-bit words.

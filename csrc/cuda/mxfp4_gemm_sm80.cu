@@ -1,5 +1,6 @@
 // Configuration and launch of mxfp4_gemm_sm80.cuh.
 #include "cuda/device.h"
+#include "cuda/device_info.h"
 #include "cuda/kernel_table.h"
 #include "cuda/mxfp4_gemm_instance.h"
 #include "cuda/mxfp4_gemm_sm80.cuh"
@@ -58,18 +59,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   }
 }
 
-// Whether the device's code of a kernel has the wait. Code for sm_80 has none, and a driver may
-// have compiled it for a newer device from PTX: launched to overlap, it would race.
-template <class Traits>
-bool has_wait() {
-  static const bool answer = [] {
-    cudaFuncAttributes attributes{};
-    DUQPP_CHECK_CUDA(kOp, cudaFuncGetAttributes(&attributes, gemm_sm80_kernel<Traits>));
-    return attributes.ptxVersion >= 90;
-  }();
-  return answer;
-}
-
 template <int kRowTiles, int kColumnTiles>
 struct GemmSm80 {
   using Traits = GemmSm80Traits<kRowTiles, kColumnTiles>;
@@ -82,23 +71,24 @@ struct GemmSm80 {
                 "more than a warp for each scheduler, on any device");
 
   // More than 48 KiB must be asked for, once on each device.
-  static void allow_shared_memory(const Device& device) {
+  static void allow_shared_memory(int index, int most) {
     static DeviceSet allowed;
-    if (allowed.has(device.index)) return;
-    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, device.shared_memory);
+    if (allowed.has(index)) return;
+    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, most);
     DUQPP_CHECK_CUDA(kOp, cudaFuncSetAttribute(
                               gemm_sm80_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               gemm_sm80_shared_memory(warps, kRowTiles, kColumnTiles)));
-    allowed.add(device.index);
+    allowed.add(index);
   }
 
-  static void launch(const MXFP4GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
+  static void run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*, void* stream) {
     constexpr int64_t kMostInGrid = 65535;  // along y, and along z
-    const Device device = current_device(kOp);
+    const int index = current_device(kOp);
+    const DeviceInfo device = device_info(index);
     const GemmSm80Params params{
         problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles, device.shared_memory),
         plan.early_weights};
-    allow_shared_memory(device);
+    allow_shared_memory(index, device.shared_memory);
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -112,9 +102,9 @@ struct GemmSm80 {
              static_cast<unsigned>(layers));
     config.blockDim = dim3(params.plan.warps * kWarpLanes);
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
-    config.stream = stream;
+    config.stream = as_stream(stream);
     config.attrs = &overlap;
-    config.numAttrs = device.capability_major >= 9 && has_wait<Traits>() ? 1 : 0;
+    config.numAttrs = device.arch >= 90 && has_wait<gemm_sm80_kernel<Traits>>(kOp) ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 
@@ -123,31 +113,24 @@ struct GemmSm80 {
     return problem.N % 8 == 0 && problem.K % kBlockSize == 0;
   }
   static int64_t workspace_size(const MXFP4GemmProblem&, const GemmPlan&) { return 0; }
-  static std::string clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {
-    return {};
-  }
-  static std::string run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*,
-                         void* stream) {
-    try {
-      launch(problem, plan, as_stream(stream));
-    } catch (const std::runtime_error& error) {
-      return error.what();
-    }
-    return {};
-  }
+  static void clear_workspace(const MXFP4GemmProblem&, const GemmPlan&, void*, void*) {}
 
   static constexpr GemmInstance kInstance = {kSharedMemory, can_implement, workspace_size,
                                              clear_workspace, run};
 };
 
+template <GemmKernel kernel>
+inline constexpr GemmInstance kInstance = GemmSm80<gemm_kernel_info(kernel).tile_m / kFragmentRows,
+                                                   gemm_kernel_info(kernel).tile_n / 8>::kInstance;
+
 }  // namespace
 
-const GemmInstance kSm80Tile16x8 = GemmSm80<1, 1>::kInstance;
-const GemmInstance kSm80Tile32x8 = GemmSm80<2, 1>::kInstance;
-const GemmInstance kSm80Tile64x8 = GemmSm80<4, 1>::kInstance;
-const GemmInstance kSm80Tile16x16 = GemmSm80<1, 2>::kInstance;
-const GemmInstance kSm80Tile32x16 = GemmSm80<2, 2>::kInstance;
-const GemmInstance kSm80Tile64x16 = GemmSm80<4, 2>::kInstance;
-const GemmInstance kSm80Tile32x32 = GemmSm80<2, 4>::kInstance;
+const GemmInstance kSm80Tile16x8 = kInstance<GemmKernel::kSm80Tile16x8>;
+const GemmInstance kSm80Tile32x8 = kInstance<GemmKernel::kSm80Tile32x8>;
+const GemmInstance kSm80Tile64x8 = kInstance<GemmKernel::kSm80Tile64x8>;
+const GemmInstance kSm80Tile16x16 = kInstance<GemmKernel::kSm80Tile16x16>;
+const GemmInstance kSm80Tile32x16 = kInstance<GemmKernel::kSm80Tile32x16>;
+const GemmInstance kSm80Tile64x16 = kInstance<GemmKernel::kSm80Tile64x16>;
+const GemmInstance kSm80Tile32x32 = kInstance<GemmKernel::kSm80Tile32x32>;
 
 }  // namespace duqpp::cuda

@@ -3,25 +3,14 @@
 
 #include <cstdint>
 
+#include "cuda/gpu_lanes.cuh"
 #include "cuda/mxfp4_gemm_sm80.cuh"
 
 namespace duqpp::cuda {
 
 // Loads and copies are volatile: they keep their order, and those of x cannot move above the wait
 // for the kernel before this one.
-struct GpuGemmWarp {
-  template <class T>
-  struct Lanes {
-    T value;
-    __device__ T& operator[](int) { return value; }
-    __device__ const T& operator[](int) const { return value; }
-  };
-
-  template <class Body>
-  static __device__ __forceinline__ void for_each_lane(Body&& body) {
-    body(static_cast<int>(threadIdx.x) % kWarpLanes);
-  }
-
+struct GpuGemmWarp : GpuLanes {
   // Copies to shared memory, where `valid`, that take their time: 128 bits, which no other warp
   // will ask for and which leave L1 to x, or 32. They end in groups, those of a lane in order. A
   // load from the same place that comes before a copy reads what was there: both pass through one

@@ -1,5 +1,6 @@
 // Configuration and launch of rotate_quantize.cuh.
 #include "cuda/device.h"
+#include "cuda/device_info.h"
 #include "cuda/gpu_warp.cuh"
 #include "cuda/rotate_quantize.cuh"
 #include "cuda/rotate_quantize.h"
@@ -40,21 +41,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas)
   rotate_quantize_warp<Traits, GpuWarp>(params, task, constants, reciprocal_rms);
 }
 
-// Whether the device's code of a kernel has the wait. Code for sm_80 has none, and a driver may
-// have compiled it for a newer device from PTX: launched to overlap, it would race.
-template <class Traits>
-bool has_wait() {
-  static const bool answer = [] {
-    cudaFuncAttributes attributes{};
-    DUQPP_CHECK_CUDA(kOp, cudaFuncGetAttributes(&attributes, rotate_quantize_kernel<Traits>));
-    return attributes.ptxVersion >= 90;
-  }();
-  return answer;
-}
-
 template <class Traits>
 void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
-  const Device device = current_device(kOp);
+  const DeviceInfo device = device_info(current_device(kOp));
   RotateQuantizeParams params{};
   params.problem = problem;
   params.plan = plan_rotate_quantize(problem, device.sm_count);
@@ -69,7 +58,7 @@ void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
   config.blockDim = dim3(params.plan.teams * kTeamWarps * kWarpLanes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = device.capability_major >= 9 && has_wait<Traits>() ? 1 : 0;
+  config.numAttrs = device.arch >= 90 && has_wait<rotate_quantize_kernel<Traits>>(kOp) ? 1 : 0;
   DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, rotate_quantize_kernel<Traits>, params));
 }
 

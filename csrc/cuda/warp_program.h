@@ -12,24 +12,3 @@
 #define DUQPP_UNROLL
 #define DUQPP_NO_UNROLL
 #endif
-
-namespace duqpp::cuda {
-
-// One rounding each: nvcc fuses a product and a sum that it can see.
-DUQPP_WARP_PROGRAM float multiply_rounded(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-DUQPP_WARP_PROGRAM float add_rounded(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
-}  // namespace duqpp::cuda

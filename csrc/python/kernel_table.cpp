@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <utility>
+#include <string>
 
 #include "cuda/mxfp4_gemm_sm80_plan.h"
 #include "cuda/rotate_quantize_plan.h"
@@ -14,6 +14,17 @@ namespace duqpp::python {
 
 namespace py = pybind11;
 using namespace py::literals;
+
+namespace {
+
+Prologue prologue_of(const std::string& op) {
+  if (op == "rotate_quantize") return Prologue::kNone;
+  if (op == "rmsnorm_rotate_quantize") return Prologue::kRmsNorm;
+  if (op == "silu_mul_rotate_quantize") return Prologue::kSiluMul;
+  throw py::value_error("'" + op + "' is no form of rotate_quantize");
+}
+
+}  // namespace
 
 void bind_kernel_table(py::module_& module) {
   py::class_<cuda::GemmPlan>(module, "GemmPlan",
@@ -30,6 +41,19 @@ void bind_kernel_table(py::module_& module) {
       .def_property_readonly(
           "kernel",
           [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_info(plan.kernel).name; })
+      .def_property_readonly(
+          "arch",
+          [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_info(plan.kernel).arch; })
+      .def_property_readonly("tile",
+                             [](const cuda::GemmPlan& plan) {
+                               const auto& info = cuda::gemm_kernel_info(plan.kernel);
+                               return py::make_tuple(info.tile_m, info.tile_n, info.tile_k);
+                             })
+      .def_property_readonly(
+          "sms", [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_info(plan.kernel).sms; })
+      .def_property_readonly(
+          "reason",
+          [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_reason(plan.kernel); })
       .def_readonly("splits", &cuda::GemmPlan::splits)
       .def_readonly("sm_count", &cuda::GemmPlan::sm_count)
       .def("__repr__", [](const cuda::GemmPlan& plan) {
@@ -41,19 +65,11 @@ void bind_kernel_table(py::module_& module) {
   module.def(
       "gemm_kernels",
       [] {
-        py::list kernels;
-        for (int i = 0; i < cuda::kGemmKernels; ++i) {
-          const auto kernel = static_cast<cuda::GemmKernel>(i);
-          const cuda::GemmKernelInfo& info = cuda::gemm_kernel_info(kernel);
-          kernels.append(py::dict("name"_a = info.name, "arch"_a = info.arch,
-                                  "tile"_a = py::make_tuple(info.tile_m, info.tile_n, info.tile_k),
-                                  "sms"_a = info.sms, "swapped"_a = info.swapped,
-                                  "reason"_a = cuda::gemm_kernel_reason(kernel)));
-        }
-        return kernels;
+        py::list names;
+        for (const cuda::GemmKernelInfo& info : cuda::kGemmKernelInfo) names.append(info.name);
+        return names;
       },
-      "The kernels of mxfp4_gemm: name, arch, tile (M, N, K), sms per tile, swapped, and the "
-      "reason for which one is chosen.");
+      "Names of the kernels of mxfp4_gemm, in the order of the enumeration.");
   module.def(
       "gemm_sm80_launch",
       [](const cuda::GemmPlan& plan, int64_t M, int64_t N, int64_t K, int arch) {
@@ -73,6 +89,8 @@ void bind_kernel_table(py::module_& module) {
   module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "sm_count"_a,
              "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
+  module.def("weight_scales_size", &cuda::weight_scales_size, "N"_a, "K"_a, py::kw_only(), "arch"_a,
+             "Bytes of the scales of a weight [N, K] prepared for compute capability arch / 10.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,
              "Bytes of device memory that a launch of the plan needs.");
   module.def("fragment_nibble_offset", &fragment_nibble_offset, "row"_a, "column"_a, "N"_a, "K"_a,
@@ -80,20 +98,22 @@ void bind_kernel_table(py::module_& module) {
   module.def("fragment_scale_offset", &fragment_scale_offset, "row"_a, "block"_a, "N"_a, "K"_a,
              "Where fragment order has the scale of (row, block), in bytes.");
   module.def(
-      "rotate_quantize_grid",
-      [](int64_t M, int64_t K, int prologue, int sm_count) {
+      "rotate_quantize_launch",
+      [](const std::string& op, int64_t M, int64_t K, int arch, int sm_count) {
         RotateQuantizeProblem problem{};
         problem.M = M;
         problem.K = K;
-        problem.prologue = static_cast<Prologue>(prologue);
+        problem.prologue = prologue_of(op);
         problem.scale_layout = ScaleLayout::kSwizzled;
         const cuda::RotateQuantizePlan plan = cuda::plan_rotate_quantize(problem, sm_count);
-        return std::pair(plan.column_chunks * plan.row_strips,
-                         plan.teams * cuda::kTeamWarps * kWarpLanes);
+        return py::dict("ctas"_a = plan.column_chunks * plan.row_strips,
+                        "threads"_a = plan.teams * cuda::kTeamWarps * kWarpLanes,
+                        // GpuWarp::encode: code for sm_100 and sm_120 has the instruction.
+                        "hardware_e2m1"_a = arch >= 100);
       },
-      "M"_a, "K"_a, py::kw_only(), "prologue"_a, "sm_count"_a,
-      "CTAs, and threads in each, of a launch of rotate_quantize on a GPU. Prologues: 0 none, "
-      "1 RMSNorm, 2 SiLU.");
+      "op"_a, "M"_a, "K"_a, py::kw_only(), "arch"_a, "sm_count"_a,
+      "How rotate_quantize, or a fused form of it, is launched on compute capability arch / 10: "
+      "ctas, threads of each, and whether codes are rounded by an instruction.");
 }
 
 }  // namespace duqpp::python

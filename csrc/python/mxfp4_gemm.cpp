@@ -19,7 +19,6 @@ MXFP4GemmProblem problem_of_shape(int64_t M, int64_t N, int64_t K) {
   problem.N = N;
   problem.K = K;
   problem.a_codes = problem.a_scales = problem.b_codes = problem.b_scales = anywhere;
-  problem.alpha = 1.0f;
   problem.out = anywhere;
   return problem;
 }
@@ -54,31 +53,6 @@ void bind_mxfp4_gemm(py::module_& module) {
       "mxfp4_gemm_shared_memory",
       [](const cuda::GemmPlan& plan) { return cuda::mxfp4_gemm_shared_memory(built(plan).kernel); },
       "plan"_a, "Bytes of shared memory that a CTA of the plan's kernel takes.");
-  module.def(
-      "check_mxfp4_gemm",
-      [](int64_t M, int64_t N, int64_t K, int64_t a_scales_size, int64_t b_scales_size,
-         uintptr_t a_codes, uintptr_t a_scales, uintptr_t b_codes, uintptr_t b_scales,
-         uintptr_t bias, uintptr_t out, int bias_dtype, int out_dtype, int arch) {
-        const MXFP4GemmProblem problem = {M,
-                                          N,
-                                          K,
-                                          reinterpret_cast<const uint8_t*>(a_codes),
-                                          reinterpret_cast<const uint8_t*>(a_scales),
-                                          reinterpret_cast<const uint8_t*>(b_codes),
-                                          reinterpret_cast<const uint8_t*>(b_scales),
-                                          reinterpret_cast<const void*>(bias),
-                                          static_cast<Dtype>(bias_dtype),
-                                          1.0f,
-                                          reinterpret_cast<void*>(out),
-                                          static_cast<Dtype>(out_dtype)};
-        return cuda::check_mxfp4_gemm(problem, a_scales_size, b_scales_size,
-                                      cuda::weight_layout(arch));
-      },
-      "M"_a, "N"_a, "K"_a, "a_scales_size"_a, "b_scales_size"_a, py::kw_only(), "a_codes"_a = 256,
-      "a_scales"_a = 256, "b_codes"_a = 256, "b_scales"_a = 256, "bias"_a = 0, "out"_a = 256,
-      "bias_dtype"_a = 0, "out_dtype"_a = 0, "arch"_a = 100,
-      "Why the arguments are refused, or ''. Sizes in bytes; pointers are addresses; a dtype is "
-      "0 for bfloat16, 1 for float16, 2 for float32; arch is 10 x compute capability.");
   module.def(
       "cuda_library",
       [] {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -24,8 +25,6 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr const char* kQuantize = "rotate_quantize";
 constexpr const char* kGemm = "mxfp4_gemm";
-
-void check_status(const std::string& message) { STD_TORCH_CHECK(message.empty(), message); }
 
 // A rotate_quantize that is ready to launch: checked, and its results allocated.
 struct Quantization {
@@ -92,7 +91,7 @@ struct Product {
   Tensor out, workspace;
 
   void launch(void* stream) const {
-    check_status(cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream));
+    cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream);
   }
 };
 
@@ -106,8 +105,10 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
   problem.out_dtype = float_dtype("out", out);
   problem.out = out.mutable_data_ptr();
   const cuda::DeviceInfo info = cuda::device_info(a_codes.get_device_index());
-  check_status(cuda::check_mxfp4_gemm(problem, a_scales.numel(), b_scales.numel(),
-                                      cuda::weight_layout(info.arch)));
+  const int64_t scales_size = cuda::weight_scales_size(problem.N, problem.K, info.arch);
+  STD_TORCH_CHECK(b_scales.numel() == scales_size, kGemm, ": the weight's scales must have ",
+                  scales_size, " bytes on compute capability ", info.arch / 10, ".", info.arch % 10,
+                  ", got ", b_scales.numel());
   const std::optional<cuda::GemmPlan> plan =
       cuda::select_gemm(problem.M, problem.N, problem.K, info.arch, info.sm_count);
   STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel), kGemm,
@@ -115,25 +116,45 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
                   info.arch % 10);
   const int64_t bytes = cuda::gemm_workspace_size(*plan, problem.M, problem.N);
   const Tensor workspace = torch::stable::new_empty(a_codes, {bytes}, ScalarType::Byte);
-  check_status(
-      cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream));
+  cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream);
   return {problem, *plan, out, workspace};
 }
 
-// What memory safety needs of an operand beyond check_mxfp4_gemm; its codes have `columns` bytes a
-// row.
-void check_operand(const std::string& name, const Tensor& codes, const Tensor& scales,
-                   int64_t columns) {
-  STD_TORCH_CHECK(codes.dim() == 2, name, ".codes must be [rows, K/2]");
-  check_bytes((name + ".codes").c_str(), codes, codes.size(0), columns);
-  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Byte, name, ".scales must be uint8");
-  check_contiguous((name + ".scales").c_str(), scales);
+// What memory safety needs of an operand; its row-major codes have K / 2 bytes a row. How many
+// scales it must have depends on their layout.
+void check_operand(const std::string& name, const Tensor& codes, const Tensor& scales, int64_t K) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // CUTLASS holds sizes as int
+  const std::string codes_name = name + ".codes", scales_name = name + ".scales";
+  STD_TORCH_CHECK(codes.dim() == 2, codes_name, " must be [rows, K/2]");
+  check_bytes(codes_name.c_str(), codes, codes.size(0), K / 2);
+  STD_TORCH_CHECK(codes.size(0) <= kMost, kGemm, ": ", name, " must have at most ", kMost,
+                  " rows, got ", codes.size(0));
+  STD_TORCH_CHECK(K > 0 && K <= kMost && K % kBlockSize == 0, kGemm,
+                  ": K must be a multiple of 32, at least 32 and at most ", kMost, ", got ", K);
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Byte, scales_name, " must be uint8");
+  check_contiguous(scales_name.c_str(), scales);
+  check_aligned(kGemm, codes_name.c_str(), codes.const_data_ptr());
+  check_aligned(kGemm, scales_name.c_str(), scales.const_data_ptr());
+}
+
+// And of a weight: kernels store rows of out in units of 16 bytes.
+void check_weight(const std::string& name, const Tensor& codes, const Tensor& scales, int64_t K) {
+  check_operand(name, codes, scales, K);
+  STD_TORCH_CHECK(codes.size(0) > 0 && codes.size(0) % 8 == 0, kGemm, ": ", name,
+                  " must have a multiple of 8 rows, at least 8, got ", codes.size(0),
+                  "; pad the weight with zero rows");
 }
 
 Tensor mxfp4_gemm_cuda(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
                        const Tensor& b_scales, std::optional<Tensor> bias, ScalarType out_dtype) {
-  check_operand("a", a_codes, a_scales, a_codes.size(-1));
-  check_operand("b", b_codes, b_scales, a_codes.size(-1));
+  const int64_t K = a_codes.size(-1) * 2;
+  check_operand("a", a_codes, a_scales, K);
+  check_weight("b", b_codes, b_scales, K);
+  const int64_t a_scales_size = swizzled_size(a_codes.size(0), K / kBlockSize);
+  STD_TORCH_CHECK(a_scales.numel() == a_scales_size, kGemm, ": a.scales must have ", a_scales_size,
+                  " bytes (swizzled, padding included), got ", a_scales.numel());
+  STD_TORCH_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, kGemm,
+                  ": out_dtype must be bfloat16 or float16 on CUDA");
   check_same_device(kGemm, "a.codes", a_codes, a_codes);
   check_same_device(kGemm, "a.scales", a_scales, a_codes);
   check_same_device(kGemm, "b.codes", b_codes, a_codes);
@@ -155,7 +176,7 @@ Tensor mxfp4_linear_cuda(const Tensor& x, std::optional<Tensor> rotation, int64_
                          const Tensor& weight_codes, const Tensor& weight_scales,
                          std::optional<Tensor> bias) {
   const RotateQuantizeProblem problem = quantize_problem(x, rotation, rule);
-  check_operand("weight", weight_codes, weight_scales, problem.K / 2);
+  check_weight("weight", weight_codes, weight_scales, problem.K);
   check_same_device(kGemm, "weight.codes", weight_codes, x);
   check_same_device(kGemm, "weight.scales", weight_scales, x);
   if (bias.has_value()) check_same_device(kGemm, "bias", *bias, x);

@@ -71,7 +71,6 @@ inline MXFP4GemmProblem gemm_problem(const Tensor& a_codes, const Tensor& b_code
   problem.M = a_codes.size(0);
   problem.N = b_codes.size(0);
   problem.K = a_codes.size(1) * 2;
-  problem.alpha = 1.0f;
   problem.a_codes = static_cast<const uint8_t*>(a_codes.const_data_ptr());
   problem.b_codes = static_cast<const uint8_t*>(b_codes.const_data_ptr());
   if (bias.has_value()) {

@@ -157,19 +157,3 @@ def select_shapes(op: str, device: torch.device, backend: str = "auto") -> Backe
 def available(op: str, device: torch.device) -> list[str]:
     """Names of the backends that can run an op on a device, best first."""
     return [b.name for b in BACKENDS if b.unavailable_reason(op, device) is None]
-
-
-def capability_table() -> list[dict[str, str]]:
-    """One row per backend: its name, and for each op and device present "yes" or why not."""
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    rows = []
-    for backend in BACKENDS:
-        row = {"backend": backend.name}
-        for op in OPS:
-            for device in devices:
-                reason = backend.unavailable_reason(op, device)
-                row[f"{op} on {device}"] = "yes" if reason is None else f"no: {reason}"
-        rows.append(row)
-    return rows

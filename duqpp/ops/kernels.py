@@ -9,12 +9,12 @@ from duqpp.ops import dispatch, large_gemm, reference
 from duqpp.ops.crossover import Crossover, crossover
 from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
 
-# Each with the op whose backend it runs on, and its prologue's number in the compiled library.
+# Each with the op whose backend it runs on.
 _OPS = {
-    "rotate_quantize": ("rotate_quantize", 0),
-    "rmsnorm_rotate_quantize": ("rotate_quantize", 1),
-    "silu_mul_rotate_quantize": ("rotate_quantize", 2),
-    "mxfp4_gemm": ("mxfp4_gemm", None),
+    "rotate_quantize": "rotate_quantize",
+    "rmsnorm_rotate_quantize": "rotate_quantize",
+    "silu_mul_rotate_quantize": "rotate_quantize",
+    "mxfp4_gemm": "mxfp4_gemm",
 }
 OPS = tuple(_OPS)
 
@@ -28,6 +28,12 @@ class Machine:
 
     capability: tuple[int, int] | None = None
     sm_count: int = 0
+
+    @property
+    def arch(self) -> int:
+        """Of a GPU, its capability as the compiled library counts it: 103 for 10.3."""
+        major, minor = self.capability
+        return 10 * major + minor
 
     @property
     def name(self) -> str:
@@ -55,11 +61,11 @@ def machines_here() -> list[Machine]:
 
 def unavailable(backend: dispatch.Backend, op: str, machine: Machine) -> str | None:
     """Why a backend cannot run an op there; None when it can."""
-    op = _OPS[op][0]
+    op = _OPS[op]
     if machine.capability is None:
         return backend.unavailable_reason(op, torch.device("cpu"))
     if isinstance(backend, CudaBackend) and compiled_library() is not None:
-        return backend.unavailable_on(op, machine.capability)
+        return backend.unavailable_on(machine.capability)
     return backend.unavailable_reason(op, torch.device("cuda"))
 
 
@@ -68,9 +74,7 @@ def select(op: str, machine: Machine, backend: str = "auto") -> dispatch.Backend
 
     Raises: BackendUnavailableError.
     """
-    return dispatch.choose(
-        _OPS[op][0], machine.name, lambda b, o: unavailable(b, o, machine), backend
-    )
+    return dispatch.choose(_OPS[op], machine.name, lambda b, o: unavailable(b, o, machine), backend)
 
 
 def why_not(backend: dispatch.Backend, op: str, machine: Machine) -> str:
@@ -119,9 +123,11 @@ def _cpu_kernel(op: str, m: int) -> Kernel:
 
 
 def _cuda_rotate_quantize(op: str, m: int, k: int, machine: Machine, code: str) -> Kernel:
-    grid = compiled_library().rotate_quantize_grid
-    ctas, threads = grid(m, k, prologue=_OPS[op][1], sm_count=machine.sm_count)
-    conversion = "hardware E2M1" if code[:-1] in ("100", "120") else "E2M1 by integer arithmetic"
+    launch = compiled_library().rotate_quantize_launch(
+        op, m, k, arch=machine.arch, sm_count=machine.sm_count
+    )
+    conversion = "hardware E2M1" if launch["hardware_e2m1"] else "E2M1 by integer arithmetic"
+    ctas, threads = launch["ctas"], launch["threads"]
     return Kernel(f"sm_{code} code, {_count(ctas, 'CTA')} of {threads} threads", conversion)
 
 
@@ -129,26 +135,23 @@ def _cuda_gemm(m: int, n: int, k: int, machine: Machine) -> Kernel:
     if n % 8:
         return Kernel(None, f"N must be a multiple of 8, got {n}; pad the weight with zero rows")
     library = compiled_library()
-    major, minor = machine.capability
     known = crossover(machine.capability)
     if known is not None and m >= known.at(n, k):
         return _large_gemm(m, n, k, machine, known)
-    arch = 10 * major + minor
-    plan = library.select_gemm(m, n, k, arch=arch, sm_count=machine.sm_count)
-    row = next(row for row in library.gemm_kernels() if row["name"] == plan.kernel)
-    if row["arch"] == 80:
-        launch = library.gemm_sm80_launch(plan, m, n, k, arch=arch)
+    plan = library.select_gemm(m, n, k, arch=machine.arch, sm_count=machine.sm_count)
+    if plan.arch == 80:
+        launch = library.gemm_sm80_launch(plan, m, n, k, arch=machine.arch)
         warps, rounds, segments = (launch[key] for key in ("warps", "rounds", "segments"))
         return Kernel(
             f"{plan.kernel} of N x M, {_count(launch['ctas'], 'CTA')} of {_count(warps, 'warp')}, "
             f"K in {_count(segments, 'segment')}, {_count(rounds, 'round')}",
-            row["reason"] + (f"; from {known.at(n, k)} on, torch multiplies" if known else ""),
+            plan.reason + (f"; from {known.at(n, k)} on, torch multiplies" if known else ""),
         )
-    name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, row['tile']))}"
+    name = f"{plan.kernel}, GEMM tile {'x'.join(map(str, plan.tile))}"
     if plan.splits > 1:
         workspace = library.gemm_workspace_size(plan, m, n)
         name += f", K in {plan.splits} parts, {workspace} bytes of workspace"
-    return Kernel(name, row["reason"])
+    return Kernel(name, plan.reason)
 
 
 def _large_gemm(m: int, n: int, k: int, machine: Machine, known: Crossover) -> Kernel:

@@ -163,11 +163,10 @@ class CudaBackend(_NativeBackend):
     Args:
         name: of the backend.
         code: by compute capability, the architectures of a build whose code runs there.
-        gemm: whether there is a GEMM for these devices.
     """
 
-    def __init__(self, name: str, code: dict[tuple[int, int], tuple[str, ...]], *, gemm: bool):
-        self.name, self._code, self._gemm = name, code, gemm
+    def __init__(self, name: str, code: dict[tuple[int, int], tuple[str, ...]]):
+        self.name, self._code = name, code
         self._float32 = _ReferenceInLayoutOf(self)
 
     def unavailable_reason(self, op: str, device: torch.device) -> str | None:
@@ -177,9 +176,9 @@ class CudaBackend(_NativeBackend):
             return f"needs a tensor on a CUDA device, not on {device.type}"
         if _C is None:
             return _ABSENT
-        return self.unavailable_on(op, torch.cuda.get_device_capability(device))
+        return self.unavailable_on(torch.cuda.get_device_capability(device))
 
-    def unavailable_on(self, op: str, capability: tuple[int, int]) -> str | None:
+    def unavailable_on(self, capability: tuple[int, int]) -> str | None:
         """`unavailable_reason` for any GPU of a compute capability, where there is a library."""
         if not any(map(self.code_for, self._code)):
             first = next(iter(self._code.values()))[0]
@@ -190,8 +189,6 @@ class CudaBackend(_NativeBackend):
             return f"needs compute capability {wanted}, the device has {major}.{minor}"
         if self.code_for(capability) is None:
             return f"this build has no kernels for compute capability {major}.{minor}"
-        if op == "mxfp4_gemm" and not self._gemm:
-            return "has no GEMM of its own yet"
         return None
 
     def code_for(self, capability: tuple[int, int]) -> str | None:
@@ -288,13 +285,9 @@ def _large_rows(n: int, k: int, device: torch.device) -> float:
 # Code for a family (f) runs on every capability of it, code for sm_80 on every 8.x, other code on
 # its own capability only.
 CUDA_BACKENDS = (
-    CudaBackend("cuda-sm100", {(10, 0): ("100f", "100a"), (10, 3): ("100f",)}, gemm=True),
-    CudaBackend("cuda-sm120", {(12, 0): ("120f", "120a"), (12, 1): ("120f",)}, gemm=True),
-    Sm80Backend(
-        "cuda-sm80",
-        {**{(8, minor): ("80",) for minor in (0, 6, 7, 9)}, (9, 0): ("90a",)},
-        gemm=True,
-    ),
+    CudaBackend("cuda-sm100", {(10, 0): ("100f", "100a"), (10, 3): ("100f",)}),
+    CudaBackend("cuda-sm120", {(12, 0): ("120f", "120a"), (12, 1): ("120f",)}),
+    Sm80Backend("cuda-sm80", {**{(8, minor): ("80",) for minor in (0, 6, 7, 9)}, (9, 0): ("90a",)}),
 )
 
 

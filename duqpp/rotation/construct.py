@@ -4,7 +4,6 @@ Source: DuQuant++ (arXiv 2604.17789); the greedy step is DuQuant's (arXiv 2406.0
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from duqpp.threads import single_thread
 MAX_ROWS = 2048  # rows of 32 that one search keeps, see `_rows_that_may_peak`
 _ROWS_AT_A_TIME = 2**16  # of x R when all rows are measured: 8 MB in float32
 
-StepOrder = Literal["spread-first", "mix-first"]
-
 
 @dataclass(frozen=True)
 class GreedyResult:
@@ -30,13 +27,7 @@ class GreedyResult:
     steps: Tensor
 
 
-def greedy_rotation(
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    max_steps: int = 256,
-    order: StepOrder = "spread-first",
-) -> GreedyResult:
+def greedy_rotation(x: Tensor, generator: torch.Generator, *, max_steps: int = 256) -> GreedyResult:
     """Compose rotations that each spread the channel of the largest magnitude.
 
     Step k: d is the channel that holds the largest |X R_1 .. R_k-1|, and R_k = E_d M E_d, where E_d
@@ -46,15 +37,12 @@ def greedy_rotation(
     Args:
         x: float32 [G, n, 32], n samples of G blocks that each get a rotation of their own.
         max_steps: longest prefix tried.
-        order: "spread-first" is the paper's M = R~ Q, in which Q mixes what R~ has spread;
-            "mix-first" is M = Q R~, which keeps the outlier exactly even over its 32 outputs.
     Returns: GreedyResult.
     """
     mix = torch.zeros(max_steps, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.float64)
     mix[:, 0, 0] = 1.0
     mix[:, 1:, 1:] = random_orthogonal(BLOCK_SIZE - 1, generator, count=max_steps)
-    spread = hadamard(BLOCK_SIZE)
-    steps = spread @ mix if order == "spread-first" else mix @ spread  # [max_steps, 32, 32]
+    steps = hadamard(BLOCK_SIZE) @ mix  # [max_steps, 32, 32]
 
     with single_thread():
         found = _search(_rows_that_may_peak(x), steps)

@@ -11,20 +11,9 @@
 #include <vector>
 
 #include "cuda/mxfp4_gemm_sm80.cuh"
+#include "host_lanes.h"
 
-struct HostGemmWarp {
-  template <class T>
-  struct Lanes {
-    T value[duqpp::kWarpLanes];
-    T& operator[](int lane) { return value[lane]; }
-    const T& operator[](int lane) const { return value[lane]; }
-  };
-
-  template <class Body>
-  static void for_each_lane(Body&& body) {
-    for (int lane = 0; lane < duqpp::kWarpLanes; ++lane) body(lane);
-  }
-
+struct HostGemmWarp : HostLanes {
   static inline int misaligned_loads = 0;
 
   // A warp's copies, in groups; the newest takes more until it is committed.

@@ -8,6 +8,7 @@
 
 #include "cuda/rotate_quantize.cuh"
 #include "format/e2m1.h"
+#include "host_lanes.h"
 
 inline float from_bfloat16(uint16_t bits) { return duqpp::float_from_bits(uint32_t{bits} << 16); }
 
@@ -52,19 +53,7 @@ inline int c_row(int lane, int i) { return (lane >> 2) + (i >= 2 ? 8 : 0); }
 inline int c_column(int lane, int i) { return (lane % 4) * 2 + (i & 1); }
 }  // namespace ptx
 
-struct HostWarp {
-  template <class T>
-  struct Lanes {
-    T value[duqpp::kWarpLanes];
-    T& operator[](int lane) { return value[lane]; }
-    const T& operator[](int lane) const { return value[lane]; }
-  };
-
-  template <class Body>
-  static void for_each_lane(Body&& body) {
-    for (int lane = 0; lane < duqpp::kWarpLanes; ++lane) body(lane);
-  }
-
+struct HostWarp : HostLanes {
   static inline int misaligned_loads = 0;
 
   static void load(duqpp::Words& words, const void* address, bool valid) {

@@ -59,7 +59,6 @@ Matrix tiled(const Matrix& b) {
 
 struct Options {
   Dtype out_dtype = Dtype::kFloat32;
-  float alpha = 1;
   const void* bias = nullptr;
   Dtype bias_dtype = Dtype::kFloat32;
   ParallelFor parallel_for = cpu::run_serially;
@@ -80,7 +79,6 @@ std::vector<uint8_t> run(Isa isa, const Matrix& a, const Matrix& tiled_b, const 
   problem.b_scales = tiled_b.scales.data();
   problem.bias = options.bias;
   problem.bias_dtype = options.bias_dtype;
-  problem.alpha = options.alpha;
   problem.out = out.data();
   problem.out_dtype = options.out_dtype;
   cpu::mxfp4_gemm(problem, isa, options.parallel_for);
@@ -240,9 +238,9 @@ void test_nan_stays_in_its_row_and_column() {
   }
 }
 
-// alpha, bias and the output's type: three roundings, in this order. Scales up to where float16
+// The bias and the output's type: two roundings, in this order. Scales up to where float16
 // overflows and down to where it is subnormal.
-void test_alpha_bias_and_output_types() {
+void test_bias_and_output_types() {
   const int64_t M = 7, N = 43, K = 96;
   std::mt19937 generator(41);
   for (const ScaleRange range : {ScaleRange{112, 114}, kNear, ScaleRange{130, 134}, kAll}) {
@@ -263,44 +261,39 @@ void test_alpha_bias_and_output_types() {
       bias_float16[n] = (bias_floats[n] < 0 ? 0x8000 : 0) | (exponent + 15) << 10 |
                         static_cast<int>(mantissa * 1024);
     }
-    for (const float alpha : {1.0f, 0.7f, -3e-3f}) {
-      for (int bias = 0; bias < 4; ++bias) {
-        for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
-          Options options;
-          options.out_dtype = dtype;
-          options.alpha = alpha;
-          const void* const biases[] = {nullptr, bias_floats.data(), bias_halves.data(),
-                                        bias_float16.data()};
-          const Dtype types[] = {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16,
-                                 Dtype::kFloat16};
-          options.bias = biases[bias];
-          options.bias_dtype = types[bias];
-          for (const Isa isa : cpu::supported_isas()) {
-            const std::vector<uint8_t> out = run(isa, a, tiled_b, options);
-            for (int64_t i = 0; i < M * N; ++i) {
-              float value = dot_in_order(a, b, i / N, i % N) * alpha;
-              if (bias) value += bias_floats[i % N];
-              const uint32_t bits = element_bits(out, i, dtype);
-              bool same;
-              if (dtype == Dtype::kFloat32) {
-                same = same_float(bits, value);
-              } else if (dtype == Dtype::kBFloat16) {
-                same = same_float(bits << 16, static_cast<float>(round_to_bfloat16(value)));
-              } else {
-                const double rounded = round_to_float16(value);
-                const int exponent = (bits >> 10) & 31;
-                const double magnitude = exponent == 31 ? ((bits & 0x3FF) ? NAN : INFINITY)
-                                         : exponent
-                                             ? std::ldexp(1024 + (bits & 0x3FF), exponent - 25)
-                                             : std::ldexp(bits & 0x3FF, -24);
-                same = std::isnan(rounded) ? bits == 0x7E00
-                                           : magnitude == std::abs(rounded) &&
-                                                 (bits >> 15) == std::signbit(rounded);
-              }
-              CHECK(same, "%s, alpha %g, bias %d, out type %d, [%ld, %ld]: bits %x, expected %g",
-                    cpu::isa_name(isa), alpha, bias, static_cast<int>(dtype), long(i / N),
-                    long(i % N), bits, value);
+    for (int bias = 0; bias < 4; ++bias) {
+      for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
+        Options options;
+        options.out_dtype = dtype;
+        const void* const biases[] = {nullptr, bias_floats.data(), bias_halves.data(),
+                                      bias_float16.data()};
+        const Dtype types[] = {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
+        options.bias = biases[bias];
+        options.bias_dtype = types[bias];
+        for (const Isa isa : cpu::supported_isas()) {
+          const std::vector<uint8_t> out = run(isa, a, tiled_b, options);
+          for (int64_t i = 0; i < M * N; ++i) {
+            float value = dot_in_order(a, b, i / N, i % N);
+            if (bias) value += bias_floats[i % N];
+            const uint32_t bits = element_bits(out, i, dtype);
+            bool same;
+            if (dtype == Dtype::kFloat32) {
+              same = same_float(bits, value);
+            } else if (dtype == Dtype::kBFloat16) {
+              same = same_float(bits << 16, static_cast<float>(round_to_bfloat16(value)));
+            } else {
+              const double rounded = round_to_float16(value);
+              const int exponent = (bits >> 10) & 31;
+              const double magnitude = exponent == 31 ? ((bits & 0x3FF) ? NAN : INFINITY)
+                                       : exponent ? std::ldexp(1024 + (bits & 0x3FF), exponent - 25)
+                                                  : std::ldexp(bits & 0x3FF, -24);
+              same = std::isnan(rounded)
+                         ? bits == 0x7E00
+                         : magnitude == std::abs(rounded) && (bits >> 15) == std::signbit(rounded);
             }
+            CHECK(same, "%s, bias %d, out type %d, [%ld, %ld]: bits %x, expected %g",
+                  cpu::isa_name(isa), bias, static_cast<int>(dtype), long(i / N), long(i % N), bits,
+                  value);
           }
         }
       }
@@ -378,7 +371,7 @@ int run_all() {
   test_scales_of_any_spread();
   test_exact_sums_equal_float64();
   test_nan_stays_in_its_row_and_column();
-  test_alpha_bias_and_output_types();
+  test_bias_and_output_types();
   test_bytes_are_invariant();
   return finish("test_cpu_gemm");
 }

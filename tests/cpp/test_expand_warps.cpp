@@ -11,6 +11,7 @@
 #include "cpu/expand.h"
 #include "cuda/expand.cuh"
 #include "format/scale_layout.h"
+#include "host_lanes.h"
 
 namespace {
 
@@ -19,18 +20,7 @@ using namespace duqpp::cuda;
 
 std::mt19937 random_bits(1);
 
-// 32 lanes of a warp.
-struct HostLanes {
-  template <class T>
-  struct Lanes {
-    T value[32];
-    T& operator[](int lane) { return value[lane]; }
-    const T& operator[](int lane) const { return value[lane]; }
-  };
-  template <class Body>
-  static void for_each_lane(Body&& body) {
-    for (int lane = 0; lane < 32; ++lane) body(lane);
-  }
+struct HostExpandWarp : HostLanes {
   static void exchange_with_neighbour(Lanes<uint32_t>& word) {
     const Lanes<uint32_t> before = word;
     for (int lane = 0; lane < 32; ++lane) word[lane] = before[lane ^ 1];
@@ -80,7 +70,7 @@ void run_weight(const ExpandProblem& problem) {
       problem.row_scales[tile.values_row + row] = row_scale(exponents[row]);
     }
     for (uint32_t warp = 0; warp < kExpandWarps; ++warp) {
-      expand_weight_warp<Block, HostLanes>(problem, tile, warp, exponents);
+      expand_weight_warp<Block, HostExpandWarp>(problem, tile, warp, exponents);
     }
   }
 }

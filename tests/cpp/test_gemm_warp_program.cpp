@@ -40,7 +40,6 @@ struct Case {
   Scales scales;
   Dtype out_dtype, bias_dtype;
   bool bias;
-  float alpha;
 };
 
 uint8_t random_scale(Scales scales) {
@@ -188,7 +187,6 @@ void check_case(const Case& c, const Kernel& kernel, int most_warps = 16) {
   problem.a_codes = a.codes.data();
   problem.bias = c.bias ? bias.data() : nullptr;
   problem.bias_dtype = c.bias_dtype;
-  problem.alpha = c.alpha;
   problem.out_dtype = c.out_dtype;
 
   Operand tiled = b;
@@ -269,7 +267,6 @@ void check_batch_invariance() {
                              b.scales.data(),
                              nullptr,
                              Dtype::kFloat32,
-                             1.0f,
                              out.data(),
                              Dtype::kBFloat16};
     kernel.run(problem, 16);
@@ -292,9 +289,7 @@ int main() {
   int count = 0;  // each kernel in turn: those after one another differ in what follows, too
   const auto next = [&](int64_t M, int64_t N, int64_t K, Scales scales) {
     const int i = count++;
-    check_case({M, N, K, scales, kDtypes[i / 3 % 2], kDtypes[i % 3], i % 4 != 0,
-                i % 5 == 0 ? 0.37f : 1.0f},
-               kKernels[i % 7]);
+    check_case({M, N, K, scales, kDtypes[i / 3 % 2], kDtypes[i % 3], i % 4 != 0}, kKernels[i % 7]);
   };
   for (const Scales scales : {Scales::kNear, Scales::kAny, Scales::kExtreme, Scales::kNan}) {
     for (const int64_t M : {1, 3, 9, 17, 33, 65}) {
@@ -303,16 +298,16 @@ int main() {
   }
   for (const Kernel& kernel : kKernels) {  // every kernel: whole tiles, and each kind of rest
     for (const int64_t N : {8, 64, 72}) {
-      check_case({7, N, 576, Scales::kAny, kDtypes[N % 2], Dtype::kFloat32, true, 1.0f}, kernel);
+      check_case({7, N, 576, Scales::kAny, kDtypes[N % 2], Dtype::kFloat32, true}, kernel);
     }
     // Several rounds: 18 segments, and 17 and a block.
     const int64_t K = kernel.name[5] == '1' ? 8736 : 9216;
-    check_case({5, 40, K, Scales::kNear, Dtype::kFloat16, Dtype::kFloat32, false, 1.0f}, kernel);
+    check_case({5, 40, K, Scales::kNear, Dtype::kFloat16, Dtype::kFloat32, false}, kernel);
     // A warp's segments in turn, plain ones and others: eight, and then one of 1, 3 or 8 pairs.
     for (const int64_t K : {4160, 4288, 4608}) {
       for (const Scales scales : {Scales::kNear, Scales::kHuge}) {
         for (const int most_warps : {1, 3}) {
-          check_case({5, 64, K, scales, kDtypes[K % 3 % 2], Dtype::kFloat32, false, 1.0f}, kernel,
+          check_case({5, 64, K, scales, kDtypes[K % 3 % 2], Dtype::kFloat32, false}, kernel,
                      most_warps);
         }
       }

@@ -2,6 +2,7 @@
 
 import pytest
 
+from duqpp.format.scale_layout import swizzled_size
 from tests.cuda.library import extension
 
 B200_SMS = 148
@@ -70,6 +71,15 @@ def test_workspace_of_stream_k_is_a_float32_tile_and_a_barrier_for_each_tile():
         assert workspace(plan, 1, 8) == 128 * 64 * 4 + 128  # barriers in L2 lines
     for name in LONG.values():
         assert workspace(module.GemmPlan(name, sm_count=B200_SMS), 8192, 28672) == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (136, 96), (4096, 4128)])
+def test_scales_of_a_weight_are_swizzled_or_in_fragment_order(n, k):
+    size = extension().weight_scales_size
+    for arch in (80, 86, 89, 90):
+        assert size(n, k, arch=arch) == n * k // 32
+    for arch in (100, 103, 120, 121):
+        assert size(n, k, arch=arch) == swizzled_size(n, k // 32) > n * k // 32
 
 
 def test_a_chosen_workspace_stays_small():

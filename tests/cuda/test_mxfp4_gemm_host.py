@@ -1,10 +1,9 @@
-"""What the CUDA kernels of mxfp4_gemm accept, asked on the host: no GPU is needed."""
+"""What the CUDA kernels of mxfp4_gemm can compute, asked on the host: no GPU is needed."""
 
 import itertools
 
 import pytest
 
-from duqpp.format.scale_layout import swizzled_size
 from tests.cuda.library import cuda_extension
 
 M_GRID = (
@@ -72,7 +71,7 @@ def built_plan(kernel: str):
 
 
 def test_every_kernel_of_the_table_is_tested():
-    assert tuple(kernel["name"] for kernel in cuda_extension().gemm_kernels()) == KERNELS
+    assert tuple(cuda_extension().gemm_kernels()) == KERNELS
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -127,55 +126,3 @@ def test_shared_memory_fits_the_architecture(kernel):
     # Of a CTA for sm_80 to sm_90 with all of its warps: it has fewer where they do not fit.
     most = 99 * 1024 if kernel.startswith("sm120") else 227 * 1024
     assert 0 < module.mxfp4_gemm_shared_memory(plan) <= most
-
-
-def check(M: int, N: int, K: int, **changes: int) -> str:
-    """check_mxfp4_gemm with arguments that fit, but for `changes`."""
-    sizes = {
-        "a_scales_size": swizzled_size(max(M, 0), K // 32),
-        "b_scales_size": swizzled_size(max(N, 0), K // 32),
-    }
-    return cuda_extension().check_mxfp4_gemm(M, N, K, **(sizes | changes))
-
-
-def test_every_legal_shape_passes_the_checks():
-    for shape in (*SHAPES, (0, 8, 32)):
-        for changes in (
-            {},
-            {"bias": 254, "out_dtype": 1, "bias_dtype": 1},
-            {"bias": 252, "bias_dtype": 2},
-        ):
-            assert check(*shape, **changes) == "", (shape, changes)
-
-
-ROWS_OF_B = "b must have a multiple of 8 rows, at least 8 and at most 2147483647"
-ALIGNED = "must start at a multiple of 16 bytes, got an address"
-HOLD = "bytes (swizzled, padding included)"
-
-
-@pytest.mark.parametrize(
-    ("shape", "changes", "message"),
-    [
-        ((-1, 8, 32), {}, "a must have at least 0 rows and at most 2147483647, got -1"),
-        ((2**31, 8, 32), {}, "a must have at least 0 rows and at most 2147483647, got 2147483648"),
-        ((1, 4100, 32), {}, f"{ROWS_OF_B}, got 4100; pad the weight with zero rows"),
-        ((1, 0, 32), {}, ROWS_OF_B),
-        ((1, 2**31, 32), {}, ROWS_OF_B),
-        ((1, 8, 48), {}, "K must be a multiple of 32, at least 32 and at most 2147483647, got 48"),
-        ((1, 8, 0), {}, "K must be a multiple of 32"),
-        ((1, 8, 2**31), {}, "K must be a multiple of 32"),
-        ((1, 8, 32), {"out_dtype": 2}, "out_dtype must be bfloat16 or float16 on this device"),
-        ((1, 8, 32), {"a_codes": 264}, f"a.codes {ALIGNED} 8 bytes past one"),
-        ((1, 8, 32), {"a_scales": 257}, f"a.scales {ALIGNED} 1 bytes past one"),
-        ((1, 8, 32), {"b_codes": 260}, f"b.codes {ALIGNED} 4 bytes past one"),
-        ((1, 8, 32), {"b_scales": 258}, f"b.scales {ALIGNED} 2 bytes past one"),
-        ((1, 8, 32), {"out": 264}, f"out {ALIGNED} 8 bytes past one"),
-        ((1, 8, 32), {"bias": 1}, "bias must start at a multiple of 2 bytes"),
-        ((1, 8, 32), {"bias": 2, "bias_dtype": 2}, "bias must start at a multiple of 4 bytes"),
-        ((129, 8, 160), {"a_scales_size": 2047}, f"a.scales must hold 2048 {HOLD}, got 2047"),
-        ((1, 8, 32), {"b_scales_size": 8}, f"b.scales must hold 512 {HOLD}, got 8"),
-        ((1, 8, 32), {"arch": 90}, "b.scales must hold 8 bytes (fragment order), got 512"),
-    ],
-)
-def test_each_refusal_names_its_argument(shape, changes, message):
-    assert check(*shape, **changes).startswith(f"mxfp4_gemm: {message}")

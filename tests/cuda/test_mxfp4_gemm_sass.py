@@ -5,6 +5,7 @@ No GPU is needed: the code is read from the library.
 
 import functools
 import re
+from typing import Any
 
 import pytest
 
@@ -27,23 +28,23 @@ every_sm100_kernel = pytest.mark.parametrize("name", SM100)
 
 
 @functools.cache
-def compiled(name: str) -> tuple[Kernel, dict]:
-    """The one kernel in the library for a row of the kernel table, and the row."""
+def compiled(name: str) -> tuple[Kernel, Any]:
+    """The one kernel in the library for a row of the kernel table, and a plan for it."""
     module = cuda_extension()
-    if not module.has_mxfp4_gemm_kernel(module.GemmPlan(name, sm_count=1)):
+    plan = module.GemmPlan(name, sm_count=1)
+    if not module.has_mxfp4_gemm_kernel(plan):
         pytest.skip(f"the build leaves out {name}")
-    rows = module.gemm_kernels()
-    index = next(i for i, row in enumerate(rows) if row["name"] == name)
+    index = module.gemm_kernels().index(name)
     tag = re.compile(rf"CutlassGemm<duqpp::cuda::\w+<\(duqpp::cuda::GemmKernel\){index}\W")
     found = [kernel for full_name, kernel in compiled_kernels().items() if tag.search(full_name)]
     assert len(found) == 1, f"{name}: {len(found)} kernels in the library"
-    return found[0], rows[index]
+    return found[0], plan
 
 
 @every_kernel
 def test_built_once_for_the_family_of_architectures(name):
-    kernel, row = compiled(name)
-    assert kernel.arch == f"sm_{row['arch']}f"
+    kernel, plan = compiled(name)
+    assert kernel.arch == f"sm_{plan.arch}f"
 
 
 @every_kernel
@@ -56,8 +57,8 @@ def test_no_register_is_spilled(name):
 
 @every_sm100_kernel
 def test_sm100_multiplies_on_the_fp4_tensor_core(name):
-    kernel, row = compiled(name)
-    pair = row["sms"] == 2
+    kernel, plan = compiled(name)
+    pair = plan.sms == 2
     assert kernel.count("UTCOMMA") >= 4  # block-scaled FP4, four steps of 64 along K
     assert kernel.count("UTCOMMA", "2CTA") == (kernel.count("UTCOMMA") if pair else 0)
     assert kernel.count("UTCCP") >= 4  # scales to tensor memory

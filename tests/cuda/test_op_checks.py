@@ -1,13 +1,13 @@
 """What the CUDA ops refuse before they touch a device; no GPU is needed.
 
 Their code is called on tensors of the CPU: where a check is missing, the call goes on to that of
-the device, whose message is another. What mxfp4_gemm checks besides is in
-test_mxfp4_gemm_host.py.
+the device, whose message is another.
 """
 
 import pytest
 import torch
 
+from duqpp.format.scale_layout import swizzled_size
 from tests.cuda.library import cuda_extension
 
 X = torch.zeros(2, 64, dtype=torch.bfloat16)
@@ -74,6 +74,8 @@ BAD_OPERANDS = (
     (CODES[0], SCALES, r"codes must be \[rows, K/2\]"),
     (CODES, SCALES.float(), "scales must be uint8"),
     (CODES, SCALES[::2], "scales must be contiguous"),
+    (misaligned(CODES), SCALES, f"codes {ALIGNED}"),
+    (CODES, misaligned(SCALES), f"scales {ALIGNED}"),
 )
 
 
@@ -95,6 +97,54 @@ def test_operands_have_one_k():
         call_on_cuda("mxfp4_gemm", CODES, SCALES, half, SCALES, None, torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"weight\.codes must be \[8, 32\]"):
         call_on_cuda("mxfp4_linear", X, None, 0, half, SCALES, None)
+
+
+ROWS_OF_8 = r"must have a multiple of 8 rows, at least 8, got {}; pad the weight with zero rows"
+
+
+@pytest.mark.parametrize("rows", [0, 4, 12])
+def test_a_weight_has_rows_of_out_that_can_be_stored(rows):
+    codes = torch.zeros(rows, 32, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="mxfp4_gemm: b " + ROWS_OF_8.format(rows)):
+        call_on_cuda("mxfp4_gemm", CODES, SCALES, codes, SCALES, None, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="mxfp4_gemm: weight " + ROWS_OF_8.format(rows)):
+        call_on_cuda("mxfp4_linear", X, None, 0, codes, SCALES, None)
+
+
+@pytest.mark.parametrize("columns", [0, 24, 1 << 30])
+def test_k_is_a_multiple_of_32_that_fits_32_bits(columns):
+    codes = torch.empty(1, columns, dtype=torch.uint8)  # address space only: never written
+    message = f"K must be a multiple of 32, at least 32 and at most 2147483647, got {2 * columns}"
+    with pytest.raises(RuntimeError, match=f"mxfp4_gemm: {message}"):
+        call_on_cuda("mxfp4_gemm", codes, SCALES, codes, SCALES, None, torch.bfloat16)
+
+
+def test_rows_fit_32_bits():
+    codes = torch.empty(1 << 31, 0, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="mxfp4_gemm: a must have at most 2147483647 rows"):
+        call_on_cuda("mxfp4_gemm", codes, SCALES, CODES, SCALES, None, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(8, 256), (129, 1023), (129, 2048)])
+def test_scales_of_x_are_swizzled_with_their_padding(rows, size):
+    codes = torch.zeros(rows, 32, dtype=torch.uint8)
+    scales = torch.zeros(size, dtype=torch.uint8)
+    expected = 512 if rows == 8 else 1024
+    with pytest.raises(RuntimeError, match=f"a.scales must have {expected} bytes .* got {size}"):
+        call_on_cuda("mxfp4_gemm", codes, scales, CODES, SCALES, None, torch.bfloat16)
+
+
+def test_out_is_of_16_bits():
+    with pytest.raises(RuntimeError, match="mxfp4_gemm: out_dtype must be bfloat16 or float16"):
+        call_on_cuda("mxfp4_gemm", CODES, SCALES, CODES, SCALES, None, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(0, 8, 32), (1, 72, 160), (129, 8, 96)])
+def test_legal_shapes_get_as_far_as_the_device(rows, n, k):
+    a, b = (torch.zeros(size, k // 2, dtype=torch.uint8) for size in (rows, n))
+    scales = torch.zeros(swizzled_size(rows, k // 32), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=rf"a\.codes {ONE_DEVICE}"):
+        call_on_cuda("mxfp4_gemm", a, scales, b, SCALES, None, torch.float16)
 
 
 def test_products_name_what_is_on_another_device():

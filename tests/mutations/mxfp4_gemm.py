@@ -5,9 +5,11 @@ from tests.mutations.mutation import Mutation
 TABLE_TESTS = "tests/cuda/test_kernel_table.py"
 HOST_TESTS = "tests/cuda/test_mxfp4_gemm_host.py"
 SASS_TESTS = "tests/cuda/test_mxfp4_gemm_sass.py"
+OP_TESTS = "tests/cuda/test_op_checks.py"
 BUILD_TESTS = "tests/cuda/test_mxfp4_gemm_build.py"
 
 TABLE = "csrc/cuda/kernel_table.h"
+OPS = "csrc/torch/cuda_ops.cpp"
 LAUNCH = "csrc/cuda/mxfp4_gemm.cpp"
 KERNEL = "csrc/cuda/mxfp4_gemm_cutlass.cuh"
 EPILOGUE = "csrc/cuda/mxfp4_gemm_epilogue.cuh"
@@ -73,57 +75,57 @@ MUTATIONS = (
     Mutation(
         "a kernel in another's place",
         LAUNCH,
-        "&kSm100Swapped,     &kSm100SwappedStreamK,",
-        "&kSm100SwappedStreamK, &kSm100Swapped,",
+        "return instances[static_cast<size_t>(kernel)];",
+        "return instances[static_cast<size_t>(kernel) ^ 1];",
         f"{HOST_TESTS}::test_workspace_of_explicit_splits_is_the_formula",
         library=True,
     ),
     Mutation(
         "N % 8 not checked",
-        LAUNCH,
-        "N <= 0 || N > kMost || N % 8",
-        "N <= 0 || N > kMost",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        OPS,
+        "codes.size(0) > 0 && codes.size(0) % 8 == 0",
+        "codes.size(0) > 0",
+        f"{OP_TESTS}::test_a_weight_has_rows_of_out_that_can_be_stored",
         library=True,
     ),
     Mutation(
         "K % 32 not checked",
-        LAUNCH,
-        "K <= 0 || K > kMost || K % kBlockSize",
-        "K <= 0 || K > kMost",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        OPS,
+        "K > 0 && K <= kMost && K % kBlockSize == 0",
+        "K > 0 && K <= kMost",
+        f"{OP_TESTS}::test_k_is_a_multiple_of_32_that_fits_32_bits",
         library=True,
     ),
     Mutation(
         "scales of a checked without their padding",
-        LAUNCH,
-        "const int64_t expected = swizzled_size(rows, K / kBlockSize);",
-        "const int64_t expected = rows * (K / kBlockSize);",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        OPS,
+        "a_scales_size = swizzled_size(a_codes.size(0), K / kBlockSize);",
+        "a_scales_size = a_codes.size(0) * (K / kBlockSize);",
+        f"{OP_TESTS}::test_scales_of_x_are_swizzled_with_their_padding",
         library=True,
     ),
     Mutation(
-        "scales of b checked for the rows of a",
-        LAUNCH,
-        "check_weight_scales(N, K, b_scales_size, layout)",
-        "check_weight_scales(M, K, b_scales_size, layout)",
-        f"{HOST_TESTS}::test_every_legal_shape_passes_the_checks",
+        "a weight's scales counted without their padding",
+        TABLE,
+        "swizzled_size(N, K / kBlockSize);",
+        "N * (K / kBlockSize);",
+        f"{TABLE_TESTS}::test_scales_of_a_weight_are_swizzled_or_in_fragment_order",
         library=True,
     ),
     Mutation(
-        "alignment of b.scales not checked",
-        LAUNCH,
-        '           check_alignment("b.scales", problem.b_scales, 16),\n',
+        "alignment of scales not checked",
+        OPS,
+        "  check_aligned(kGemm, scales_name.c_str(), scales.const_data_ptr());\n",
         "",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        f"{OP_TESTS}::test_products_name_the_operand",
         library=True,
     ),
     Mutation(
         "float32 output accepted",
-        LAUNCH,
-        "problem.out_dtype == Dtype::kFloat32",
-        "false",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        OPS,
+        "out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, kGemm,",
+        "out_dtype != ScalarType::Byte, kGemm,",
+        f"{OP_TESTS}::test_out_is_of_16_bits",
         library=True,
     ),
     Mutation(

@@ -6,92 +6,92 @@ PROGRAM = "tests/cpp/test_cpu_programs.py::test_program_passes_under_the_sanitiz
 WARP_PROGRAM = f"{PROGRAM}[test_gemm_warp_program]"
 SASS_TESTS = "tests/cuda/test_mxfp4_gemm_sm80_sass.py"
 TABLE_TESTS = "tests/cuda/test_kernel_table.py"
-HOST_TESTS = "tests/cuda/test_mxfp4_gemm_host.py"
 LAYOUT_TESTS = "tests/format/test_weight_fragment.py"
 
-KERNEL = "csrc/cuda/mxfp4_gemm_sm80.cuh"
+STATE = "csrc/cuda/mxfp4_gemm_sm80_state.cuh"
+MAINLOOP = "csrc/cuda/mxfp4_gemm_sm80_mainloop.cuh"
+EPILOGUE = "csrc/cuda/mxfp4_gemm_sm80_epilogue.cuh"
 LAUNCH = "csrc/cuda/mxfp4_gemm_sm80.cu"
 WARP = "csrc/cuda/mxfp4_gemm_sm80_warp.cuh"
 PLAN = "csrc/cuda/mxfp4_gemm_sm80_plan.h"
 LAYOUT = "csrc/format/weight_fragment.h"
 TABLE = "csrc/cuda/kernel_table.h"
-CHECKS = "csrc/cuda/mxfp4_gemm.cpp"
 PYTHON = "duqpp/format/weight_fragment.py"
 
 MUTATIONS = (
     Mutation(
         "segments added in another order",
-        KERNEL,
+        EPILOGUE,
         "for (int i = 0; i < segments; ++i) total += memory[i].sums[sum];",
         "for (int i = segments - 1; i >= 0; --i) total += memory[i].sums[sum];",
         WARP_PROGRAM,
     ),
     Mutation(
         "totals of earlier rounds forgotten",
-        KERNEL,
+        EPILOGUE,
         "float total = round == 0 ? 0.0f : totals[sum];",
         "float total = 0.0f;",
         WARP_PROGRAM,
     ),
     Mutation(
         "scale and product rounded apart",
-        KERNEL,
+        MAINLOOP,
         "sum = fmaf(fmaf(magic_dot, a[0], a[1]), w[2 * t + i / 2], sum);",
         "sum += (a[0] * w[2 * t + i / 2]) * (magic_dot - kMagic);",
         WARP_PROGRAM,
     ),
     Mutation(
         "huge scales left to the usual arithmetic",
-        KERNEL,
+        MAINLOOP,
         "if (is_plain(task, segment) && !huge) {",
         "if (is_plain(task, segment)) {",
         WARP_PROGRAM,
     ),
     Mutation(
         "an odd last block taken for a pair",
-        KERNEL,
+        STATE,
         "(segment + 1 < task.segments || task.blocks % kPairBlocks == 0)",
         "(segment + 1 < task.segments || task.blocks > 0)",
         WARP_PROGRAM,
     ),
     Mutation(
         "a tile of 8 rows taken for a whole one",
-        KERNEL,
+        STATE,
         "return task.whole && (segment + 1",
         "return (segment + 1",
         WARP_PROGRAM,
     ),
     Mutation(
         "rows r and r + 8 swapped",
-        KERNEL,
+        MAINLOOP,
         "weights[i][lane].word[h] = terms[i][0];",
         "weights[i][lane].word[1 - h] = terms[i][0];",
         WARP_PROGRAM,
     ),
     Mutation(
         "the two terms of W are one",
-        KERNEL,
+        MAINLOOP,
         "Warp::mma(weights[1], x[column], dots, dots);",
         "Warp::mma(weights[0], x[column], dots, dots);",
         WARP_PROGRAM,
     ),
     Mutation(
         "-kMagic a forgotten for the next segment",
-        KERNEL,
+        MAINLOOP,
         "activation[1] = -kMagic * a;",
         "activation[1] = -kMagic;",
         WARP_PROGRAM,
     ),
     Mutation(
         "a pair multiplied while its codes are on their way",
-        KERNEL,
+        MAINLOOP,
         "Warp::template wait_for_copies<Traits::kStages - 1>();",
         "Warp::template wait_for_copies<Traits::kStages>();",
         WARP_PROGRAM,
     ),
     Mutation(
         "every pair on its way waited for",
-        KERNEL,
+        MAINLOOP,
         "Warp::template wait_for_copies<Traits::kStages - 1>();",
         "Warp::template wait_for_copies<0>();",
         f"{SASS_TESTS}::test_the_hot_loop_waits_for_the_oldest_pair_alone",
@@ -99,7 +99,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a pair's place in the ring given away before it is read",
-        KERNEL,
+        MAINLOOP,
         "    Warp::template wait_for_copies<Traits::kStages - 1>();\n",
         "    Warp::template wait_for_copies<Traits::kStages - 1>();\n"
         "    copy_weights<Traits, Warp>(task, constants, first + pair + Traits::kStages, place);\n",
@@ -107,28 +107,28 @@ MUTATIONS = (
     ),
     Mutation(
         "pairs of a segment that is not a plain one land on those after it",
-        KERNEL,
+        MAINLOOP,
         "    Warp::template wait_for_copies<0>();",
         "    ",
         WARP_PROGRAM,
     ),
     Mutation(
         "the pair kStages ahead sought beyond the segment",
-        KERNEL,
+        MAINLOOP,
         "first + ahead + (ahead < pairs ? 0 : (task.warps - 1) * kPairs);",
         "first + ahead;",
         WARP_PROGRAM,
     ),
     Mutation(
-        "bias before alpha",
-        KERNEL,
-        "float value = multiply_rounded(total, problem.alpha);",
-        "float value = total;",
+        "a bias of float16 read as bfloat16",
+        EPILOGUE,
+        "Dtype::kBFloat16 ? decode_bfloat16(bits) : decode_float16(bits);",
+        "Dtype::kBFloat16 ? decode_bfloat16(bits) : decode_bfloat16(bits);",
         WARP_PROGRAM,
     ),
     Mutation(
         "rows of x beyond M stored",
-        KERNEL,
+        EPILOGUE,
         "if (n >= problem.N || m >= problem.M) return;",
         "if (n >= problem.N) return;",
         WARP_PROGRAM,
@@ -164,10 +164,10 @@ MUTATIONS = (
     ),
     Mutation(
         "scales of W checked as swizzled",
-        CHECKS,
-        "if (layout == WeightLayout::kSwizzledScales) return check_scales(",
-        "if (layout != WeightLayout::kSwizzledScales || true) return check_scales(",
-        f"{HOST_TESTS}::test_each_refusal_names_its_argument",
+        TABLE,
+        "return arch >= 80 && arch <= 90 ? fragment_scales_size",
+        "return arch >= 80 && arch < 80 ? fragment_scales_size",
+        f"{TABLE_TESTS}::test_scales_of_a_weight_are_swizzled_or_in_fragment_order",
         library=True,
     ),
     Mutation(

@@ -199,15 +199,6 @@ def test_no_warning_for_a_kernel_or_for_a_reference_that_was_asked_for(
     assert caplog.messages == []
 
 
-def test_capability_table_has_a_row_for_each_backend(install):
-    install(Partial("quantum", ("rotate_quantize",)))
-    rows = dispatch.capability_table()
-    assert [row["backend"] for row in rows] == ["quantum", "reference"]
-    assert rows[0]["rotate_quantize on cpu"] == "yes"
-    assert rows[0]["mxfp4_gemm on cpu"] == "no: needs a quantum machine, not cpu"
-    assert {rows[1][f"{op} on cpu"] for op in OPS} == {"yes"}
-
-
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 96), (0, 2, 32), (0, 0, 64), (2, 3, 64), (64,)])
 def test_quantize_of_any_leading_shape(shape):
     """Also of no rows at all, where a dimension of -1 would stand for any number."""

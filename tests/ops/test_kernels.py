@@ -8,7 +8,7 @@ import torch
 from duqpp.ops import dispatch, kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.kernels import Machine
-from tests.cuda.library import cuda_extension, full_extension
+from tests.cuda.library import cuda_extension, extension, full_extension
 
 SHAPE = (16, 4096, 4096)
 
@@ -113,10 +113,25 @@ def test_older_gpus_are_told_how_their_gemm_is_launched():
 
 @pytest.mark.parametrize("k", [32, 4096, 14336])
 def test_one_row_is_spread_over_the_gpu(k):
-    """A CTA for each column of scale tiles, whatever the prologue."""
-    for prologue in range(3):
-        grid = cuda_extension().rotate_quantize_grid(1, k, prologue=prologue, sm_count=148)
-        assert grid == (-(-k // 128), 128)
+    """A CTA for each column of scale tiles, whatever comes before the rotation."""
+    for op in kernels.OPS[:3]:
+        launch = extension().rotate_quantize_launch(op, 1, k, arch=100, sm_count=148)
+        assert (launch["ctas"], launch["threads"]) == (-(-k // 128), 128)
+
+
+def test_many_rows_of_an_rmsnorm_fill_ctas_of_their_own():
+    """A CTA sums the squares of whole rows: it has more warps, and there are fewer CTAs."""
+    plain, norm = (
+        extension().rotate_quantize_launch(op, 8192, 4096, arch=90, sm_count=132)
+        for op in ("rotate_quantize", "rmsnorm_rotate_quantize")
+    )
+    assert norm["threads"] > plain["threads"] == 128
+    assert norm["ctas"] < plain["ctas"]
+
+
+def test_another_op_is_no_form_of_rotate_quantize():
+    with pytest.raises(ValueError, match="'mxfp4_gemm' is no form of rotate_quantize"):
+        extension().rotate_quantize_launch("mxfp4_gemm", 1, 32, arch=90, sm_count=132)
 
 
 def test_shapes_that_are_refused():

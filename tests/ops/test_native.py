@@ -111,8 +111,8 @@ def test_code_for_one_capability_is_not_run_on_another(monkeypatch):
         (sm120, (12, 0), (12, 1)),
         (sm80, (8, 9), (9, 0)),
     ):
-        assert backend.unavailable_on("rotate_quantize", able) is None
-        reason = backend.unavailable_on("rotate_quantize", unable)
+        assert backend.unavailable_on(able) is None
+        reason = backend.unavailable_on(unable)
         major, minor = unable
         assert reason == f"this build has no kernels for compute capability {major}.{minor}"
 
@@ -174,7 +174,7 @@ def test_float32_on_cuda_is_the_reference_in_its_layout(backend):
 
 def test_float32_on_cuda_kernels_warns_once(caplog):
     native._warn_of_float32.cache_clear()
-    backend = native.CudaBackend("cuda-sm100", {(10, 0): ("100f",)}, gemm=True)
+    backend = native.CudaBackend("cuda-sm100", {(10, 0): ("100f",)})
     x = inputs.gaussian(2, 64, seed=0)
     for _ in range(2):
         backend.rotate_quantize(x, None, ScaleRule.EVEN)

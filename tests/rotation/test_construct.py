@@ -13,8 +13,6 @@ from duqpp.rotation.construct import (
 )
 from tests import inputs, oracle
 
-ORDERS = ("spread-first", "mix-first")
-each_order = pytest.mark.parametrize("order", ORDERS)
 SIZE = 32**0.5
 
 
@@ -41,13 +39,13 @@ def peak_of(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return (x.double() @ rotation).abs().amax((1, 2))
 
 
-def one_step_matrix(seed: int, order: str) -> torch.Tensor:
+def one_step_matrix(seed: int) -> torch.Tensor:
     """M of the first step that a generator of this seed leads to, from the paper's definition."""
     mix = torch.block_diag(
         torch.ones(1, 1, dtype=torch.float64),
         random_orthogonal(31, inputs.generator(seed), count=1)[0],
     )
-    return hadamard(32) @ mix if order == "spread-first" else mix @ hadamard(32)
+    return hadamard(32) @ mix
 
 
 def swap(d: int) -> torch.Tensor:
@@ -56,93 +54,74 @@ def swap(d: int) -> torch.Tensor:
     return torch.eye(32, dtype=torch.float64)[order]
 
 
-@each_order
 @pytest.mark.parametrize("channel", range(32))
 @pytest.mark.parametrize("size", [100.0, -100.0])
-def test_one_step_lowers_the_peak_of_a_planted_outlier(channel, order, size):
+def test_one_step_lowers_the_peak_of_a_planted_outlier(channel, size):
     x = planted(channel, row=(channel * 11 + 5) % 48, size=size)
-    result = greedy_rotation(x, inputs.generator(channel), max_steps=1, order=order)
+    result = greedy_rotation(x, inputs.generator(channel), max_steps=1)
     assert result.peak_before.tolist() == [100.0]
     assert result.steps.tolist() == [1]
     assert peak_of(x, result.rotation) < 75
-    if order == "mix-first":  # the outlier is spread evenly; of the noise the norm may be in one
-        assert peak_of(x, result.rotation) < 100 / SIZE + SIZE
 
 
-@each_order
 @pytest.mark.parametrize("channel", range(32))
-def test_one_step_spreads_the_channel_of_the_outlier_not_its_row(channel, order):
+def test_one_step_spreads_the_channel_of_the_outlier_not_its_row(channel):
     """R_1 is E_d M E_d with d the channel; row numbers below 32 would pass for a channel."""
     row = (channel + 13) % 32
     x = planted(channel, row=row)
-    result = greedy_rotation(x, inputs.generator(7), max_steps=1, order=order)
-    M, E = one_step_matrix(7, order), swap(channel)
+    result = greedy_rotation(x, inputs.generator(7), max_steps=1)
+    M, E = one_step_matrix(7), swap(channel)
     assert (result.rotation[0] - E @ M @ E).abs().max() < 1e-14
-    # What makes the order matter: R~ Q keeps 1/sqrt(32) of the outlier in place, Q R~ everywhere.
-    spread = result.rotation[0, channel].abs() * SIZE
-    even = spread if order == "mix-first" else spread[channel]
-    assert (even - 1).abs().max() < 1e-12
-    unevenness = (one_step_matrix(7, order)[0] - 1 / SIZE).abs().max()
-    assert unevenness < 1e-12 if order == "mix-first" else unevenness > 0.05
+    # What R~ Q spreads is even in place only, since Q mixes what R~ has spread.
+    assert abs(result.rotation[0, channel, channel].abs() * SIZE - 1) < 1e-12
+    assert (M[0] - 1 / SIZE).abs().max() > 0.05
 
 
-@each_order
-def test_the_second_step_follows_the_outlier_to_its_new_channel(order):
+def test_the_second_step_follows_the_outlier_to_its_new_channel():
     x = tail(64, seed=2)
-    result = greedy_rotation(x, inputs.generator(17), max_steps=2, order=order)
+    result = greedy_rotation(x, inputs.generator(17), max_steps=2)
     assert result.steps[0] == 2, "the test's own seed must lead to a second step"
     mix = random_orthogonal(31, inputs.generator(17), count=2)
     product = torch.eye(32, dtype=torch.float64)
     for Q in mix:
         d = int((x[0].double() @ product).abs().amax(0).argmax())
         Q = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), Q)
-        M = hadamard(32) @ Q if order == "spread-first" else Q @ hadamard(32)
-        product = product @ swap(d) @ M @ swap(d)
+        product = product @ swap(d) @ hadamard(32) @ Q @ swap(d)
     assert (result.rotation[0] - product).abs().max() < 1e-12
 
 
-def test_default_order_is_the_papers():
-    x = tail(64, seed=4)
-    default = greedy_rotation(x, inputs.generator(1), max_steps=3).rotation
-    paper = greedy_rotation(x, inputs.generator(1), max_steps=3, order="spread-first").rotation
-    oracle.assert_same(default, paper, "rotation")
-
-
-@each_order
-def test_token_specific_outliers_that_a_mean_hides_are_reduced(order):
+def test_token_specific_outliers_that_a_mean_hides_are_reduced():
     """Opposite signs in two tokens for every outlier: the mean over samples is zero everywhere."""
     half = torch.rand(40, 32, generator=inputs.generator(5)) * 2 - 1
     for token, channel in enumerate((3, 3, 17, 30)):
         half[token, channel] = 150.0
     x = torch.cat((half, -half))[None]
     assert x.mean(1).abs().max() < 1e-6
-    result = greedy_rotation(x, inputs.generator(0), max_steps=64, order=order)
+    result = greedy_rotation(x, inputs.generator(0), max_steps=64)
     assert peak_of(x, result.rotation) < 0.4 * 150
 
 
-@each_order
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("groups", "rows"), [(1, 37), (1, 1500), (3, 700), (2, 5000)])
-def test_peaks_are_those_of_all_rows(seed, order, groups, rows):
+def test_peaks_are_those_of_all_rows(seed, groups, rows):
     """Whatever rows the search leaves out, its figures and its promise hold for all of them."""
     x = tail(rows, seed, groups)
     if seed >= 3:  # no outliers: nearly every row can hold the peak
         x = torch.randn(groups, rows, 32, generator=inputs.generator(seed))
-    result = greedy_rotation(x, inputs.generator(seed), max_steps=24, order=order)
+    result = greedy_rotation(x, inputs.generator(seed), max_steps=24)
     before, after = peak_of(x, torch.eye(32, dtype=torch.float64)), peak_of(x, result.rotation)
     torch.testing.assert_close(result.peak_before.double(), before, rtol=1e-6, atol=0)
     torch.testing.assert_close(result.peak_after.double(), after, rtol=1e-5, atol=0)
     assert (after <= before * (1 + 1e-6)).all(), "worse than no rotation"
 
 
-@each_order
 @pytest.mark.parametrize("channel", [0, 5, 31])
-def test_an_outlier_among_many_rows_of_larger_norm_is_found(channel, order):
+def test_an_outlier_among_many_rows_of_larger_norm_is_found(channel):
     """Its row has less norm than each of 5000 others, and by far the largest value."""
     x = torch.randint(0, 2, (1, 5000, 32), generator=inputs.generator(0)) * 2.0 - 1  # norm 5.7
     x[0, 4321] = 0
     x[0, 4321, channel] = 5.5
-    result = greedy_rotation(x, inputs.generator(1), max_steps=64, order=order)
+    result = greedy_rotation(x, inputs.generator(1), max_steps=64)
     assert result.peak_before.tolist() == [5.5]
     assert peak_of(x, result.rotation) < 5
 
@@ -152,7 +131,7 @@ def test_rows_that_the_search_leaves_out_can_veto_its_result():
     x = torch.randint(0, 2, (1, 22500, 32), generator=inputs.generator(0)) * 2.0 - 1
     x[0, :2500] = 0.95
     x[0, :2500, 3] = 4.0
-    steps = torch.stack([one_step_matrix(seed, "spread-first") for seed in range(16)])
+    steps = torch.stack([one_step_matrix(seed) for seed in range(16)])
     found = construct._search(construct._rows_that_may_peak(x), steps)
     assert found.peak_after < 4.0 < peak_of(x, found.rotation), "the test's own premise"
     result = greedy_rotation(x, inputs.generator(0), max_steps=16)
@@ -169,13 +148,12 @@ def test_measuring_in_parts_changes_nothing(monkeypatch):
     torch.testing.assert_close(parts.peak_after, whole.peak_after)
 
 
-@each_order
-def test_every_step_taken_pays_and_more_steps_never_hurt(order):
+def test_every_step_taken_pays_and_more_steps_never_hurt():
     x = tail(200, seed=6)
     last = float("inf")
     for max_steps in (1, 2, 4, 8, 16, 64):
         # Each length draws its own matrices, so that the first steps are the same.
-        result = greedy_rotation(x, inputs.generator(2), max_steps=max_steps, order=order)
+        result = greedy_rotation(x, inputs.generator(2), max_steps=max_steps)
         assert result.steps <= max_steps
         last = min(last, float(peak_of(x, result.rotation)))
     assert last < 0.5 * float(x.abs().max())
@@ -183,7 +161,7 @@ def test_every_step_taken_pays_and_more_steps_never_hurt(order):
 
 def test_a_longer_search_keeps_the_best_prefix():
     x = construct._rows_that_may_peak(tail(200, seed=6))
-    steps = torch.stack([one_step_matrix(seed, "spread-first") for seed in range(40)])
+    steps = torch.stack([one_step_matrix(seed) for seed in range(40)])
     peaks = [float(construct._search(x, steps[:n]).peak_after) for n in range(1, 41)]
     assert peaks == sorted(peaks, reverse=True)
     shortest = min(n for n in range(40) if peaks[n] == peaks[-1]) + 1
@@ -199,10 +177,9 @@ def test_identity_is_kept_when_no_step_helps():
     assert result.peak_after.tolist() == result.peak_before.tolist() == [1.0]
 
 
-@each_order
-def test_the_result_is_orthogonal_to_1e_12(order):
+def test_the_result_is_orthogonal_to_1e_12():
     x = tail(300, seed=8, groups=4)
-    result = greedy_rotation(x, inputs.generator(3), order=order)
+    result = greedy_rotation(x, inputs.generator(3))
     R = result.rotation
     assert R.dtype == torch.float64
     assert (R @ R.transpose(1, 2) - torch.eye(32)).abs().max() < 1e-12

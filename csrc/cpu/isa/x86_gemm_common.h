@@ -102,13 +102,12 @@ inline void store_vector(__m256 values, int count, Dtype dtype, uint8_t* out) {
 }
 
 template <int kPanelColumns>
-void store(const float* sums, int rows, int columns, float alpha, const float* bias, void* out,
-           int64_t stride, Dtype dtype) {
+void store(const float* sums, int rows, int columns, const float* bias, void* out, int64_t stride,
+           Dtype dtype) {
   const int element_bytes = dtype == Dtype::kFloat32 ? 4 : 2;
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < columns; column += 8) {
-      __m256 values = _mm256_mul_ps(_mm256_loadu_ps(sums + row * kPanelColumns + column),
-                                    _mm256_set1_ps(alpha));
+      __m256 values = _mm256_loadu_ps(sums + row * kPanelColumns + column);
       if (bias) values = _mm256_add_ps(values, _mm256_loadu_ps(bias + column));
       store_vector(values, columns - column < 8 ? columns - column : 8, dtype,
                    static_cast<uint8_t*>(out) + (row * stride + column) * element_bytes);
