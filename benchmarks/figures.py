@@ -6,6 +6,7 @@ known. A section of a page shows one file, or one table of it: FILE.json#TABLE.
 """
 
 import json
+import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable
@@ -47,8 +48,10 @@ def paragraphs(name: str, result: Row) -> list[str]:
 
 
 def wrapped(prose: str) -> str:
-    """One paragraph in lines of at most WIDTH columns."""
-    return textwrap.fill(prose, WIDTH, break_long_words=False, break_on_hyphens=False)
+    """One paragraph in lines of at most WIDTH columns; what stands in backticks stays whole."""
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), prose)
+    lines = textwrap.wrap(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def where(result: Row) -> str:
@@ -330,7 +333,7 @@ def choice_tables(result: Row) -> list[str]:
             summary_of(accuracy, row["method"])["ratio"][0]
         ]
         times = [row["time"].get(size) or "not known" for size in result["sizes"]]
-        lines.append([f"`{row['method']}`", row["text"], *times, f"{statistics.fmean(ratio):.2f}"])
+        lines.append([f"`{row['method']}`", row["text"], *times, f"{statistics.fmean(ratio):.3f}"])
     head = ["`--method`", "needs text?", *result["sizes"], "perplexity ratio"]
     return [table(head, lines), result["note"]]
 
