@@ -273,6 +273,13 @@ def test_links_lead_somewhere():
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_nobody_is_told_to_install_duqpp_from_pypi():
+    """It is not there; the card that is written with a model must not promise it either."""
+    for file in [*PAGES, *(ROOT / "duqpp").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"pip install ['\"]?duqpp", text), file.relative_to(ROOT)
+
+
 def test_a_wrong_option_would_be_seen():
     for words in (["duqpp", "quantise"], ["duqpp", "quantize", "A", "B", "--metod", "rtn"]):
         with pytest.raises(Exception, match=r"quantise|metod"):
