@@ -4,49 +4,40 @@ python benchmarks/render.py                   every section of the pages, anew, 
 python benchmarks/render.py FILE.json ...     these files' plots, and on standard output what
                                               to paste into a page that has no section of them
 
-A section of a page lies between `<!-- figures: NAME.json -->`, a file of benchmarks/results, and
-`<!-- end of figures -->`.
+A section of a page lies between `<!-- figures: NAME.json -->`, a file of benchmarks/results, or
+`<!-- figures: NAME.json#TABLE -->`, a table of it, and `<!-- end of figures -->`.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shapes import MODELS
+from figures import RESULTS, Row, bench_of, paragraphs, views_of
 
 ROOT = Path(__file__).parents[1]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 SECTION = re.compile(
-    r"(?<=^<!-- figures: )(?P<name>[\w.-]+\.json) -->\n(?P<body>.*?)<!-- end of figures -->",
+    r"(?<=^<!-- figures: )(?P<name>[\w.-]+\.json(#[\w-]+)?) -->\n(?P<body>.*?)"
+    r"<!-- end of figures -->",
     re.MULTILINE | re.DOTALL,
 )
-Row = dict[str, Any]
-CPU_ROWS, GPU_ROWS = (1, 16, 512, 2048), (1, 16, 64, 256, 2048, 16384)  # M of the tables
 LINES = ("#1f6fb2", "#d1495b", "#2a9d5c", "#e08e0b", "#8e44ad")
 INK, GRID = "#22303c", "#e3e7eb"
 
 
-def bench_of(name: str, result: Row) -> str:
-    """The benchmark that wrote a file; older files say so in their names alone."""
-    return result.get("bench") or name.removesuffix(".json").partition("_")[2]
-
-
 def markdown(name: str, result: Row) -> str:
-    """The body of a file's section: where it was measured, tables, the plot.
+    """The body of a section: where it was measured, tables, and the plot of a benchmark's rows.
 
-    Raises: KeyError for a benchmark that has no table.
+    Raises: KeyError for a benchmark, or a table, that there is not.
     """
-    bench = bench_of(name, result)
-    plot = f"{name.removesuffix('.json')}.svg"
-    parts = [_where(result), *TABLES[bench](result)]
-    if result.get("skipped"):
-        whys = sorted({case["why"] for case in result["skipped"]})
-        parts.append(f"{len(result['skipped'])} rows were not measured: {'; '.join(whys)}.")
-    return "\n\n".join([*parts, f"![{bench}, all rows]({plot})"]) + "\n"
+    parts = paragraphs(name, result)
+    if (bench := bench_of(name, result)) in AXES:
+        parts.append(f"![{bench}, all rows]({name.removesuffix('.json')}.svg)")
+    return "\n\n".join(parts) + "\n"
 
 
 def section(name: str, result: Row) -> str:
@@ -58,136 +49,22 @@ def rendered(page: str, results: dict[str, Row]) -> str:
     """A page with the sections of these files anew, others as they are."""
 
     def body(match: re.Match) -> str:
-        if match["name"] not in results:
+        name = match["name"]
+        if (file := file_of(name)) not in results:
             return match[0]
-        return f"{match['name']} -->\n{markdown(match['name'], results[match['name']])}" + (
-            "<!-- end of figures -->"
-        )
+        return f"{name} -->\n{markdown(name, results[file])}<!-- end of figures -->"
 
     return SECTION.sub(body, page)
 
 
 def names_in(page: str) -> list[str]:
-    """The files whose figures a page shows."""
+    """The files, or tables of files, that a page shows."""
     return [match["name"] for match in SECTION.finditer(page)]
 
 
-def _where(result: Row) -> str:
-    """One line: the machine, the software, the peaks of the run."""
-    about = result["environment"]
-    on_gpu = result.get("device") == "cuda"
-    facts = [about["gpus"][0] if on_gpu else f"{about['cpu']}, {about['threads']} threads"]
-    if on_gpu:
-        facts += [f"driver {about['driver']}", f"CUDA {about['cuda']}"]
-    facts += [f"torch {about['versions']['torch']}", f"commit {about['commit']}"]
-    peaks = (result.get("runs") or [result])[-1]
-    for name, value in sorted(peaks.get("peaks", peaks).items()):
-        if name.endswith("_bytes_per_second"):
-            peak = name.removesuffix("_bytes_per_second").replace("_", " ")
-            facts.append(f"{peak} {value / 1e9:.0f} GB/s")
-        elif name.endswith("_operations_per_second"):
-            peak = name.removesuffix("_operations_per_second")
-            facts.append(f"{peak} {value / 1e12:.3g} TOP/s")
-    return "Measured on: " + "; ".join(facts) + "."
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _number(row: Row | None, name: str, form: str = ".1f") -> str:
-    return "-" if row is None or row.get(name) is None else format(row[name], form)
-
-
-def _shown(rows: list[Row], wanted: Iterable[int]) -> list[int]:
-    """Those M of a table that were measured, or all where none was."""
-    measured = sorted({row["M"] for row in rows})
-    return [m for m in measured if m in set(wanted)] or measured
-
-
-def _heads(first: str, ms: list[int]) -> list[str]:
-    return [first, *(f"M = {m}" if m == ms[0] else str(m) for m in ms)]
-
-
-def _cache(rows: list[Row]) -> list[Row]:
-    """The rows that a table shows: the cold ones where there are any."""
-    return [row for row in rows if row.get("cache") == "cold"] or rows
-
-
-def gemm_tables(result: Row) -> list[str]:
-    on_gpu = result.get("device") == "cuda"
-    if on_gpu:
-        cells = (("vs_bf16", ".2f"), ("gemm_vs_bf16", ".2f"), ("vs_fp8", ".2f"), ("%roof", ".0f"))
-        words = "times as fast as bfloat16 / without the quantization / as FP8 / % of the roof"
-    else:
-        cells = (("vs_bf16", ".1f"), ("vs_fp32", ".1f"), ("vs_ggml", ".1f"))
-        words = "times as fast as torch's linear in bfloat16 / in float32 / as ggml's product"
-    rows = _cache(result["rows"])
-    tables = []
-    for model in dict.fromkeys(row.get("model", "8b") for row in rows):
-        found = {(r["linear"], r["M"]): r for r in rows if r.get("model", "8b") == model}
-        ms = _shown(list(found.values()), GPU_ROWS if on_gpu else CPU_ROWS)
-        lines = []
-        for linear, (k, n) in MODELS[model].linears.items():
-            of = [found.get((linear, m)) for m in ms]
-            if any(of):
-                texts = (" / ".join(_number(row, *cell) for cell in cells) for row in of)
-                lines.append([f"{linear} {n}x{k}", *texts])
-        tables.append(
-            f"{MODELS[model].title}, {words}:\n\n" + _table(_heads("linear, N x K", ms), lines)
-        )
-    absent = sorted({row["fp8"] for row in rows if row.get("fp8")})
-    return [*tables, *(f"FP8: {why}" for why in absent)]
-
-
-def rotate_tables(result: Row) -> list[str]:
-    rows = _cache(result["rows"])
-    ms = _shown(rows, GPU_ROWS if result.get("device") == "cuda" else CPU_ROWS)
-    lines = []
-    for form, rotation, k in dict.fromkeys((r["form"], r["rotation"], r["K"]) for r in rows):
-        of = {r["M"]: r for r in rows if (r["form"], r["rotation"], r["K"]) == (form, rotation, k)}
-        texts = (
-            f"{_number(of.get(m), 'time_us')} / {_number(of.get(m), '%roof', '.0f')}" for m in ms
-        )
-        lines.append([form, rotation, str(k), *texts])
-    head = ["form", "rotation", *_heads("K", ms)]
-    return ["Microseconds / % of the copy bandwidth:\n\n" + _table(head, lines)]
-
-
-def layer_tables(result: Row) -> list[str]:
-    rows = _cache(result["rows"])
-    lines = []
-    for model, phase, launch in dict.fromkeys((r["model"], r["phase"], r["launch"]) for r in rows):
-        for row in rows:
-            if (row["model"], row["phase"], row["launch"]) == (model, phase, launch):
-                figures = (("time_us", ".0f"), ("bf16_us", ".0f"), ("vs_bf16", ".2f"))
-                texts = [_number(row, *figure) for figure in figures]
-                lines.append([MODELS[model].title, phase, launch, str(row["M"]), *texts])
-    head = ["model", "phase", "launch", "M", "duqpp, us", "bfloat16, us", "times as fast"]
-    return [_table(head, lines)]
-
-
-def route_tables(result: Row) -> list[str]:
-    small, large = result["small"], result["large"]
-    lines = [
-        [MODELS[t["model"]].title, t["linear"], t["cache"], str(t["from_M"] or "none measured")]
-        for t in result["thresholds"]
-    ]
-    tables = [_table(["model", "linear", "L2", f"{large} is ahead of {small} from M ="], lines)]
-    if found := result.get("crossover"):
-        rows, fixed = (found["fitted"][name] for name in ("rows", "fixed"))
-        tables.append(f"Nearest to these, cold: from M = {rows} + {fixed} * 2**24 / (N K) on.")
-    return tables
-
-
-TABLES: dict[str, Callable[[Row], list[str]]] = {
-    "mxfp4_gemm": gemm_tables,
-    "rotate_quantize": rotate_tables,
-    "decoder_layer": layer_tables,
-    "gemm_routes": route_tables,
-}
+def file_of(name: str) -> str:
+    """FILE.json of FILE.json#TABLE."""
+    return name.partition("#")[0]
 
 
 # Of each benchmark: what tells its panels apart, the lines of a panel, the y axis, and the fields
@@ -291,28 +168,27 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
-    options.add_argument("--pages", nargs="*", type=Path, help="default: docs/*.md")
+    options.add_argument("--pages", nargs="*", type=Path, help="default: *.md and docs/*.md")
     options.add_argument("--plots", type=Path, default=DOCS, help="folder of the plots")
     chosen = options.parse_args(arguments)
-    pages = sorted(DOCS.glob("*.md")) if chosen.pages is None else chosen.pages
+    pages = PAGES if chosen.pages is None else chosen.pages
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    shown = [name for text in texts.values() for name in names_in(text)]
+    shown = {file_of(name): None for text in texts.values() for name in names_in(text)}
     files = chosen.files or [RESULTS / name for name in shown]
     results = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
     for page, text in texts.items():
         page.write_text(rendered(text, results), encoding="utf-8")
     for name, result in results.items():
         if name not in shown:
-            print(section(name, result))
+            print("\n".join(section(view, result) for view in views_of(name, result)))
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError:
-        print(
-            "skipped: the plots; they need matplotlib: pip install 'duqpp[plot]'", file=sys.stderr
-        )
+        print("skipped: the plots; they need matplotlib: pip install matplotlib", file=sys.stderr)
         return 0
     for name, result in results.items():
-        print(f"wrote {plot(name, result, chosen.plots)}", file=sys.stderr)
+        if bench_of(name, result) in AXES:
+            print(f"wrote {plot(name, result, chosen.plots)}", file=sys.stderr)
     return 0
 
 

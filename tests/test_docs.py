@@ -32,10 +32,12 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LANGUAGES = {"sh", "python", "json", "text"}
+WIDTH = 100  # of prose; tables, code and lines that are one link are as wide as they are
+ONE_LINK = re.compile(r"\s*([-*] )?!?\[[^\]]*\]\([^)]*\)[.,;:]?")
 
 MODELS = (
     "MODEL",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
     "meta-llama/Llama-3.2-1B",
     "meta-llama/Llama-3.1-70B-Instruct",
 )
@@ -242,10 +244,40 @@ def test_the_pages_are_read():
     assert {b.language for b in BLOCKS} <= LANGUAGES
 
 
+def too_wide(text: str) -> list[str]:
+    """The lines of prose that are not wrapped."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [
+        line
+        for line in prose.splitlines()
+        if len(line) > WIDTH and not line.startswith("|") and not ONE_LINK.fullmatch(line)
+    ]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_prose_is_wrapped(page):
+    assert too_wide(page.read_text(encoding="utf-8")) == []
+
+
+def test_which_lines_are_prose():
+    word = "x" * WIDTH
+    free = f"| {word} |\n```text\n{word} code\n```\n![{word}](a.svg)\n- [{word}](b.md).\n{word}\n"
+    assert too_wide(free) == []
+    for line in (f"{word}.", f"- {word}", f"See [{word}](b.md)", f"# {word}", f"<!-- {word} -->"):
+        assert too_wide(f"{free}{line}\n") == [line]
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_nobody_is_told_to_install_duqpp_from_pypi():
+    """It is not there; the card that is written with a model must not promise it either."""
+    for file in [*PAGES, *(ROOT / "duqpp").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"pip install ['\"]?duqpp", text), file.relative_to(ROOT)
 
 
 def test_a_wrong_option_would_be_seen():

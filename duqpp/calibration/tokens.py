@@ -84,9 +84,7 @@ def _dataset_text(source: str, part: str) -> str:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(
-            f"{source} needs the datasets package: pip install 'duqpp[eval]'"
-        ) from error
+        raise InputError(f"{source} needs the datasets package: pip install datasets") from error
     name, config, split = [*source.removeprefix("hf:").split(":"), None, None][:3]
     split = split or ("train" if part == "calibration" else "test")
     try:

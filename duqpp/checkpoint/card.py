@@ -19,8 +19,8 @@ _TAGS = ("duqpp", "mxfp4", "w4a4")
 # transformers skips a quantization that nobody has registered, and makes the linears up at random.
 GUARD_FIELD = "transformers_weights"
 GUARD = (
-    "it is a duqpp checkpoint, which transformers reads only after `import duqpp` "
-    "(pip install duqpp)"
+    "it is a duqpp checkpoint, which transformers reads only after `import duqpp`; "
+    "its model card says where duqpp comes from"
 )
 
 
@@ -91,8 +91,10 @@ def _body(
         "",
         "## Load",
         "",
+        "duqpp is installed from its sources, in a checkout of its repository:",
+        "",
         "```sh",
-        "pip install duqpp",
+        "pip install .",
         "```",
         "",
         "```python",

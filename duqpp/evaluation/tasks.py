@@ -156,7 +156,9 @@ def _imported() -> SimpleNamespace:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(f"--tasks needs lm-eval: pip install 'duqpp[eval]' ({error})") from error
+        raise InputError(
+            f"--tasks needs lm-eval: pip install lm-eval datasets ({error})"
+        ) from error
 
     def seed() -> None:
         random.seed(DEFAULT_RANDOM_SEED)

@@ -66,7 +66,7 @@ def check_plot_file(file: str | Path) -> None:
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'duqpp[plot]'") from error
+        raise InputError("plots need matplotlib: pip install matplotlib") from error
     path = Path(file)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"cannot plot to {path}: its name must end in .png, .pdf or .svg")

@@ -246,4 +246,4 @@ def test_without_lm_eval(tiny_llama, capsys, monkeypatch):
     assert main(["eval", str(tiny_llama), "--tasks", "arc_easy"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "error: --tasks needs lm-eval: pip install 'duqpp[eval]'" in err
+    assert "error: --tasks needs lm-eval: pip install lm-eval datasets" in err
