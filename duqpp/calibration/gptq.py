@@ -103,7 +103,7 @@ def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> Tenso
     """
     diagonal = hessian.diagonal()[columns]
     dead = diagonal == 0
-    mean = diagonal[~dead].double().mean() if (~dead).any() else torch.ones(())
+    mean = diagonal[~dead].double().mean() if (~dead).any() else diagonal.new_ones(())
     matrix = torch.empty_like(
         hessian, dtype=torch.float64, memory_format=torch.contiguous_format
     ).mT

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from duqpp.placement import HOST
+
 
 def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
     """H = 2 / tokens * T.T (x.T x) T for a linear map T on rows: float32 [K, K].
@@ -18,10 +20,13 @@ def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor],
 
 
 class HessianAccumulator:
-    """H = mean over tokens of 2 x.T x, of rows that are in the rotated basis already."""
+    """H = mean over tokens of 2 x.T x, of rows that are in the rotated basis already.
 
-    def __init__(self, channels: int) -> None:
-        self._gram, self._tokens = torch.zeros(channels, channels), 0
+    Args: channels: K. device: where the rows will be.
+    """
+
+    def __init__(self, channels: int, device: torch.device = HOST) -> None:
+        self._gram, self._tokens = torch.zeros(channels, channels, device=device), 0
 
     def update(self, x: Tensor) -> None:
         """Take in the next rows: x float32 [n, K]."""

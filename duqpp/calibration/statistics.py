@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.placement import HOST, host_generator
 
 
 class InputStatistics:
@@ -18,16 +19,25 @@ class InputStatistics:
         channels: K.
         sample: int64 [S], ascending: which of all tokens to keep.
         second_moment: whether to accumulate x.T x, float32 [K, K].
+        device: where x will be.
     """
 
-    def __init__(self, name: str, channels: int, sample: Tensor, *, second_moment: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        channels: int,
+        sample: Tensor,
+        *,
+        second_moment: bool,
+        device: torch.device = HOST,
+    ) -> None:
         self.name, self.tokens = name, 0
-        self.amax = torch.zeros(channels)
-        self.gram = torch.zeros(channels, channels) if second_moment else None
-        self._sample = sample
+        self.amax = torch.zeros(channels, device=device)
+        self.gram = torch.zeros(channels, channels, device=device) if second_moment else None
+        self._sample = sample.to(device)
         self._sampled: list[Tensor] = []
-        self._peaks = torch.zeros(1, channels)
-        self._peak_row = torch.zeros(channels, dtype=torch.int64)  # into _peaks
+        self._peaks = torch.zeros(1, channels, device=device)
+        self._peak_row = torch.zeros(channels, dtype=torch.int64, device=device)  # into _peaks
 
     def update(self, x: Tensor) -> None:
         """Take in the next tokens: x floating point [..., K].
@@ -65,5 +75,6 @@ class InputStatistics:
 
 def draw_sample(tokens: int, count: int, seed: int) -> Tensor:
     """Which of `tokens` tokens to keep: int64 [min(count, tokens)], ascending, seeded."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(tokens, generator=generator)[:count].sort().values
+    generator = host_generator(seed)
+    order = torch.randperm(tokens, generator=generator, device=generator.device)
+    return order[:count].sort().values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.placement import HOST, host_generator
 
 BUILTIN = "builtin"
 # The built-in text is split so that calibrating and evaluating on it never share a topic.
@@ -56,7 +57,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """One tokenizer call over the whole text, without special tokens of its own: int64 [tokens]."""
     # verbose=False: the length of the whole text exceeds any model's, which is no mistake here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device=HOST)
 
 
 def sample_sequences(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -> Tensor:
@@ -74,10 +75,13 @@ def sample_sequences(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -
             f"need {samples * seq_len}: lower --samples or --seq-len (with --refine: "
             "--refine-samples), or give more text"
         )
-    generator = torch.Generator().manual_seed(seed)
-    slack = torch.randint(stretch - seq_len + 1, (samples,), generator=generator)
-    starts = torch.arange(samples) * stretch + slack
-    return tokens[starts[:, None] + torch.arange(seq_len)]
+    generator = host_generator(seed)
+    slack = torch.randint(
+        stretch - seq_len + 1, (samples,), generator=generator, device=generator.device
+    )
+    starts = torch.arange(samples, device=slack.device) * stretch + slack
+    places = starts[:, None] + torch.arange(seq_len, device=slack.device)
+    return tokens[places.to(tokens.device)]
 
 
 def _dataset_text(source: str, part: str) -> str:

@@ -11,6 +11,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods.base import Streams
 from duqpp.models.llama import DecoderStack
+from duqpp.placement import HOST
 
 
 def calibration_tokens(
@@ -29,7 +30,7 @@ def calibration_tokens(
                 "calibration tokens must be int64 [samples, seq_len], "
                 f"got {tokens.dtype} {list(tokens.shape)}"
             )
-        tokens = tokens.cpu()
+        tokens = tokens.to(HOST)
     else:
         text = tokenize(tokenizer, read_text(calibration))
         config = config.for_text(text.numel())
@@ -71,7 +72,7 @@ def _spread_first(tokens: Tensor, count: int) -> Tensor:
     """Sequences reordered: first `count` that are spread evenly over all, then the others."""
     if len(tokens) <= count:
         raise InputError(f"refine needs more than {count} calibration sequences")
-    chosen = torch.linspace(0, len(tokens) - 1, count).round().long()
-    others = torch.ones(len(tokens), dtype=torch.bool)
+    chosen = torch.linspace(0, len(tokens) - 1, count, device=HOST).round().long()
+    others = torch.ones(len(tokens), dtype=torch.bool, device=HOST)
     others[chosen] = False
     return torch.cat((tokens[chosen], tokens[others]))

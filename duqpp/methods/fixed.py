@@ -28,7 +28,7 @@ class Hadamard(OneMatrix):
     summary = "one fixed orthogonal 32x32 matrix, the Hadamard matrix"
 
     def matrix(self, group: GroupInput) -> Tensor | None:
-        return hadamard(BLOCK_SIZE)
+        return hadamard(BLOCK_SIZE, group.device)
 
 
 class Random(OneMatrix):
@@ -40,4 +40,4 @@ class Random(OneMatrix):
 
     def matrix(self, group: GroupInput) -> Tensor | None:
         count = group.blocks if self.per_block else None
-        return random_orthogonal(BLOCK_SIZE, group.generator, count=count)
+        return random_orthogonal(BLOCK_SIZE, group.generator, count=count).to(group.device)

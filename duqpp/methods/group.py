@@ -20,6 +20,7 @@ from duqpp.methods.reports import GroupReport
 from duqpp.models.llama import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
+from duqpp.placement import HOST, host_generator
 from duqpp.rotation import InputTransform
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
@@ -189,7 +190,8 @@ def report_rows(sampled: int) -> Tensor:
     Args: sampled: how many rows there are.
     Returns: int64 [min(REPORT_ROWS, sampled)], ascending.
     """
-    return torch.linspace(0, sampled - 1, min(REPORT_ROWS, sampled)).round().long()
+    spread = torch.linspace(0, sampled - 1, min(REPORT_ROWS, sampled), device=HOST)
+    return spread.round().long()
 
 
 def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
@@ -244,4 +246,4 @@ def _relative(value: Tensor, exact: Tensor) -> float:
 def group_generator(seed: int, name: str) -> torch.Generator:
     """A generator for one linear group, the same whichever groups came before."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return host_generator(int.from_bytes(digest[:7], "little"))

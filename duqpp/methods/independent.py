@@ -31,6 +31,7 @@ from duqpp.methods.options import Options
 from duqpp.methods.smoothing import smooth_into_producers, smoothed_per_block
 from duqpp.models.llama import BlockInputs, LinearGroup
 from duqpp.ops import quantize
+from duqpp.placement import HOST
 from duqpp.rotation import BlockRotation, InputTransform
 
 
@@ -40,13 +41,14 @@ class GroupInput:
 
     blocks: K / 32. x: sampled inputs, smoothed, float32 [n, K]; None for a method that reads none.
     folded_scales: float64 [K], smoothing that becomes part of the transform; None for none.
-    generator: the group's own.
+    generator: the group's own. device: where the transform belongs.
     """
 
     blocks: int
     x: Tensor | None
     folded_scales: Tensor | None
     generator: torch.Generator
+    device: torch.device = HOST
 
 
 class Independent(Method):
@@ -124,6 +126,7 @@ class Independent(Method):
                     reader.in_features,
                     sample,
                     second_moment=wants_moment,
+                    device=reader.weight.device,
                 )
                 hooks.enter_context(observed(reader, statistics[group.name].update))
             if self.options.next_inputs == "float" or not statistics:
@@ -154,7 +157,8 @@ class Independent(Method):
         if x is not None and folded_scales is not None:
             x = x / folded_scales.float()
         blocks = plan.scales.numel() // BLOCK_SIZE
-        return GroupInput(blocks, x, folded_scales, group_generator(self.options.seed, plan.name))
+        generator = group_generator(self.options.seed, plan.name)
+        return GroupInput(blocks, x, folded_scales, generator, plan.scales.device)
 
     def _hessians(
         self,
@@ -172,7 +176,10 @@ class Independent(Method):
                 own = statistics[name]
                 hessians[name] = transform_second_moment(own.take_gram(), own.tokens, plan.apply)
             return hessians
-        accumulators = {name: HessianAccumulator(p.scales.numel()) for name, p in plans.items()}
+        accumulators = {
+            name: HessianAccumulator(plan.scales.numel(), plan.scales.device)
+            for name, plan in plans.items()
+        }
 
         def observe(plan: GroupPlan, accumulator: HessianAccumulator) -> Callable[[Tensor], None]:
             # The block's producers have absorbed the smoothing by now: only the transform is left.
@@ -231,7 +238,7 @@ class OneMatrix(GroupByGroup):
         matrix = self.matrix(group)
         if group.folded_scales is not None:
             if matrix is None:
-                matrix = torch.eye(BLOCK_SIZE, dtype=torch.float64)
+                matrix = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=group.device)
             matrix = scale_rows(matrix, group.folded_scales)
         if matrix is None:
             return InputTransform()

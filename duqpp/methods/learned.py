@@ -19,11 +19,11 @@ from duqpp.methods.independent import GroupInput, Independent
 from duqpp.methods.options import LearnedOptions, Options
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.methods.refine.latent import RoundedInput, round_straight_through
-from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
+from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
 from duqpp.models.llama import BlockInputs, LinearGroup
 from duqpp.ops.reference import rotate_blocks
 from duqpp.rotation import BlockRotation, InputTransform
-from duqpp.rotation.basis import hadamard
+from duqpp.rotation.basis import hadamard, random_signs
 
 _EPOCHS = 4
 _RATE = 1e-2  # of Adam, for the entries of a skew-symmetric matrix: about the angle of a step
@@ -35,7 +35,8 @@ class Rotation(nn.Module):
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.register_buffer("start", start)
-        self.turn = nn.Parameter(torch.eye(BLOCK_SIZE).expand(start.shape).contiguous())
+        identity = torch.eye(BLOCK_SIZE, device=start.device)
+        self.turn = nn.Parameter(identity.expand(start.shape).contiguous())
         orthogonal(self, "turn", orthogonal_map="cayley")
 
     def forward(self) -> Tensor:
@@ -129,7 +130,7 @@ def learn_rotations(
     )
     with torch.enable_grad():
         for _ in range(_EPOCHS):
-            for batch in torch.randperm(held.start, generator=generator).tolist():
+            for batch in shuffled(held.start, generator):
                 loss(batch).backward()
                 optimizer.step()
             if not stopping.check():
@@ -143,7 +144,8 @@ def _start(
     block: nn.Module, group: LinearGroup, options: Options, generator: torch.Generator
 ) -> Rotation:
     shape: tuple[int, ...] = (BLOCK_SIZE,)
+    reader = block.get_submodule(group.linears[0])
     if options.rotation == "per-block":
-        shape = (block.get_submodule(group.linears[0]).in_features // BLOCK_SIZE, BLOCK_SIZE)
-    signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-    return Rotation(signs[..., None] * hadamard(BLOCK_SIZE).float())
+        shape = (reader.in_features // BLOCK_SIZE, BLOCK_SIZE)
+    signs = random_signs(shape, generator).to(reader.weight.device)
+    return Rotation(signs[..., None] * hadamard(BLOCK_SIZE, signs.device).float())

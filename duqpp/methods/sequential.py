@@ -116,7 +116,7 @@ class Sequential(Method):
             plan = plan_group(block, group)
             x = _group_input(block, group.linears[0], inputs)
             drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
-            samples = x[drawn[report_rows(len(drawn))]]
+            samples = x[drawn[report_rows(len(drawn))].to(x.device)]
             exact = group_outputs(plan, samples)
             with named(plan.name):
                 generator = group_generator(self.options.seed, plan.name)
@@ -128,7 +128,8 @@ class Sequential(Method):
             del hessian, drift
             replace_linears(block, plan, weights, self.layout())
             latents |= {name: weight.latent for name, weight in weights.items()}
-            every, rule = torch.arange(len(samples)), self.options.activation_rule
+            every = torch.arange(len(samples), device=samples.device)
+            rule = self.options.activation_rule
             report = report_group(plan, weights, samples, every, exact, rule)
             before, after = (block_amax(channels) for channels in amax)
             reports.append(replace(report, block_amax_before=before, block_amax=after))
@@ -162,7 +163,8 @@ def run_float_block(
 def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
     reader = block.module.get_submodule(name)
-    x, filled = torch.empty(inputs.tokens, reader.in_features), 0
+    x = torch.empty(inputs.tokens, reader.in_features, device=reader.weight.device)
+    filled = 0
 
     def update(batch: Tensor) -> None:
         nonlocal filled
@@ -208,9 +210,9 @@ def _observe(
     Args: exact: what the group reads in the float model, [tokens, K] in any dtype.
     """
     channels = x.shape[1]
-    hessian = torch.zeros(channels, channels) if options.gptq else None
-    drift = torch.zeros(channels, channels) if options.gptq and exact is not None else None
-    before, after = torch.zeros(1, channels), torch.zeros(1, channels)
+    hessian = x.new_zeros(channels, channels) if options.gptq else None
+    drift = x.new_zeros(channels, channels) if options.gptq and exact is not None else None
+    before, after = x.new_zeros(1, channels), x.new_zeros(1, channels)
     for start in range(0, len(x), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
         rotated = plan.transform.apply(x[rows])
@@ -223,7 +225,7 @@ def _observe(
             rounded = dequantize(quantize(rotated, rule=options.activation_rule))
         hessian.addmm_(rounded.T, rounded)
         if exact is not None and drift is not None:
-            change = plan.transform.apply(exact[rows].float()) - rotated
+            change = plan.transform.apply(exact[rows].to(x.device).float()) - rotated
             drift.addmm_(change.T, rounded)
     for sums in (hessian, drift):
         if sums is not None:

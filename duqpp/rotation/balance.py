@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE
-from duqpp.rotation.basis import hadamard
+from duqpp.rotation.basis import hadamard, random_signs
 
 # Added to both moments, as a fraction of their mean diagonal: directions that calibration hardly
 # excites keep a bounded inverse. The condition number of R then stays below 32 / RIDGE.
@@ -44,15 +44,15 @@ def balanced_transform(activations: Tensor, weights: Tensor, generator: torch.Ge
     left, singular, _ = torch.linalg.svd(factor_x.mT @ factor_w)
     balance = torch.linalg.solve_triangular(factor_x.mT, left, upper=True)
     balance = balance * singular[:, None, :].sqrt()
-    signs = torch.randint(0, 2, singular.shape, generator=generator) * 2.0 - 1.0
-    matrix = (balance * signs[:, None, :].double()) @ hadamard(BLOCK_SIZE)
+    signs = random_signs(singular.shape, generator).to(singular.device)
+    matrix = (balance * signs[:, None, :].double()) @ hadamard(BLOCK_SIZE, singular.device)
     norm = matrix.square().sum((-2, -1), keepdim=True)
     return matrix * (BLOCK_SIZE / norm).sqrt()
 
 
 def _factor(moment: Tensor) -> Tensor:
     """Lower triangular L with L L.T the moment, its mean diagonal scaled to 1, plus the ridge."""
-    eye = torch.eye(BLOCK_SIZE, dtype=torch.float64)
+    eye = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=moment.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = torch.where(mean > 0, moment / mean, eye)
     return torch.linalg.cholesky(scaled + RIDGE * eye)

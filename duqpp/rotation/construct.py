@@ -39,23 +39,27 @@ def greedy_rotation(x: Tensor, generator: torch.Generator, *, max_steps: int = 2
         max_steps: longest prefix tried.
     Returns: GreedyResult.
     """
-    mix = torch.zeros(max_steps, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.float64)
+    mix = torch.zeros(
+        max_steps, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.float64, device=generator.device
+    )
     mix[:, 0, 0] = 1.0
     mix[:, 1:, 1:] = random_orthogonal(BLOCK_SIZE - 1, generator, count=max_steps)
-    steps = hadamard(BLOCK_SIZE) @ mix  # [max_steps, 32, 32]
+    steps = hadamard(BLOCK_SIZE, mix.device) @ mix  # [max_steps, 32, 32]
 
     with single_thread():
-        found = _search(_rows_that_may_peak(x), steps)
+        found = _search(_rows_that_may_peak(x), steps.to(x.device))
     return _measured_on_all_rows(x, found)
 
 
 def _search(x: Tensor, steps: Tensor) -> GreedyResult:
     """`greedy_rotation` over the rows x [G, m, 32] that count, with the matrices M of its steps."""
     groups = x.shape[0]
-    rotation = torch.eye(BLOCK_SIZE, dtype=torch.float64).expand(groups, -1, -1)
+    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=x.device)
+    rotation = identity.expand(groups, -1, -1)
     best = rotation.clone()
     peak, channel = _peak(x)
-    peak_before, best_peak, best_steps = peak, peak, torch.zeros(groups, dtype=torch.int64)
+    peak_before, best_peak = peak, peak
+    best_steps = torch.zeros(groups, dtype=torch.int64, device=x.device)
     for step, matrix in enumerate(steps, start=1):
         swapped = _swap_first(matrix, channel)  # [G, 32, 32]
         rotation = rotation @ swapped
@@ -137,7 +141,8 @@ def _measured_on_all_rows(x: Tensor, found: GreedyResult) -> GreedyResult:
 
     Where the rows left out make the rotation worse than none, none it is.
     """
-    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64).expand_as(found.rotation)
+    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=x.device)
+    identity = identity.expand_as(found.rotation)
     before, after = _largest(x, identity), _largest(x, found.rotation)
     kept = after <= before
     return GreedyResult(
@@ -162,7 +167,7 @@ def _peak(x: Tensor) -> tuple[Tensor, Tensor]:
 def _swap_first(matrix: Tensor, channel: Tensor) -> Tensor:
     """E_d M E_d for M [32, 32] and each d of `channel` [G]: [G, 32, 32]."""
     groups = channel.numel()
-    order = torch.arange(BLOCK_SIZE).repeat(groups, 1)
+    order = torch.arange(BLOCK_SIZE, device=channel.device).repeat(groups, 1)
     order[:, 0] = channel
-    order[torch.arange(groups), channel] = 0
+    order[torch.arange(groups, device=channel.device), channel] = 0
     return matrix[order[:, :, None], order[:, None, :]]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from duqpp.format import ScaleRule
 from duqpp.methods.base import Block
 from duqpp.methods.refine.latent import to_codes, to_latents
-from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
+from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
 from duqpp.methods.reports import RefineReport
 from duqpp.models.llama import BlockInputs
 from duqpp.ops import quantize
@@ -72,7 +72,7 @@ def refine_block(
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
     steps, every = 0, -(-held.start // _CHECKS)
     with torch.enable_grad():
-        for batch in torch.randperm(held.start, generator=generator).tolist():
+        for batch in shuffled(held.start, generator):
             loss(batch).backward()
             optimizer.step()
             steps += 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.errors import InputError
+from duqpp.placement import HOST
 
 _HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 _WARM_UP_STEPS = 5
@@ -29,6 +30,12 @@ def held_back(batches: int) -> range:
     if batches < 2:
         raise InputError("training needs more calibration text: one batch to train, one to check")
     return range(batches - max(1, batches // _HELD_SHARE), batches)
+
+
+def shuffled(count: int, generator: torch.Generator) -> list[int]:
+    """The numbers below `count` in a random order, drawn on the generator's device."""
+    order: list[int] = torch.randperm(count, generator=generator, device=generator.device).tolist()
+    return order
 
 
 class EarlyStopping(Generic[Snapshot]):
@@ -102,7 +109,7 @@ class LatentOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs besides the latents themselves; float32."""
-        tensors = {"steps": torch.tensor(float(self._schedule.last_epoch))}
+        tensors = {"steps": torch.tensor(float(self._schedule.last_epoch), device=HOST)}
         for index, parameter in enumerate(self._parameters):
             for name, value in self.adam.state.get(parameter, {}).items():
                 tensors[f"{name}.{index}"] = value
