@@ -21,7 +21,7 @@ from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.format import dequantize
 from duqpp.integrations.transformers import load_model
-from duqpp.models.llama import GROUPS, layer_prefix
+from duqpp.models.family import GROUPS, layer_prefix
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform

@@ -10,13 +10,8 @@ from torch import nn
 from duqpp.checkpoint.shard import read_shard
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.llama import (
-    DecoderStack,
-    LinearGroup,
-    is_whole,
-    layer_prefix,
-    quantized_groups,
-)
+from duqpp.models.family import LinearGroup, is_whole, layer_prefix, quantized_groups
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear, share_input
 
 QUANT_METHOD = "duqpp"

@@ -21,7 +21,7 @@ from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity
 from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
-from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
+from duqpp.models.family import check_architecture, layer_prefix, quantized_groups
 from duqpp.models.source import Source
 
 FLOAT = "float"

@@ -30,8 +30,8 @@ from duqpp.checkpoint.shard import (
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
-from duqpp.models.llama import GROUPS, layer_prefix
-from duqpp.models.source import download
+from duqpp.models.family import GROUPS, layer_prefix
+from duqpp.models.hub import download
 from duqpp.version import __version__
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")

@@ -10,7 +10,7 @@ from duqpp.checkpoint.layout import Layout
 from duqpp.checkpoint.shard import INDEX_FILE, read_json, shard_files, verify_shard
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
-from duqpp.models.llama import GROUPS, is_skipped
+from duqpp.models.family import GROUPS, is_skipped
 
 _LINEARS = {name for group in GROUPS for name in group.linears}
 

@@ -26,13 +26,14 @@ from duqpp.checkpoint.layout import (
 )
 from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.config import QuantizeConfig
-from duqpp.errors import CheckpointError, DuqppError, InputError
+from duqpp.errors import CheckpointError, DuqppError, InputError, first_line
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.job.finish import provenance
-from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
-from duqpp.models.source import download, first_line, is_gguf, load_gguf
+from duqpp.models.family import check_architecture, layer_prefix, quantized_groups
+from duqpp.models.gguf import is_gguf, load_gguf
+from duqpp.models.hub import download
 from duqpp.nn import MXFP4Linear, unshare_input
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.

@@ -12,8 +12,11 @@ from duqpp.errors import CheckpointError, InputError
 from duqpp.job.finish import REPORT_FILE
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
-from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
-from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
+from duqpp.models.family import GROUPS, check_architecture
+from duqpp.models.gguf import is_gguf
+from duqpp.models.hub import download
+from duqpp.models.source import Source, check_float_model, open_source
+from duqpp.models.stack import DecoderStack
 
 KINDS = tuple(group.name for group in GROUPS)
 

@@ -15,8 +15,9 @@ from duqpp.format import dequantize, quantize
 from duqpp.methods import METHODS
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.group import group_generator
-from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
+from duqpp.models.family import GROUPS
 from duqpp.models.source import open_source
+from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle

@@ -15,8 +15,8 @@ import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.models import source as source_module
-from duqpp.models.llama import DecoderStack
 from duqpp.models.source import SafetensorsSource, fingerprint, open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.tools.inspection import inspect_model
 from tests.checkpoint import damage
 

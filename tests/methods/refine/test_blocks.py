@@ -15,8 +15,9 @@ from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 from duqpp.methods.base import Block
 from duqpp.methods.refine.blocks import refine_block
-from duqpp.models.llama import GROUPS, DecoderStack
+from duqpp.models.family import GROUPS
 from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs
 
