@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from duqpp.checkpoint.card import GUARD_FIELD
-from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.layout import Layout, checkpoint_family
 from duqpp.checkpoint.shard import (
     INDEX_FILE,
     Progress,
@@ -30,7 +30,7 @@ from duqpp.checkpoint.shard import (
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
-from duqpp.models.family import GROUPS, layer_prefix
+from duqpp.models.family import Family
 from duqpp.models.hub import download
 from duqpp.version import __version__
 
@@ -81,7 +81,7 @@ def export_compressed_tensors(
             f"{folder} has one rotation per block, and compressed-tensors has one matrix for all; "
             "quantize with --rotation shared, or serve it exactly with duqpp's vLLM plugin"
         )
-    groups, skipped = _groups(config, layout)
+    groups, skipped = _groups(checkpoint_family(config), layout)
     conversion = _Conversion(frozenset(name for group in groups for name in group))
     files = shard_files(folder)
     work = _work_folder(out)
@@ -171,13 +171,13 @@ class _Conversion:
         return members
 
 
-def _groups(config: dict[str, Any], layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
+def _groups(family: Family, layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
     """The quantized linears, by the input that they share, and those that are not quantized."""
     groups, skipped = [], ["lm_head"]
-    for index in range(config["num_hidden_layers"]):
-        for group in GROUPS:
-            names = tuple(f"{layer_prefix(index)}.{name}" for name in group.linears)
-            if is_quantized(names, layout.skip):
+    for index in range(family.config.num_hidden_layers):
+        for group in family.groups(index):
+            names = tuple(f"{family.block_name(index)}.{name}" for name in group.linears)
+            if is_quantized(family, names, layout.skip):
                 groups.append(names)
             else:
                 skipped += names

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
-from duqpp.models.family import check_family
+from duqpp.models.family import family_of
 from duqpp.models.gguf import GgufSource, is_gguf
 from duqpp.models.hub import download, load_pretrained
 
@@ -53,7 +53,7 @@ def open_source(model: str) -> Source:
 
 def check_float_model(folder: Path) -> None:
     """Raise InputError unless config.json is that of a float model of a known family."""
-    check_family(_float_config(folder))
+    family_of(_float_config(folder))
 
 
 def fingerprint(source: Source) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.errors import InputError, first_line
-from duqpp.models.family import layer_prefix
+from duqpp.models.family import family_of
 from duqpp.models.source import Source
 
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
@@ -18,9 +18,11 @@ TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves
 class DecoderStack:
     """The decoder blocks of a source, run one at a time; only one has its weights in memory.
 
+    source, config, family: what the blocks are built from. dtype: what they compute in.
+
     Args:
         source: the float model.
-        dtype: that the blocks compute in; None is the dtype of the embedding as stored.
+        dtype: None is the dtype of the embedding as stored.
     Raises: InputError when there is no such model, or the source lacks its embedding.
     """
 
@@ -28,7 +30,8 @@ class DecoderStack:
         from transformers import AutoModelForCausalLM
 
         self.source, self.config = source, source.config
-        embedding = source.tensor("model.embed_tokens.weight")
+        self.family = family_of(self.config)
+        embedding = self._stored(f"{self.family.body}.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
         try:
             with torch.device("meta"):
@@ -39,9 +42,9 @@ class DecoderStack:
         self._rest = {
             name: tensor.shape
             for name, tensor in skeleton.state_dict().items()
-            if not name.startswith("model.layers.") and name not in tied
+            if not name.startswith(f"{self.family.blocks}.") and name not in tied
         }
-        self._body = skeleton.model
+        self._body = skeleton.get_submodule(self.family.body)
         self._blocks = self._body.layers
         self._rotary = type(self._body.rotary_emb)(
             config=self.config
@@ -60,11 +63,12 @@ class DecoderStack:
 
         Raises: InputError when a tensor is missing, misshapen, or has NaN or infinite values.
         """
-        prefix = layer_prefix(index)
+        prefix = self.family.block_name(index)
         block = self.skeleton(index)
-        weights = {}
-        for name, expected in block.state_dict().items():
-            weights[name] = self._tensor(f"{prefix}.{name}", expected.shape)
+        weights = {
+            name: self._tensor(f"{prefix}.{name}", expected.shape)
+            for name, expected in block.state_dict().items()
+        }
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
 
@@ -81,7 +85,7 @@ class DecoderStack:
         Raises: as `block` does.
         """
         norm = self._body.norm
-        weight = self._tensor("model.norm.weight", norm.weight.shape)
+        weight = self._tensor(f"{self.family.body}.norm.weight", norm.weight.shape)
         norm.load_state_dict({"weight": weight}, assign=True)
         untied = "lm_head.weight" in self._rest
         rows = self._tensor("lm_head.weight", self._rest["lm_head.weight"]) if untied else None
@@ -90,11 +94,16 @@ class DecoderStack:
         return nn.Sequential(norm, head).requires_grad_(False)
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
-        tensor = self.source.tensor(name).to(self.dtype)
+        tensor = self._stored(name).to(self.dtype)
         if tensor.shape != shape:
             raise InputError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         check_finite(tensor, name)
         return tensor
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the model as the source has it."""
+        stored = self.family.stored(name)
+        return self.source.tensor(stored.name)[stored.part]
 
     def release(self, index: int) -> None:
         """Let go of block `index` and its weights."""

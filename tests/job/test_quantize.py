@@ -17,12 +17,13 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
 from duqpp.job.calibration import _spread_first
-from duqpp.models.family import ARCHITECTURES, GROUPS, is_skipped
+from duqpp.models.family import is_skipped
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from duqpp.rotation import BlockRotation, InputTransform
 from tests import decoder, oracle
+from tests.families import FAMILIES, GROUPS
 
 METHODS = ("rtn", "hadamard", "random", "duquant", "duquant++")
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -103,7 +104,7 @@ def test_logits_before_and_after_saving(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_family(family, tied, make_tiny, tmp_path, finished_blocks):
     model = make_tiny(family, tie_word_embeddings=tied)
     out = quantize(model, tmp_path / "out")

@@ -14,13 +14,11 @@ from duqpp.format import dequantize, quantize
 from duqpp.methods import group as common
 from duqpp.methods.base import Block
 from duqpp.methods.sequential import run_float_block
-from duqpp.models.family import GROUPS
 from duqpp.models.source import open_source
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs, oracle
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from tests.families import FAMILIES, GROUPS
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from duqpp.checkpoint.layout import Layout, convert_block
+from duqpp.checkpoint.layout import Layout, convert_groups
 from duqpp.errors import InputError
-from duqpp.models.family import (
-    ARCHITECTURES,
-    GROUPS,
-)
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack, check_finite
+from tests.families import FAMILIES, GROUPS
 
 TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -46,7 +43,7 @@ def outputs_of_blocks(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_give_what_the_model_gives(family, dtype, make_tiny):
     folder = make_tiny(family, "60KB", num_hidden_layers=3)
     expected = outputs_of_blocks(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
@@ -121,7 +118,7 @@ def test_converted_block_has_the_layout_and_no_weights_of_its_own(tiny_llama):
     stack = DecoderStack(open_source(str(tiny_llama)))
     block = stack.block(0)
     layout = Layout("hadamard", "shared", False, "mse", "even", skip=("o_proj",))
-    convert_block(block, 0, layout, device="cpu")
+    convert_groups(block, stack.family.quantized_groups(0, layout.skip), layout, device="cpu")
     state = block.state_dict()
     for group in GROUPS:
         for name in group.linears:
