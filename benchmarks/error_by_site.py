@@ -21,7 +21,7 @@ from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.format import dequantize
 from duqpp.integrations.transformers import load_model
-from duqpp.models.llama import GROUPS, layer_prefix
+from duqpp.models.family import Family, family_of
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
@@ -67,13 +67,14 @@ def partly_rounded(model: nn.Module, quantized: nn.Module) -> dict[tuple[int, st
     Returns: them by block and name in the block.
     """
     found = {}
-    names = [name for group in GROUPS for name in group.linears]
-    for index, name in product(range(len(model.model.layers)), names):
-        path = f"{layer_prefix(index)}.{name}"
-        linear = quantized.get_submodule(path)
-        if isinstance(linear, MXFP4Linear):
-            found[index, name] = PartlyRounded(model.get_submodule(path), linear)
-            model.set_submodule(path, found[index, name])
+    family = family_of(model.config)
+    for index in range(model.config.num_hidden_layers):
+        for name in (name for group in family.groups(index) for name in group.linears):
+            path = f"{family.block_name(index)}.{name}"
+            linear = quantized.get_submodule(path)
+            if isinstance(linear, MXFP4Linear):
+                found[index, name] = PartlyRounded(model.get_submodule(path), linear)
+                model.set_submodule(path, found[index, name])
     return found
 
 
@@ -99,12 +100,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def cases(blocks: int) -> Iterator[Case]:
+def cases(family: Family) -> Iterator[Case]:
     """What is rounded, in the linears of which group or "all", and in which blocks, "0-29"."""
+    blocks = family.config.num_hidden_layers
     every = range(blocks)
     parts = min(PARTS, blocks)
     bounds = [blocks * part // parts for part in range(parts + 1)]
-    chosen = [(name, every) for name in (ALL, *(group.name for group in GROUPS))]
+    chosen = [(name, every) for name in (ALL, *family.kinds())]
     chosen += [(ALL, range(first, end)) for first, end in pairwise(bounds)]
     for (name, part), rounded in product(chosen, ROUNDED):
         yield {"rounded": rounded, "linears": name, "blocks": f"{part.start}-{part.stop - 1}"}
@@ -134,12 +136,13 @@ def main(arguments: list[str] | None = None) -> None:
     common = window | {"quantized": fingerprint(quantized)}
     places = partly_rounded(model, quantized)
     del quantized
-    members = {group.name: group.linears for group in GROUPS}
+    family = family_of(model.config)
 
     def measured(text: str, rounded: str, linears: str, blocks: str, **_: object) -> Case:
         first, last = (int(index) for index in blocks.split("-"))
         for (index, name), linear in places.items():
-            chosen = first <= index <= last and (linears == ALL or name in members[linears])
+            group = next(g.name for g in family.groups(index) if name in g.linears)
+            chosen = first <= index <= last and linears in (ALL, group)
             linear.rounded = rounded if chosen else None
         tokens, exact, reference = references[text]
         found = perplexity(model, tokens, **window, reference=reference)
@@ -150,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
 
     run = Run("error_by_site", COLUMNS, options, facts)
-    each = cases(len(model.model.layers))
+    each = cases(family)
     run.measure(({"text": t, **case, **common} for case, t in product(each, references)), measured)
     run.finish()
 

@@ -15,3 +15,8 @@ class CheckpointError(DuqppError, ValueError):
 
 class BackendUnavailableError(DuqppError, RuntimeError):
     """An operation was asked of a backend that cannot run it here (see `duqpp doctor`)."""
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: the first of its message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

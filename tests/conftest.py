@@ -48,7 +48,7 @@ MakeTiny = Callable[..., Path]
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
     """Factory of tiny seeded models: ``make_tiny(model_type, shard_size=None, **overrides)``.
 
-    model_type is "llama", "mistral", "qwen2" or "qwen3"; overrides are fields of its transformers
+    model_type is one of `tests.families.FAMILIES`; overrides are fields of its transformers
     config; shard_size (such as "100KB") splits the safetensors. Returns the folder, which holds
     float32 weights, config and tokenizer; it is made once per arguments: copy before changing it.
 

@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from duqpp.calibration.tokens import builtin_text
 from duqpp.cli.main import app, main
+from duqpp.models.family import FAMILIES
 from duqpp.tools import selfcheck
 from tests.evaluation.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
 
@@ -278,6 +279,16 @@ def test_nobody_is_told_to_install_duqpp_from_pypi():
     for file in [*PAGES, *(ROOT / "duqpp").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"pip install ['\"]?duqpp", text), file.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/vllm.md"])
+def test_the_families_that_a_page_lists_are_the_registrys(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lists = re.findall(r"Llama(?:,\s+[A-Z]\w+)+(?:\s+and\s+[A-Z]\w+)?", text)
+    assert lists, "no list like: Llama, Mistral and Qwen2"
+    for listed in lists:
+        names = re.split(r",\s+|\s+and\s+", listed)
+        assert sorted(name.lower() for name in names) == sorted(FAMILIES), listed
 
 
 def test_a_wrong_option_would_be_seen():

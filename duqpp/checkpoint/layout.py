@@ -1,7 +1,9 @@
 """How a quantized model is laid out: the `quantization_config` of a checkpoint, and its modules."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,13 +12,8 @@ from torch import nn
 from duqpp.checkpoint.shard import read_shard
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.llama import (
-    DecoderStack,
-    LinearGroup,
-    is_whole,
-    layer_prefix,
-    quantized_groups,
-)
+from duqpp.models.family import Family, LinearGroup, family_of, quantized_groups
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear, share_input
 
 QUANT_METHOD = "duqpp"
@@ -131,6 +128,13 @@ def is_duqpp(config: dict[str, Any]) -> bool:
     return quantization_of(config).get("quant_method") == QUANT_METHOD
 
 
+def checkpoint_family(config: dict[str, Any]) -> Family:
+    """The family of the model that a checkpoint's config.json describes. Raises: InputError."""
+    family = family_of(SimpleNamespace(**config))
+    family.check(())
+    return family
+
+
 def _field(
     values: dict[str, Any], name: str, kind: type, where: str = "quantization_config"
 ) -> Any:
@@ -149,15 +153,21 @@ def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
 
 
 def convert_block(block: nn.Module, index: int, layout: Layout, *, device: Any = None) -> None:
-    """Swap in the quantized linears of decoder block `index`, and let groups share their input."""
-    for group in quantized_groups(index, layout.skip):
+    convert_groups(block, quantized_groups(index, layout.skip), layout, device=device)
+
+
+def convert_groups(
+    block: nn.Module, groups: Sequence[LinearGroup], layout: Layout, *, device: Any = None
+) -> None:
+    """Swap in the quantized linears of a decoder block, and let its groups share their inputs."""
+    for group in groups:
         convert_group(block, group, layout, device=device)
 
 
 def convert_group(
     block: nn.Module, group: LinearGroup, layout: Layout, *, device: Any = None
 ) -> None:
-    """`convert_block` for one linear group of the block."""
+    """`convert_groups` for one linear group of the block."""
     for name in group.linears:
         linear = layout.empty_linear(block.get_submodule(name), device=device)
         block.set_submodule(name, linear)
@@ -166,21 +176,30 @@ def convert_group(
 
 def share_inputs(model: nn.Module, layout: Layout) -> None:
     """Let the groups of a model whose linears are all swapped in share their inputs."""
-    for index, block in enumerate(model.model.layers):
-        for group in quantized_groups(index, layout.skip):
+    for block, groups in _blocks(model, layout):
+        for group in groups:
             _share_input(block, group)
 
 
 def _share_input(block: nn.Module, group: LinearGroup) -> None:
-    if is_whole(group) and len(group.linears) > 1:
+    if group.shares_input:
         owner = block.get_submodule(group.owner)
         share_input(owner, [block.get_submodule(name) for name in group.linears])
 
 
 def convert_model(model: nn.Module, layout: Layout) -> None:
-    """`convert_block` for every decoder block of a LLaMA-family causal language model."""
-    for index, block in enumerate(model.model.layers):
-        convert_block(block, index, layout)
+    """`convert_groups` for every decoder block of a causal language model."""
+    for block, groups in _blocks(model, layout):
+        convert_groups(block, groups, layout)
+
+
+def _blocks(
+    model: nn.Module, layout: Layout
+) -> Iterator[tuple[nn.Module, tuple[LinearGroup, ...]]]:
+    """The decoder blocks of a model, each with its groups that are quantized."""
+    family = family_of(model.config)
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        yield block, family.quantized_groups(index, layout.skip)
 
 
 def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path) -> nn.Module:
@@ -189,8 +208,8 @@ def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path
     Raises: CheckpointError.
     """
     block = stack.skeleton(index)
-    convert_block(block, index, layout)
-    prefix = layer_prefix(index) + "."
+    convert_groups(block, stack.family.quantized_groups(index, layout.skip), layout)
+    prefix = stack.family.block_name(index) + "."
     tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
     block.load_state_dict(tensors, assign=True)
     for module in block.modules():

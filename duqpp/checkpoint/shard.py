@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format.e8m0 import NAN_SCALE
-from duqpp.models.llama import layer_prefix
+from duqpp.models.family import layer_prefix
 from duqpp.rotation.block_rotation import check_invertible
 
 CHECKSUMS_KEY = "duqpp.crc32"

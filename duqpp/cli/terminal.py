@@ -21,7 +21,7 @@ from rich.text import Text
 from duqpp.evaluation.perplexity import PerplexityResult
 from duqpp.evaluation.scores import Row, Scores
 from duqpp.evaluation.tasks import TaskScore
-from duqpp.models.source import is_gguf
+from duqpp.models.gguf import is_gguf
 from duqpp.tools.inspection import Inspection, layer_and_kind
 from duqpp.tools.selfcheck import Report as SelfcheckReport
 

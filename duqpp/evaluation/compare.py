@@ -21,7 +21,7 @@ from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity
 from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
-from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
+from duqpp.models.family import family_of
 from duqpp.models.source import Source
 
 FLOAT = "float"
@@ -98,7 +98,7 @@ def compare(
     if len(set(texts)) < len(texts):
         raise InputError(f"an evaluation text is named twice: {', '.join(texts)}")
     skip = next(iter(methods.values())).skip
-    check_architecture(source.config, skip)
+    family_of(source.config).check(skip)
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in texts}
     calibration_text = _check_calibration(tokenizer, methods, calibration)
@@ -266,12 +266,8 @@ def _float_row(
             model, own, **settings, progress=progress
         )
         scores.append(Scores(text, result.windows, result.perplexity, (_run(None, 0.0, result),)))
-    linears = [
-        model.get_submodule(f"{layer_prefix(index)}.{name}").weight
-        for index in range(model.config.num_hidden_layers)
-        for group in quantized_groups(index, skip)
-        for name in group.linears
-    ]
+    names = family_of(model.config).quantized_linears(skip)
+    linears = [model.get_submodule(name).weight for name in names]
     size = sum(weight.numel() * weight.element_size() for weight in linears)
     count = sum(weight.numel() for weight in linears)
     return Row(FLOAT, tuple(scores), size, count), references

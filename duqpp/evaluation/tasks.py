@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from duqpp.errors import InputError
-from duqpp.models.source import first_line
+from duqpp.errors import InputError, first_line
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ engine, which rotates activations in the model's dtype and scales them by a rule
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duqpp.checkpoint.card import GUARD_FIELD
-from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.layout import Layout, checkpoint_family, quantization_of
 from duqpp.checkpoint.shard import (
     INDEX_FILE,
     Progress,
@@ -30,8 +32,9 @@ from duqpp.checkpoint.shard import (
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
-from duqpp.models.llama import GROUPS, layer_prefix
-from duqpp.models.source import download
+from duqpp.job.lock import locked
+from duqpp.models.family import Family
+from duqpp.models.hub import download
 from duqpp.version import __version__
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
@@ -68,12 +71,27 @@ def export_compressed_tensors(
         block, DuQuant's permutation, a bias behind a rotation, a fused linear that is quantized in
         part. CheckpointError for a damaged checkpoint.
     """
-    progress = progress or (lambda stage, done, total: None)
     folder, out = Path(model).expanduser(), Path(out)
     folder = folder if folder.exists() else download(str(model))
     config = read_json(folder / "config.json")
-    values = config.get("quantization_config")
-    if not isinstance(values, dict):
+    layout = _exportable_layout(folder, config)
+    groups, skipped = _groups(checkpoint_family(config), layout)
+    conversion = _Conversion(frozenset(name for group in groups for name in group))
+    with _new_folder(out) as work:
+        size = _write_shards(
+            folder, work, conversion, progress or (lambda stage, done, total: None)
+        )
+        schemes = conversion.schemes(groups) if layout.rotation == "shared" else {}
+        write_json(work / "config.json", _config(config, skipped, schemes))
+        (work / "README.md").write_text(_card(out.name, layout), encoding="utf-8")
+        _copy_companions(folder, work)
+    return ExportReport(out, size, len(schemes), _remarks(layout))
+
+
+def _exportable_layout(folder: Path, config: dict[str, Any]) -> Layout:
+    """The layout in a checkpoint's config.json. Raises: InputError where the format has no room."""
+    values = quantization_of(config)
+    if not values:
         raise InputError(f"{folder} is not quantized; run `duqpp quantize` first")
     layout = served_layout(values)
     if layout.rotation == "per_block":
@@ -81,46 +99,77 @@ def export_compressed_tensors(
             f"{folder} has one rotation per block, and compressed-tensors has one matrix for all; "
             "quantize with --rotation shared, or serve it exactly with duqpp's vLLM plugin"
         )
-    groups, skipped = _groups(config, layout)
-    conversion = _Conversion(frozenset(name for group in groups for name in group))
-    files = shard_files(folder)
-    work = _work_folder(out)
+    return layout
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """`OUT.partial`, to be filled: it becomes `out` then, or is removed where that fails.
+
+    Raises: InputError where it or `out` is in the way, or cannot be written.
+    """
+    work = out.with_name(out.name + ".partial")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise InputError(f"output {out} exists and is not an empty folder")
+    if work.is_dir():
+        with locked(work):  # nobody else works in it, so that the advice below is sound
+            pass
+    if work.exists():
+        raise InputError(f"{work} is in the way: something was interrupted there; remove it")
     try:
-        found: dict[str, str] = {}
-        weight_map: dict[str, str] = {}
-        size = 0
-        for done, file in enumerate(files):
-            progress("export", done, len(files))
-            tensors = read_shard(file)
-            found |= dict.fromkeys(tensors, file.name)
-            tensors = conversion.convert(tensors)
-            write_shard(work / file.name, tensors)
-            weight_map |= dict.fromkeys(tensors, file.name)
-            size += sum(tensor.nbytes for tensor in tensors.values())
-        check_index(folder, found)
-        schemes = conversion.schemes(groups) if layout.rotation == "shared" else {}
-        remarks = _remarks(layout)
-        write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        config["quantization_config"] = _quantization_config(skipped, schemes)
-        config.pop(GUARD_FIELD, None)  # the checkpoint's own: duqpp does not read an export
-        if schemes:
-            config[GUARD_FIELD] = _GUARD
-        write_json(work / "config.json", config)
-        (work / "README.md").write_text(_card(out.name, layout, remarks), encoding="utf-8")
-        names = {file.name for file in files}
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name not in names and file.name not in _NOT_COPIED:
-                shutil.copyfile(file, work / file.name)
-        if out.exists():
-            out.rmdir()  # empty, as `_work_folder` has seen
-        os.replace(work, out)
+        work.mkdir(parents=True)
+        with locked(work), _removed_on_failure(work):
+            yield work
+            if out.exists():
+                out.rmdir()  # empty, as was seen above
+            os.replace(work, out)
     except OSError as error:
-        shutil.rmtree(work)
         raise InputError(f"cannot write to {work}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
         raise
-    return ExportReport(out, size, len(schemes), remarks)
+
+
+def _write_shards(folder: Path, work: Path, conversion: "_Conversion", progress: Progress) -> int:
+    """Write every shard, converted, and their index. Returns: bytes of the tensors."""
+    files = shard_files(folder)
+    found: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    size = 0
+    for done, file in enumerate(files):
+        progress("export", done, len(files))
+        tensors = read_shard(file)
+        found |= dict.fromkeys(tensors, file.name)
+        tensors = conversion.convert(tensors)
+        write_shard(work / file.name, tensors)
+        weight_map |= dict.fromkeys(tensors, file.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    check_index(folder, found)
+    write_json(work / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return size
+
+
+def _config(
+    config: dict[str, Any], skipped: list[str], schemes: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The config.json of an export, from that of the checkpoint."""
+    values = config | {"quantization_config": _quantization_config(skipped, schemes)}
+    values.pop(GUARD_FIELD, None)  # the checkpoint's own: duqpp does not read an export
+    return values | ({GUARD_FIELD: _GUARD} if schemes else {})
+
+
+def _copy_companions(folder: Path, work: Path) -> None:
+    """Copy the files beside the shards that are right for an export too, such as the tokenizer."""
+    left_out = {*_NOT_COPIED, *(file.name for file in shard_files(folder))}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name not in left_out:
+            shutil.copyfile(file, work / file.name)
 
 
 @dataclass
@@ -171,13 +220,13 @@ class _Conversion:
         return members
 
 
-def _groups(config: dict[str, Any], layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
+def _groups(family: Family, layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
     """The quantized linears, by the input that they share, and those that are not quantized."""
     groups, skipped = [], ["lm_head"]
-    for index in range(config["num_hidden_layers"]):
-        for group in GROUPS:
-            names = tuple(f"{layer_prefix(index)}.{name}" for name in group.linears)
-            if is_quantized(names, layout.skip):
+    for index in range(family.config.num_hidden_layers):
+        for group in family.groups(index):
+            names = tuple(f"{family.block_name(index)}.{name}" for name in group.linears)
+            if is_quantized(family, names, layout.skip):
                 groups.append(names)
             else:
                 skipped += names
@@ -249,7 +298,7 @@ def _remarks(layout: Layout) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _card(name: str, layout: Layout, remarks: tuple[str, ...]) -> str:
+def _card(name: str, layout: Layout) -> str:
     base = layout.provenance.get("base_model") or "a float model"
     return "\n".join(
         [
@@ -262,24 +311,7 @@ def _card(name: str, layout: Layout, remarks: tuple[str, ...]) -> str:
             f"{base}, quantized to MXFP4 (W4A4) by duqpp, method `{layout.method}`, and exported "
             f"to compressed-tensors by `duqpp export` of duqpp {__version__}.",
             "",
-            *(f"- {remark}" for remark in remarks),
+            *(f"- {remark}" for remark in _remarks(layout)),
             "",
         ]
     )
-
-
-def _work_folder(out: Path) -> Path:
-    """`OUT.partial`, new. Raises: InputError where it or `out` is in the way."""
-    work = out.with_name(out.name + ".partial")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"output {out} exists and is not an empty folder")
-    try:
-        work.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError(
-            f"{work} is in the way: an export to {out} is running, or was interrupted; if none is "
-            "running, remove it"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot make the folder {work}: {error.strerror}") from error
-    return work

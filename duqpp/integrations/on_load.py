@@ -10,7 +10,8 @@ from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
-from duqpp.models.llama import check_finite, layer_prefix, quantized_groups
+from duqpp.models.family import layer_prefix, quantized_groups
+from duqpp.models.stack import check_finite
 from duqpp.rotation import InputTransform
 
 

@@ -10,9 +10,7 @@ from duqpp.checkpoint.layout import Layout
 from duqpp.checkpoint.shard import INDEX_FILE, read_json, shard_files, verify_shard
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
-from duqpp.models.llama import GROUPS, is_skipped
-
-_LINEARS = {name for group in GROUPS for name in group.linears}
+from duqpp.models.family import Family, is_skipped
 
 
 def served_layout(values: dict[str, Any]) -> Layout:
@@ -56,19 +54,16 @@ def check_index(folder: Path, found: dict[str, str]) -> None:
             )
 
 
-def is_quantized(parts: Sequence[str], skip: Sequence[str]) -> bool:
+def is_quantized(family: Family, parts: Sequence[str], skip: Sequence[str]) -> bool:
     """Whether a linear of an engine is quantized.
 
     Args:
+        family: of the model.
         parts: the full names of the model's linears that the engine has fused into it, or its own.
         skip: `modules_to_not_convert`.
     Raises: InputError when only some parts are quantized: they share one input and one weight.
     """
-    quantized = [
-        any(f".{name}".endswith(f".{linear}") for linear in _LINEARS)
-        and not is_skipped(name, tuple(skip))
-        for name in parts
-    ]
+    quantized = [family.has_linear(name) and not is_skipped(name, skip) for name in parts]
     if any(quantized) and not all(quantized):
         kept = [name for name, is_one in zip(parts, quantized, strict=True) if not is_one]
         others = [name for name in parts if name not in kept]

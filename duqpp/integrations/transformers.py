@@ -26,13 +26,14 @@ from duqpp.checkpoint.layout import (
 )
 from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.config import QuantizeConfig
-from duqpp.errors import CheckpointError, DuqppError, InputError
+from duqpp.errors import CheckpointError, DuqppError, InputError, first_line
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.job.finish import provenance
-from duqpp.models.llama import check_architecture, layer_prefix, quantized_groups
-from duqpp.models.source import download, first_line, is_gguf, load_gguf
+from duqpp.models.family import family_of
+from duqpp.models.gguf import is_gguf, load_gguf
+from duqpp.models.hub import download
 from duqpp.nn import MXFP4Linear, unshare_input
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.
@@ -131,8 +132,9 @@ class DuqppQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         options, layout = self.quantization_config.options, self.quantization_config.layout
-        check_architecture(model.config, options.skip if options else ())
-        if not hasattr(getattr(model, "model", None), "layers"):
+        family = family_of(model.config)
+        family.check(options.skip if options else ())
+        if not any(name == family.blocks for name, _ in model.named_modules()):
             raise InputError(
                 "duqpp loads a model with its head (AutoModelForCausalLM), not "
                 f"{type(model).__name__}"
@@ -141,7 +143,8 @@ class DuqppQuantizer(HfQuantizer):
             origin = provenance(model.config.name_or_path, options, "none")
             self.quantization_config.layout = options.build_method().layout(options.skip, origin)
             self._on_load = QuantizeOnLoad(self.quantization_config.layout, options)
-            self._weights = frozenset(f"{name}.weight" for name in _linears(model, options.skip))
+            linears = family.quantized_linears(options.skip)
+            self._weights = frozenset(f"{linear}.weight" for linear in linears)
             return
         convert_model(model, layout)
         files = [Path(file) for file in checkpoint_files or []]
@@ -214,16 +217,6 @@ def _without_guard(config: Any) -> Any:
     return config
 
 
-def _linears(model: Any, skip: tuple[str, ...]) -> list[str]:
-    """Names of the linears that are quantized."""
-    return [
-        f"{layer_prefix(index)}.{linear}"
-        for index in range(len(model.model.layers))
-        for group in quantized_groups(index, skip)
-        for linear in group.linears
-    ]
-
-
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 # The files that a `from_pretrained` in progress has verified already.
@@ -252,7 +245,7 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     files = shard_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
-        check_architecture(config, ())
+        family_of(config).check(())
         del config.quantization_config
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)

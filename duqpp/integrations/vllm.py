@@ -37,6 +37,7 @@ from duqpp.integrations.serving import (
     served_layout,
     verify_folder,
 )
+from duqpp.models.family import Family, family_of
 from duqpp.ops import mxfp4_linear
 from duqpp.ops.dispatch import select
 
@@ -49,7 +50,12 @@ def register() -> None:
 
 @register_quantization_config(QUANT_METHOD)
 class DuqppVllmConfig(QuantizationConfig):
-    """The `quantization_config` of a duqpp checkpoint, as vLLM wants it."""
+    """The `quantization_config` of a duqpp checkpoint, as vLLM wants it.
+
+    family: of the model, which vLLM tells in `maybe_update_config`.
+    """
+
+    family: Family
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -77,11 +83,14 @@ class DuqppVllmConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.skip = hf_to_vllm_mapper.apply_list(self.skip)
 
-    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Verify the shards of a local checkpoint: once, before other processes load them.
 
         Of a model of the hub nothing is verified here: vLLM downloads it, and reads it, later.
         """
+        self.family = family_of(hf_config)
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # none with `--load-format dummy`
             shards = verify_folder(folder)
@@ -92,7 +101,7 @@ class DuqppVllmConfig(QuantizationConfig):
             return None
         parent, _, leaf = prefix.rpartition(".")
         parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        if not is_quantized(parts, self.skip):
+        if not is_quantized(self.family, parts, self.skip):
             return UnquantizedLinearMethod()
         return DuqppLinearMethod(self.layout)
 

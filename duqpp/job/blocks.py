@@ -17,7 +17,7 @@ from duqpp.checkpoint.shard import (
 from duqpp.errors import CheckpointError
 from duqpp.methods.base import Block, BlockResult
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
-from duqpp.models.llama import DecoderStack
+from duqpp.models.stack import DecoderStack
 
 LATENTS = ".latents"  # suffix of what a block's codes were rounded from, beside its shard
 

@@ -10,7 +10,7 @@ from duqpp.calibration.tokens import read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods.base import Streams
-from duqpp.models.llama import DecoderStack
+from duqpp.models.stack import DecoderStack
 from duqpp.placement import HOST
 
 

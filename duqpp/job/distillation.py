@@ -8,7 +8,7 @@ from duqpp.errors import CheckpointError
 from duqpp.job.blocks import LATENTS, BlockFolder
 from duqpp.methods.base import Method, QuantizedModel
 from duqpp.methods.reports import DistillReport
-from duqpp.models.llama import BlockInputs, DecoderStack
+from duqpp.models.stack import BlockInputs, DecoderStack
 
 _DISTILLED = ".distilled"  # suffix of a new shard, until all are written
 _REPORT_FILE = "model-distilled.json"  # once it is there, the new shards are whole

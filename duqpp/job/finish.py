@@ -13,7 +13,8 @@ from duqpp.checkpoint.shard import INDEX_FILE, read_json, read_shard, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.job.blocks import Results
 from duqpp.methods.reports import mean_errors
-from duqpp.models.source import Source, base_model
+from duqpp.models.hub import base_model
+from duqpp.models.source import Source
 from duqpp.version import __version__
 
 REPORT_FILE = "quantization_report.json"

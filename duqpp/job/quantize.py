@@ -27,8 +27,9 @@ from duqpp.job.folder import (
 from duqpp.job.lock import locked
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
-from duqpp.models.llama import DecoderStack, check_architecture
+from duqpp.models.family import check_architecture
 from duqpp.models.source import Source, open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 
 

@@ -14,7 +14,8 @@ from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
 from duqpp.methods.options import Options
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
-from duqpp.models.llama import BlockInputs, LinearGroup, layer_prefix, quantized_groups
+from duqpp.models.family import LinearGroup, layer_prefix, quantized_groups
+from duqpp.models.stack import BlockInputs
 from duqpp.rotation import InputTransform
 
 

@@ -17,7 +17,7 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.methods.base import Block
 from duqpp.methods.options import Options
 from duqpp.methods.reports import GroupReport
-from duqpp.models.llama import LinearGroup
+from duqpp.models.family import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.placement import HOST, host_generator

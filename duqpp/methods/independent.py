@@ -29,7 +29,8 @@ from duqpp.methods.group import (
 )
 from duqpp.methods.options import Options
 from duqpp.methods.smoothing import smooth_into_producers, smoothed_per_block
-from duqpp.models.llama import BlockInputs, LinearGroup
+from duqpp.models.family import LinearGroup
+from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
 from duqpp.placement import HOST
 from duqpp.rotation import BlockRotation, InputTransform

@@ -20,7 +20,8 @@ from duqpp.methods.options import LearnedOptions, Options
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.methods.refine.latent import RoundedInput, round_straight_through
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
-from duqpp.models.llama import BlockInputs, LinearGroup
+from duqpp.models.family import LinearGroup
+from duqpp.models.stack import BlockInputs
 from duqpp.ops.reference import rotate_blocks
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import hadamard, random_signs

@@ -33,7 +33,7 @@ from duqpp.methods.options import SequentialOptions
 from duqpp.methods.refine.blocks import refine_block
 from duqpp.methods.refine.distill import distill
 from duqpp.methods.reports import DistillReport, GroupReport
-from duqpp.models.llama import BlockInputs
+from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments

@@ -14,7 +14,7 @@ from duqpp.calibration.smoothing import (
 from duqpp.calibration.statistics import InputStatistics
 from duqpp.methods.base import Block
 from duqpp.methods.group import GroupPlan
-from duqpp.models.llama import head_dim, is_whole
+from duqpp.models.family import head_dim, is_whole
 
 
 def smoothed_per_block(

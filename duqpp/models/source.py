@@ -1,11 +1,7 @@
 """Float models to quantize: a safetensors folder or hub repository read lazily, or a GGUF file."""
 
-import contextlib
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.models.family import family_of
+from duqpp.models.gguf import GgufSource, is_gguf
+from duqpp.models.hub import download, load_pretrained
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# The weights a second time, for other programs: Mistral's, Meta's, and those of an ONNX runtime.
-_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,18 +51,9 @@ def open_source(model: str) -> Source:
     return SafetensorsSource(download(model, check=check_float_model))
 
 
-def check_family(config: Any) -> None:
-    """Raise InputError unless the configuration is of a family that duqpp knows."""
-    kind = getattr(config, "model_type", None)
-    if kind not in ARCHITECTURES:
-        raise InputError(
-            f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(ARCHITECTURES)}"
-        )
-
-
 def check_float_model(folder: Path) -> None:
     """Raise InputError unless config.json is that of a float model of a known family."""
-    check_family(_float_config(folder))
+    family_of(_float_config(folder))
 
 
 def fingerprint(source: Source) -> str:
@@ -111,14 +97,14 @@ class SafetensorsSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return _load(AutoTokenizer, self._folder, "tokenizer")
+        return load_pretrained(AutoTokenizer, self._folder, "tokenizer")
 
     def generation_config(self) -> Any | None:
         from transformers import GenerationConfig
 
         if not (self._folder / "generation_config.json").exists():
             return None
-        return _load(GenerationConfig, self._folder, "generation configuration")
+        return load_pretrained(GenerationConfig, self._folder, "generation configuration")
 
     def _reader(self, shard: Path) -> Any:
         if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time
@@ -126,80 +112,15 @@ class SafetensorsSource:
         return self._open[1]
 
 
-class GgufSource:
-    """A GGUF file, dequantized whole to float32 by transformers."""
-
-    def __init__(self, file: Path) -> None:
-        model, self._tokenizer = load_gguf(file)
-        self.config = model.config
-        self._generation_config = model.generation_config
-        self._file = file
-        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        self.names = frozenset(self._tensors)
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise InputError(f"{self._file} has no tensor {name}")
-        return self._tensors[name]
-
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    def generation_config(self) -> Any | None:
-        return self._generation_config
-
-
-def is_gguf(model: str) -> bool:
-    """Whether the name of a model is that of a GGUF file."""
-    return model.endswith(".gguf")
-
-
-def load_gguf(file: Path) -> tuple[Any, Any]:
-    """The float32 model in a GGUF file, in eval mode, and its tokenizer. Raises: InputError."""
-    import transformers
-
-    if not file.is_file():
-        raise InputError(f"no such file: {file}")
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers(), _parsed_once():
-        model, keys = _load(
-            transformers.AutoModelForCausalLM,
-            file.parent,
-            "GGUF model",
-            gguf_file=file.name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
-        for kind in ("missing_keys", "mismatched_keys"):  # transformers makes such weights up
-            if keys[kind]:
-                raise InputError(f"{file} lacks the tensor {min(map(str, keys[kind]))}")
-        tokenizer = _load(
-            transformers.AutoTokenizer, file.parent, "GGUF tokenizer", gguf_file=file.name
-        )
-    model.config.name_or_path = file.name
-    return model.eval(), tokenizer
-
-
 def _float_config(folder: Path) -> Any:
     """A float model's transformers configuration. Raises: InputError, of a quantized one too."""
     from transformers import AutoConfig
 
-    config = _load(AutoConfig, folder, "configuration")
+    config = load_pretrained(AutoConfig, folder, "configuration")
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method")
         raise InputError(f"{folder} is quantized already ({method}); quantize the float model")
     return config
-
-
-def _load(cls: Any, folder: Path, what: str, **options: Any) -> Any:
-    """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
-    try:
-        return cls.from_pretrained(str(folder), **options)
-    except Exception as error:  # of any kind: struct.error, or bare from the tokenizers library
-        raise InputError(f"cannot load the {what} of {folder}: {first_line(error)}") from error
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -234,92 +155,9 @@ def _open_shard(shard: Path) -> Any:
         raise InputError(f"cannot read {shard}: {error}") from error
 
 
-def first_line(error: Exception) -> str:
-    """An error in one line: the first of its message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def download(model: str, *, check: Callable[[Path], object] | None = None, **options: Any) -> Path:
-    """A hub repository's configuration, tokenizer and safetensors, in the local cache.
-
-    Args:
-        check: called with a folder that has config.json, before anything else is fetched: what it
-            raises saves the download of the weights.
-        options: for `huggingface_hub.snapshot_download`, such as revision.
-    Raises: InputError when the hub does not give it, or the name is a path; what `check` raises.
-    """
-    if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
-        raise InputError(f"no such folder or file: {model}")
-    if check is not None:
-        folder = _snapshot(model, allow_patterns=["config.json"], **options)
-        if not (folder / "config.json").exists():
-            raise InputError(
-                f"{model} has no config.json on the hub; of a repository of GGUF files, download "
-                "one and give its path"
-            )
-        check(folder)
-    return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
-
-
-def _snapshot(model: str, **options: Any) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{model} is no local folder or .gguf file, and the hub has not given it: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def base_model(name_or_path: str) -> str:
-    """What to call a model that was read from here: its name on the hub, or that of its folder."""
-    path = Path(name_or_path)
-    # The hub's cache has folders models--OWNER--NAME/snapshots/COMMIT.
-    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
-        return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    is_hub_name = name_or_path.count("/") == 1 and not path.is_absolute() and not path.exists()
-    return name_or_path if is_hub_name else path.name
-
-
 def _plain_config(config: Any) -> dict[str, Any]:
     """The configuration without what depends on where and by whom it was read."""
     values = json.loads(config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "name_or_path", "transformers_version"):
         values.pop(key, None)
     return values
-
-
-@contextlib.contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file once: it does for the configuration, the weights and the
-    tokenizer, and makes a table of names for every tensor. Measured for a 135M model: 8 s, not 19.
-    """
-    import gguf
-
-    parser, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(parser), cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = parser, names
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and advice: duqpp shows its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of that switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

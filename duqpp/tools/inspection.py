@@ -5,30 +5,38 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
-from duqpp.checkpoint.layout import Layout, is_duqpp, quantization_of
+from duqpp.checkpoint.layout import Layout, checkpoint_family, is_duqpp, quantization_of
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.job.finish import REPORT_FILE
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
-from duqpp.models.llama import GROUPS, DecoderStack, check_architecture
-from duqpp.models.source import Source, check_float_model, download, is_gguf, open_source
-
-KINDS = tuple(group.name for group in GROUPS)
+from duqpp.models.family import family_of
+from duqpp.models.gguf import is_gguf
+from duqpp.models.hub import download
+from duqpp.models.source import Source, check_float_model, open_source
+from duqpp.models.stack import DecoderStack
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Reports of linear groups. model: the float model's name. method: options, for people."""
+    """Reports of linear groups.
+
+    model: the float model's name. method: options, for people. kinds: the groups that a decoder
+    block of the model can have, in their order; name to label, for people.
+    """
 
     model: str
     method: str
     groups: list[GroupReport]
+    kinds: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return asdict(self) | {"mean_errors": mean_errors(self.groups)}
+        values = asdict(self) | {"mean_errors": mean_errors(self.groups)}
+        del values["kinds"]
+        return values
 
 
 def layer_and_kind(group: GroupReport) -> tuple[int, str]:
@@ -80,7 +88,8 @@ def inspect_source(
     progress: Progress | None = None,
 ) -> Inspection:
     """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
-    check_architecture(source.config, config.skip)
+    family = family_of(source.config)
+    family.check(config.skip)
     config = replace(config, next_inputs="float")
     tokens = tokenize(source.tokenizer(), read_text(calibration))
     sequences = sample_sequences(
@@ -101,7 +110,7 @@ def inspect_source(
     if progress:
         progress("inspect", count, count)
     name = Path(source.config.name_or_path or "").name or "model"
-    return Inspection(name, _describe(config), groups)
+    return Inspection(name, _describe(config), groups, family.kinds())
 
 
 def _check_inspectable(folder: Path) -> None:
@@ -116,12 +125,13 @@ def _read_checkpoint(folder: Path) -> Inspection | None:
     if not is_duqpp(config):
         return None
     layout = Layout.from_dict(quantization_of(config))
+    kinds = checkpoint_family(config).kinds()
     file = folder / REPORT_FILE
     if not file.exists():
         raise CheckpointError(f"{folder} has no {REPORT_FILE}; inspect the float model instead")
     try:
         groups = [GroupReport(**group) for group in read_json(file)["groups"]]
-        if any(layer_and_kind(group)[1] not in KINDS for group in groups):
+        if any(layer_and_kind(group)[1] not in kinds for group in groups):
             raise ValueError("unknown linear group")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a report of duqpp quantize: {error}") from error
@@ -130,7 +140,7 @@ def _read_checkpoint(folder: Path) -> Inspection | None:
     except (KeyError, TypeError, ValueError):  # provenance is free text: say less
         method = layout.method
     name = layout.provenance.get("base_model") or folder.resolve().name
-    return Inspection(name, method, groups)
+    return Inspection(name, method, groups, kinds)
 
 
 def _describe(config: QuantizeConfig) -> str:

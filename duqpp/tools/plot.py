@@ -1,17 +1,17 @@
 """The figure of `duqpp inspect --plot`."""
 
 import os
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from duqpp.errors import InputError
 from duqpp.methods.reports import GroupReport
-from duqpp.tools.inspection import KINDS, Inspection, layer_and_kind
+from duqpp.tools.inspection import Inspection, layer_and_kind
 
 _INK, _GRID = "#22303c", "#e3e7eb"
 _BEFORE, _AFTER = "#d1495b", "#1f6fb2"
-_LABELS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
-_COLOURS = dict(zip(KINDS, ("#1f6fb2", "#e08e0b", "#2a9d5c", "#8e44ad"), strict=True))
+_COLOURS = ("#1f6fb2", "#e08e0b", "#2a9d5c", "#8e44ad")  # of the kinds of groups, in turn
 _LINE = {"linewidth": 1.7, "markersize": 3.2}
 _HEADING = {"fontsize": 13, "fontweight": "bold", "color": _INK, "x": 0.01, "ha": "left"}
 
@@ -55,9 +55,9 @@ def draw(inspection: Inspection) -> Any:
     figure.suptitle(
         f"{inspection.model}   {inspection.method}", fontsize=16, fontweight="bold", color=_INK
     )
-    _draw_outliers(top, groups)
-    _draw_blocks(middle, groups)
-    _draw_errors(bottom, groups)
+    _draw_outliers(top, groups, inspection.kinds)
+    _draw_blocks(middle, groups, inspection.kinds)
+    _draw_errors(bottom, groups, inspection.kinds)
     return figure
 
 
@@ -83,13 +83,13 @@ def _members(groups: list[GroupReport], kind: str) -> tuple[list[int], list[Grou
     return layers, [by_layer[layer] for layer in layers]
 
 
-def _draw_outliers(figure: Any, groups: list[GroupReport]) -> None:
+def _draw_outliers(figure: Any, groups: list[GroupReport], labels: dict[str, str]) -> None:
     """One panel per kind of group: the largest block amax against the layer."""
     figure.suptitle(
         "Outliers: largest input magnitude of each layer, before and after the method's transform",
         **_HEADING,
     )
-    kinds = [kind for kind in KINDS if _members(groups, kind)[0]]
+    kinds = [kind for kind in labels if _members(groups, kind)[0]]
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         layers, members = _members(groups, kind)
@@ -99,20 +99,20 @@ def _draw_outliers(figure: Any, groups: list[GroupReport]) -> None:
         axes.plot(layers, before, "o-", color=_BEFORE, label="before", **_LINE)
         axes.plot(layers, after, "o-", color=_AFTER, label="after", **_LINE)
         axes.set_yscale("log")
-        _style(axes, f"input of {_LABELS[kind]}", "layer", "largest |x|  (log scale)")
+        _style(axes, f"input of {labels[kind]}", "layer", "largest |x|  (log scale)")
         _whole_ticks(axes)
         axes.label_outer()
     panels[0].legend(frameon=False, fontsize=10)
 
 
-def _draw_blocks(figure: Any, groups: list[GroupReport]) -> None:
+def _draw_blocks(figure: Any, groups: list[GroupReport], labels: dict[str, str]) -> None:
     """Two heat-maps, layers by blocks, for the kind with the largest outlier; its worst layer."""
     from matplotlib.colors import LogNorm
 
     worst = max(groups, key=lambda g: max(g.block_amax_before))
     worst_layer, kind = layer_and_kind(worst)
     layers, members = _members(groups, kind)
-    name = f"input of {_LABELS[kind]}"
+    name = f"input of {labels[kind]}"
     figure.suptitle(
         f"Block amax of the {name}, the group with the largest outlier "
         "(a block is 32 channels that share one scale)",
@@ -146,21 +146,21 @@ def _draw_blocks(figure: Any, groups: list[GroupReport]) -> None:
     curves.legend(frameon=False, fontsize=10)
 
 
-def _draw_errors(figure: Any, groups: list[GroupReport]) -> None:
+def _draw_errors(figure: Any, groups: list[GroupReport], labels: dict[str, str]) -> None:
     """Relative errors against the layer, a colour for each kind of group."""
     figure.suptitle("Error per layer, relative to the norm of the exact values", **_HEADING)
     activation, weight, output = figure.subplots(1, 3)
-    for kind in KINDS:
+    for (kind, label), colour in zip(labels.items(), cycle(_COLOURS), strict=False):
         layers, members = _members(groups, kind)
         if not layers:
             continue
-        line = {"color": _COLOURS[kind], **_LINE}
+        line = {"color": colour, **_LINE}
         activation.plot(
             layers, [100 * g.activation_error_before for g in members], ":", **line, alpha=0.75
         )
         for axes, name in ((activation, "activation"), (weight, "weight"), (output, "output")):
             values = [100 * getattr(g, f"{name}_error") for g in members]
-            axes.plot(layers, values, "o-", label=_LABELS[kind], **line)
+            axes.plot(layers, values, "o-", label=label, **line)
     _style(activation, "activations  (dotted: before)", "layer", "relative error, %")
     _style(weight, "weights", "layer", "relative error, %")
     _style(output, "outputs of the linears", "layer", "relative error, %")

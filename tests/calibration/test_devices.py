@@ -1,4 +1,4 @@
-"""Rotations and calibration compute where their inputs are, and give the bits that the CPU gives."""
+"""Rotations and calibration compute where their inputs are, and give the CPU's bits."""
 
 import pytest
 import torch

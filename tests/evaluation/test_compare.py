@@ -24,6 +24,7 @@ from duqpp.evaluation.scores import Row, Run, Scores
 from duqpp.integrations.transformers import load_model
 from duqpp.job.quantize import quantize_model
 from duqpp.models.source import open_source
+from tests.families import FAMILIES
 
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
 SMALL = QuantizeConfig(**CALIBRATION)
@@ -74,7 +75,7 @@ def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scra
     assert not list(scratch.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_float_row_of_every_family(family, tied, make_tiny):
     folder = str(make_tiny(family, tie_word_embeddings=tied))

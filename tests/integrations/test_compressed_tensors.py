@@ -21,6 +21,7 @@ from duqpp.checkpoint.card import GUARD_FIELD
 from duqpp.cli.main import main
 from duqpp.errors import CheckpointError, InputError
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
+from duqpp.job.lock import locked
 from tests import decoder
 from tests.checkpoint import damage
 
@@ -280,6 +281,8 @@ def test_what_an_interrupted_export_has_left(quantized, tmp_path):
     left = tmp_path / "out.partial"
     left.mkdir()
     with pytest.raises(InputError, match=r"out\.partial is in the way: .*remove it"):
+        export_compressed_tensors(quantized(), tmp_path / "out")
+    with locked(left), pytest.raises(InputError, match="another process is working in"):
         export_compressed_tensors(quantized(), tmp_path / "out")
     assert left.exists() and not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ from duqpp.integrations.serving import (
 from duqpp.ops import rotate_quantize
 from tests import oracle
 from tests.checkpoint import damage
+from tests.families import LLAMA
 
 QKV = [f"model.layers.3.self_attn.{name}_proj" for name in "qkv"]
 GATE_UP = ["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"]
@@ -71,12 +72,12 @@ def test_another_format_is_refused():
     ],
 )
 def test_skip_lists_name_the_parts_of_a_fused_linear(parts, skip, quantized):
-    assert is_quantized(parts, skip) is quantized
+    assert is_quantized(LLAMA, parts, skip) is quantized
 
 
 def test_a_fused_linear_that_is_quantized_in_part_is_refused():
     with pytest.raises(InputError) as error:
-        is_quantized(QKV, ["lm_head", "k_proj"])
+        is_quantized(LLAMA, QKV, ["lm_head", "k_proj"])
     assert str(error.value) == (
         "model.layers.3.self_attn.q_proj, model.layers.3.self_attn.v_proj and "
         "model.layers.3.self_attn.k_proj are one linear here, but only the former is quantized; "

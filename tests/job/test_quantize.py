@@ -17,16 +17,18 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
 from duqpp.job.calibration import _spread_first
-from duqpp.models import llama
-from duqpp.models.source import ARCHITECTURES, open_source
+from duqpp.models.family import is_skipped
+from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from duqpp.rotation import BlockRotation, InputTransform
 from tests import decoder, oracle
+from tests.families import FAMILIES, GROUPS
 
 METHODS = ("rtn", "hadamard", "random", "duquant", "duquant++")
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 PROMPT = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))
-LINEARS = [f"{group.owner}.{n.rpartition('.')[2]}" for group in llama.GROUPS for n in group.linears]
+LINEARS = [f"{group.owner}.{n.rpartition('.')[2]}" for group in GROUPS for n in group.linears]
 BLOCK_LINEARS = 7
 
 
@@ -52,13 +54,13 @@ def hashes(folder: Path) -> dict[str, str]:
 def finished_blocks(monkeypatch) -> dict[int, torch.nn.Module]:
     """The decoder blocks as quantization leaves them in memory, by index."""
     blocks = {}
-    release = llama.DecoderStack.release
+    release = DecoderStack.release
 
     def keep(stack, index):
         blocks[index] = stack._blocks[index]
         release(stack, index)
 
-    monkeypatch.setattr(llama.DecoderStack, "release", keep)
+    monkeypatch.setattr(DecoderStack, "release", keep)
     return blocks
 
 
@@ -102,7 +104,7 @@ def test_logits_before_and_after_saving(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_family(family, tied, make_tiny, tmp_path, finished_blocks):
     model = make_tiny(family, tie_word_embeddings=tied)
     out = quantize(model, tmp_path / "out")
@@ -157,7 +159,7 @@ def test_options_survive_saving(options, tiny_llama, tmp_path, finished_blocks):
     expected = {
         f"model.layers.{i}.{n}"
         for i, n in itertools.product(range(2), LINEARS)
-        if not llama.is_skipped(f"model.layers.{i}.{n}", options.get("skip", ()))
+        if not is_skipped(f"model.layers.{i}.{n}", options.get("skip", ()))
     }
     assert quantized == expected
     rule = options.get("activation_rule", ScaleRule.EVEN)
@@ -266,7 +268,7 @@ def test_report_of_each_group(tiny_llama, tmp_path):
     assert report.folder == tmp_path / "out" and report.resumed_blocks == 0
     sizes = [f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")]
     assert report.weight_bytes == sum(sizes)
-    groups = [f"model.layers.{i}.{g.name}" for i in range(2) for g in llama.GROUPS]
+    groups = [f"model.layers.{i}.{g.name}" for i in range(2) for g in GROUPS]
     assert [g.name for g in report.groups] == groups
     for group in report.groups:
         assert 0 < group.weight_error < 0.2 and 0 < group.activation_error < 0.3
@@ -433,13 +435,13 @@ def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, mon
     source.given.clear()
     real_blocks, reads, live_bytes = [], {}, []
     stacks = []
-    build = llama.DecoderStack.__init__
+    build = DecoderStack.__init__
 
     def remember(stack, *args, **kwargs):
         build(stack, *args, **kwargs)
         stacks.append(stack)
 
-    monkeypatch.setattr(llama.DecoderStack, "__init__", remember)
+    monkeypatch.setattr(DecoderStack, "__init__", remember)
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "fingerprint":

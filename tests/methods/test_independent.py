@@ -15,13 +15,13 @@ from duqpp.format import dequantize, quantize
 from duqpp.methods import METHODS
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.group import group_generator
-from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
+from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle
+from tests.families import FAMILIES, GROUPS
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SINGLE = [name for name in METHODS if name not in ("learned", "duqpp")]  # group by group
 LINEARS = [name for group in GROUPS for name in group.linears]
 NORMS = ("input_layernorm", "post_attention_layernorm")

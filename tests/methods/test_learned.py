@@ -14,10 +14,11 @@ from duqpp.errors import InputError
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.learned import learn_rotations
 from duqpp.methods.refine.blocks import block_loss
-from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs
+from tests.families import GROUPS
 
 CONFIG = QuantizeConfig(method="learned", samples=1)
 

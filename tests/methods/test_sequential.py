@@ -14,12 +14,11 @@ from duqpp.format import dequantize, quantize
 from duqpp.methods import group as common
 from duqpp.methods.base import Block
 from duqpp.methods.sequential import run_float_block
-from duqpp.models.llama import GROUPS, BlockInputs, DecoderStack
 from duqpp.models.source import open_source
+from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs, oracle
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from tests.families import FAMILIES, GROUPS
 
 
 @pytest.fixture
@@ -121,7 +120,7 @@ def test_the_hessian_of_float_activations_is_not_rounded(run, monkeypatch):
 
 def test_a_float_block_is_run_once_for_outputs_and_group_inputs(run, monkeypatch):
     """Of the first batches alone, what the groups read; of all of them, the block's outputs."""
-    monkeypatch.setattr("duqpp.models.llama.TOKENS_PER_BATCH", 2 * 48)
+    monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 2 * 48)
     original, _, block_inputs, _ = run("llama")
     batches = len(block_inputs.hidden)
     assert batches == 3

@@ -12,6 +12,7 @@ from duqpp.methods.base import Block, Streams
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.reference import ReferenceBackend
 from tests import inputs, oracle
+from tests.families import FAMILIES
 
 LAYERS = 2
 LINEARS = 7  # in a layer: q, k, v, o, gate, up, down
@@ -68,7 +69,7 @@ def count_backend_calls(monkeypatch) -> Counter:
     return calls
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_each_input_is_quantized_once(model_type, guard, quantized, count_backend_calls):
     model = quantized(model_type)

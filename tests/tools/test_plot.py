@@ -1,11 +1,13 @@
 """The figure of `duqpp inspect --plot`: it shows the report's numbers, and is a whole file."""
 
+from dataclasses import replace
+
 import pytest
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods.reports import GroupReport
-from duqpp.tools.inspection import KINDS, Inspection, inspect_model
+from duqpp.tools.inspection import Inspection, inspect_model
 
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 
@@ -34,7 +36,7 @@ def curves(axes) -> list[list[float]]:
 
 
 def test_outliers_of_each_kind_before_and_after(found):
-    for axes, kind in zip(panels(found)[:4], KINDS, strict=True):
+    for axes, kind in zip(panels(found)[:4], found.kinds, strict=True):
         before, after = curves(axes)
         assert before == [max(group.block_amax_before) for group in of_kind(found, kind)]
         assert after == [max(group.block_amax) for group in of_kind(found, kind)]
@@ -57,10 +59,10 @@ def test_blocks_of_the_group_with_the_largest_outlier(found):
 def test_errors_in_percent(found):
     activation, weight, output = panels(found)[7:]
     for axes, name in ((weight, "weight_error"), (output, "output_error")):
-        expected = [[100 * getattr(g, name) for g in of_kind(found, kind)] for kind in KINDS]
+        expected = [[100 * getattr(g, name) for g in of_kind(found, kind)] for kind in found.kinds]
         assert curves(axes) == expected
     expected = []
-    for kind in KINDS:
+    for kind in found.kinds:
         for name in ("activation_error_before", "activation_error"):
             expected.append([100 * getattr(g, name) for g in of_kind(found, kind)])
     assert curves(activation) == expected
@@ -79,7 +81,7 @@ def test_the_file_is_a_picture_that_follows_the_data(found, tmp_path):
     first = imread(tmp_path / "a.png")
     assert first.shape[0] > 1000 and first.shape[1] > 1000
     assert first.std() > 0.05  # not blank
-    plot(Inspection(found.model, found.method, found.groups[:4]), tmp_path / "a.png")
+    plot(replace(found, groups=found.groups[:4]), tmp_path / "a.png")
     assert (imread(tmp_path / "a.png") != first).any()
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
@@ -87,13 +89,14 @@ def test_the_file_is_a_picture_that_follows_the_data(found, tmp_path):
 @pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_one_group_with_a_block_of_zeros(suffix, start, tmp_path):
     group = GroupReport("model.layers.4.o", 0.1, 0.2, 0.1, 0.1, [0.0, 2.0], [0.0, 1.0])
-    plot(Inspection("model", "method", [group]), tmp_path / f"plot{suffix}")
+    plot(Inspection("model", "method", [group], {"o": "o"}), tmp_path / f"plot{suffix}")
     assert (tmp_path / f"plot{suffix}").read_bytes().startswith(start)
 
 
 def test_a_report_without_activations_cannot_be_plotted(tmp_path):
     with pytest.raises(InputError, match="inspect the float model"):
-        plot(Inspection("model", "rtn", [GroupReport("model.layers.0.o", 0.1)]), tmp_path / "a.png")
+        group = GroupReport("model.layers.0.o", 0.1)
+        plot(Inspection("model", "rtn", [group], {"o": "o"}), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 

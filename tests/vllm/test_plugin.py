@@ -11,6 +11,7 @@ from duqpp.errors import CheckpointError, InputError
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.ops import mxfp4_linear
 from tests import oracle
+from tests.families import LLAMA
 
 ROWS, COLUMNS = (96, 32, 32), 128  # q, k, v: three heads of 32 on one key-value head
 MAPPING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -22,6 +23,7 @@ def config(rotation: str = "shared", skip: tuple[str, ...] = ("lm_head",)):
 
     layout = Layout("duqpp", rotation, False, ScaleRule.MSE, ScaleRule.EVEN, skip)
     made = DuqppVllmConfig.from_config(layout.to_dict())
+    made.maybe_update_config("no folder", hf_config=LLAMA.config)
     made.packed_modules_mapping = MAPPING
     return made
 

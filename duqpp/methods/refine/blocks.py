@@ -10,7 +10,7 @@ from duqpp.methods.base import Block
 from duqpp.methods.refine.latent import to_codes, to_latents
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
 from duqpp.methods.reports import RefineReport
-from duqpp.models.llama import BlockInputs
+from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
-from duqpp.models.llama import LinearGroup, is_whole
+from duqpp.models.family import LinearGroup, is_whole
 from duqpp.nn import MXFP4Linear, share_input, unshare_input
 from duqpp.ops import quantize
 from duqpp.ops.reference import rotate_blocks

@@ -15,10 +15,11 @@ from duqpp.errors import InputError
 from duqpp.format import ScaleRule
 from duqpp.methods.base import Block
 from duqpp.methods.refine.blocks import refine_block
-from duqpp.models.llama import GROUPS, DecoderStack
 from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs
+from tests.families import GROUPS
 
 LINEARS = [name for group in GROUPS for name in group.linears]
 MSE = ScaleRule.MSE

@@ -14,8 +14,8 @@ from duqpp.format import ScaleRule
 from duqpp.format import quantize as quantize_mxfp4
 from duqpp.methods.base import Block, QuantizedModel
 from duqpp.methods.refine.distill import distill, divergence, divergence_gradient
-from duqpp.models.llama import DecoderStack
 from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
 from tests import inputs
 
 CONFIG = QuantizeConfig(method="duqpp", refine="distill", samples=1, refine_samples=2)

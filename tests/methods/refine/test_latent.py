@@ -8,7 +8,7 @@ from torch import nn
 
 from duqpp.format import ScaleRule, dequantize, quantize
 from duqpp.methods.refine.latent import LatentLinear, RoundedInput, to_codes, to_latents
-from duqpp.models.llama import LinearGroup
+from duqpp.models.family import LinearGroup
 from duqpp.nn import MXFP4Linear, share_input
 from duqpp.rotation import BlockRotation
 from duqpp.rotation.basis import random_orthogonal

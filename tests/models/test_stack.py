@@ -1,114 +1,16 @@
-"""The LLaMA family: linear groups, the skip list, and decoder blocks that run one at a time."""
+"""Decoder blocks that run one at a time."""
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from duqpp.checkpoint.layout import Layout, convert_block
+from duqpp.checkpoint.layout import Layout, convert_groups
 from duqpp.errors import InputError
-from duqpp.models.llama import (
-    GROUPS,
-    DecoderStack,
-    check_architecture,
-    check_finite,
-    head_dim,
-    is_skipped,
-    is_whole,
-    quantized_groups,
-)
-from duqpp.models.source import ARCHITECTURES, open_source
+from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack, check_finite
+from tests.families import FAMILIES, GROUPS
 
 TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_groups_are_all_linears_of_a_block(family, make_tiny):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(family))
-    linears = {n for n, m in model.model.layers[0].named_modules() if isinstance(m, nn.Linear)}
-    grouped = [name for group in GROUPS for name in group.linears]
-    assert sorted(grouped) == sorted(linears)
-
-
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_linears_of_a_group_read_one_tensor(family, make_tiny):
-    """And a group's producer is what makes its channels: a zeroed channel of it arrives as zero."""
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(family)).eval()
-    block, inputs = model.model.layers[1], {}
-    with torch.no_grad():
-        for group in GROUPS:
-            producer = block.get_submodule(group.producer)
-            producer.weight.data[3] = 0
-            if getattr(producer, "bias", None) is not None:
-                producer.bias.data[3] = 0
-        for group in GROUPS:
-            for name in group.linears:
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, name=name: inputs.update({name: args[0]})
-                )
-        model(input_ids=TOKENS)
-    for group in GROUPS:
-        first = inputs[group.linears[0]]
-        assert all(inputs[name] is first for name in group.linears), group.name
-        assert (first[..., 3] == 0).all(), group.name
-        assert (first[..., 4] != 0).any(), group.name
-
-
-@pytest.mark.parametrize(
-    ("skip", "skipped"),
-    [
-        ("lm_head", False),
-        ("down_proj", True),
-        ("mlp.down_proj", True),
-        ("mlp", True),
-        ("layers.1", True),
-        ("lp", False),
-        ("model.layers.1", True),
-        ("model.layers.1.mlp", True),
-        ("model.layers.1.mlp.down_proj", True),
-        ("model.layers.11", False),
-        ("model.layers.1.mlp.down", False),
-        ("proj", False),
-        ("own_proj", False),
-        ("model", True),
-        ("", False),
-    ],
-)
-def test_skip_list(skip, skipped):
-    assert is_skipped("model.layers.1.mlp.down_proj", (skip,)) is skipped
-
-
-def test_block_ten_is_not_block_one():
-    assert not is_skipped("model.layers.10.mlp.down_proj", ("model.layers.1",))
-
-
-def test_groups_without_what_is_skipped():
-    assert [g.name for g in quantized_groups(0, ())] == ["qkv", "o", "gate_up", "down"]
-    assert all(is_whole(g) for g in quantized_groups(0, ("o_proj",)))
-    partly = quantized_groups(0, ("up_proj", "self_attn.o_proj", "model.layers.1"))
-    assert [g.name for g in partly] == ["qkv", "gate_up", "down"]
-    assert [is_whole(g) for g in partly] == [True, False, True]
-    assert quantized_groups(1, ("model.layers.1",)) == []
-
-
-def test_architecture_names_what_is_wrong(make_tiny):
-    config = open_source(str(make_tiny("llama"))).config
-    check_architecture(config, ("lm_head", "down_proj", "model.layers.1.self_attn"))
-    with pytest.raises(InputError, match="--skip down_prj names no linear"):
-        check_architecture(config, ("down_prj",))
-    check_architecture(config, ("mlp", "model.layers.0.self_attn"))
-    with pytest.raises(InputError, match="--skip mlp --skip self_attn leaves no linear to quant"):
-        check_architecture(config, ("mlp", "self_attn"))
-    config.hidden_size = 72
-    with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):
-        check_architecture(config, ())
-
-
-def test_head_dim_has_a_default(make_tiny):
-    config = open_source(str(make_tiny("llama"))).config
-    assert head_dim(config) == 16
-    config.head_dim = None
-    assert head_dim(config) == config.hidden_size // config.num_attention_heads
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -122,9 +24,6 @@ def test_finite(value, dtype):
         y[place] = value
         with pytest.raises(InputError, match=r"^some weight has NaN or infinite values$"):
             check_finite(y, "some weight")
-
-
-# Blocks, one at a time, against the whole model in transformers.
 
 
 def outputs_of_blocks(model) -> list[torch.Tensor]:
@@ -144,7 +43,7 @@ def outputs_of_blocks(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_give_what_the_model_gives(family, dtype, make_tiny):
     folder = make_tiny(family, "60KB", num_hidden_layers=3)
     expected = outputs_of_blocks(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
@@ -181,7 +80,7 @@ def test_blocks_with_a_sliding_window(family, make_tiny):
 def test_batches_do_not_change_the_activations(tiny_llama, monkeypatch):
     stack = DecoderStack(open_source(str(tiny_llama)))
     together = stack.first_inputs(TOKENS)
-    monkeypatch.setattr("duqpp.models.llama.TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 1)
     apart = stack.first_inputs(TOKENS)
     assert (len(together.hidden), len(apart.hidden)) == (1, 3)
     block = stack.block(0)
@@ -219,7 +118,7 @@ def test_converted_block_has_the_layout_and_no_weights_of_its_own(tiny_llama):
     stack = DecoderStack(open_source(str(tiny_llama)))
     block = stack.block(0)
     layout = Layout("hadamard", "shared", False, "mse", "even", skip=("o_proj",))
-    convert_block(block, 0, layout, device="cpu")
+    convert_groups(block, stack.family.quantized_groups(0, layout.skip), layout, device="cpu")
     state = block.state_dict()
     for group in GROUPS:
         for name in group.linears:

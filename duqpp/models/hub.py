@@ -1,0 +1,64 @@
+"""Hugging Face: repositories of the hub, and what transformers loads from a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duqpp.errors import InputError, first_line
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The weights a second time, for other programs: Mistral's, Meta's, and those of an ONNX runtime.
+_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
+
+
+def download(model: str, *, check: Callable[[Path], object] | None = None, **options: Any) -> Path:
+    """A hub repository's configuration, tokenizer and safetensors, in the local cache.
+
+    Args:
+        check: called with a folder that has config.json, before anything else is fetched: what it
+            raises saves the download of the weights.
+        options: for `huggingface_hub.snapshot_download`, such as revision.
+    Raises: InputError when the hub does not give it, or the name is a path; what `check` raises.
+    """
+    if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise InputError(f"no such folder or file: {model}")
+    if check is not None:
+        folder = _snapshot(model, allow_patterns=["config.json"], **options)
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{model} has no config.json on the hub; of a repository of GGUF files, download "
+                "one and give its path"
+            )
+        check(folder)
+    return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
+
+
+def _snapshot(model: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{model} is no local folder or .gguf file, and the hub has not given it: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def base_model(name_or_path: str) -> str:
+    """What to call a model that was read from here: its name on the hub, or that of its folder."""
+    path = Path(name_or_path)
+    # The hub's cache has folders models--OWNER--NAME/snapshots/COMMIT.
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    is_hub_name = name_or_path.count("/") == 1 and not path.is_absolute() and not path.exists()
+    return name_or_path if is_hub_name else path.name
+
+
+def load_pretrained(cls: Any, folder: Path, what: str, **options: Any) -> Any:
+    """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
+    try:
+        return cls.from_pretrained(str(folder), **options)
+    except Exception as error:  # of any kind: struct.error, or bare from the tokenizers library
+        raise InputError(f"cannot load the {what} of {folder}: {first_line(error)}") from error

@@ -1,0 +1,295 @@
+"""Families: linear groups, what makes their inputs, names, and the skip list."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from duqpp.checkpoint.layout import Layout, convert_groups
+from duqpp.errors import InputError
+from duqpp.models import family as registry
+from duqpp.models.family import (
+    Family,
+    LinearGroup,
+    Llama,
+    Norm,
+    Rows,
+    Stored,
+    family_of,
+    is_skipped,
+)
+from duqpp.models.source import Source, open_source
+from duqpp.models.stack import DecoderStack
+from duqpp.nn import MXFP4Linear
+from tests.families import FAMILIES, LLAMA
+
+TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def inputs_of(model: nn.Module, block: nn.Module) -> dict[str, torch.Tensor]:
+    """What each linear of a block reads when the model runs."""
+    inputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        for name, linear in linears_of(block).items()
+    ]
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+# What holds for every family of the registry.
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_groups_are_all_linears_of_a_block(model_type, make_tiny):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(model_type))
+    family = family_of(model.config)
+    for index, block in enumerate(model.get_submodule(family.blocks)):
+        grouped = [name for group in family.groups(index) for name in group.linears]
+        assert sorted(grouped) == sorted(linears_of(block))
+        assert all(family.has_linear(f"{family.block_name(index)}.{name}") for name in grouped)
+    named = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(family.quantized_linears(())) == named - {"lm_head"}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_linears_of_a_group_read_one_tensor(model_type, make_tiny):
+    """And the groups come in the order of the forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(model_type)).eval()
+    family = family_of(model.config)
+    inputs = inputs_of(model, model.get_submodule(family.block_name(1)))
+    groups = family.groups(1)
+    for group in groups:
+        first = inputs[group.linears[0]]
+        assert all(inputs[name] is first for name in group.linears), group.name
+    assert len({id(inputs[group.linears[0]]) for group in groups}) == len(groups)
+    assert [name for group in groups for name in group.linears] == list(inputs)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_producer_divides_the_channels_that_its_group_reads(model_type, make_tiny):
+    generator = torch.Generator().manual_seed(2)
+    config = open_source(str(make_tiny(model_type))).config
+    for group in (group for group in family_of(config).groups(1) if group.producer):
+        model = AutoModelForCausalLM.from_pretrained(make_tiny(model_type)).eval()
+        block = model.get_submodule(family_of(config).block_name(1))
+        before = inputs_of(model, block)[group.linears[0]]
+        weights = {name: linear.weight.detach() for name, linear in linears_of(block).items()}
+        given = torch.rand(before.shape[-1] // group.repeats, generator=generator) * 3 + 0.25
+        absorbed = group.producer.absorb(block, weights, given.double())
+        torch.testing.assert_close(absorbed, given.double(), rtol=1e-6, atol=0)
+        for name, weight in weights.items():
+            block.get_submodule(name).weight.data = weight
+        after = inputs_of(model, block)[group.linears[0]]
+        expected = before / group.per_reader(absorbed).float()
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_linear_in_floating_point_absorbs_nothing(make_tiny):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny("qwen2"))
+    block, scales = model.model.layers[0], torch.full((32,), 2.0, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    assert Rows("self_attn.v_proj").absorb(block, {}, scales) is None
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_model_of_no_family(make_tiny):
+    listed = ", ".join(FAMILIES)
+    for config in (SimpleNamespace(model_type="gpt2"), SimpleNamespace()):
+        with pytest.raises(InputError, match=f"is not supported; duqpp quantizes {listed}$"):
+            family_of(config)
+
+
+def test_names_of_linears():
+    assert LLAMA.has_linear("model.layers.11.mlp.up_proj")
+    assert LLAMA.has_linear("language_model.model.layers.0.mlp.up_proj")  # of a wrapped model
+    for name in ("mlp.up_proj", "model.layers.mlp.up_proj", "model.layers.0.mlp.up", "lm_head"):
+        assert not LLAMA.has_linear(name), name
+    assert not LLAMA.has_linear("model.layers.0.mlp.up_proj.weight")
+
+
+# Families that are yet to come, in small: what the seam must hold.
+
+
+# What is stored of a tiny Llama: rows of which tensor each of its linears has.
+FUSED = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", slice(0, 64)),
+    "self_attn.k_proj": ("self_attn.qkv_proj", slice(64, 96)),
+    "self_attn.v_proj": ("self_attn.qkv_proj", slice(96, 128)),
+    "mlp.gate_proj": ("mlp.gate_up_proj", slice(0, 96)),
+    "mlp.up_proj": ("mlp.gate_up_proj", slice(96, 192)),
+}
+
+
+class Fused(Llama):
+    """A Llama whose checkpoint has linears that read one input side by side in one tensor."""
+
+    def stored(self, name: str) -> Stored:
+        for linear, (fused, rows) in FUSED.items():
+            if f".{linear}." in name:
+                return Stored(name.replace(linear, fused), rows)
+        return Stored(name)
+
+
+class FusedSource:
+    """A tiny Llama as such a checkpoint."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.config = source, source.config
+
+    def tensor(self, name: str) -> torch.Tensor:
+        parts = [linear for linear, (fused, _) in FUSED.items() if f".{fused}." in name]
+        names = [name.replace(FUSED[linear][0], linear) for linear in parts]
+        return torch.cat([self.source.tensor(name) for name in names or [name]])
+
+
+def test_linears_that_are_slices_of_a_stored_tensor(make_tiny, monkeypatch):
+    source = open_source(str(make_tiny("llama")))
+    expected = DecoderStack(source).block(1).state_dict()
+    monkeypatch.setitem(registry.FAMILIES, "llama", Fused)
+    found = DecoderStack(FusedSource(source)).block(1).state_dict()
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+class Mixture(Family):
+    """Blocks with an MLP first; from the second on, with two experts instead."""
+
+    model_types = ("mixture",)
+
+    def groups(self, index: int) -> tuple[LinearGroup, ...]:
+        if index == 0:
+            return (LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), Norm("norm")),)
+        return tuple(
+            LinearGroup(
+                f"expert{expert}",
+                (f"mlp.{expert}.gate_proj", f"mlp.{expert}.up_proj"),
+                expert=expert,
+            )
+            for expert in range(2)
+        )
+
+    def widths(self) -> dict[str, int]:
+        return {"hidden_size": self.config.hidden_size}
+
+
+class Routed(nn.Module):
+    """A block whose second expert sees no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleList(_Gated() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.mlp[0](x), self.mlp[1](x[:0])])
+
+
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate_proj(x) * self.up_proj(x)
+
+
+@pytest.fixture
+def mixture(monkeypatch) -> Family:
+    monkeypatch.setitem(registry.FAMILIES, "mixture", Mixture)
+    sizes = dict.fromkeys(("vocab_size", "num_attention_heads", "num_key_value_heads"), 2)
+    config = SimpleNamespace(model_type="mixture", num_hidden_layers=2, hidden_size=64, **sizes)
+    return family_of(config)
+
+
+def test_blocks_with_groups_of_their_own(mixture):
+    mixture.check(("mlp.1",))
+    assert [[g.name for g in mixture.quantized_groups(i, ())] for i in range(2)] == [
+        ["gate_up"],
+        ["expert0", "expert1"],
+    ]
+    assert [g.expert for g in mixture.quantized_groups(1, ("mlp.0",))] == [1]
+    assert mixture.kinds() == dict.fromkeys(("gate_up", "expert0", "expert1"), "gate, up")
+    assert mixture.has_linear("model.layers.1.mlp.1.up_proj")
+    assert not mixture.has_linear("model.layers.0.mlp.1.up_proj")
+    assert len(list(mixture.quantized_linears(("model.layers.0",)))) == 4
+
+
+def test_an_expert_without_tokens_is_converted_and_runs(mixture):
+    block, layout = Routed().eval(), Layout("hadamard", "shared", False, "mse", "even")
+    convert_groups(block, mixture.quantized_groups(1, ()), layout)
+    assert sum(isinstance(m, MXFP4Linear) for m in block.modules()) == 4
+    with torch.no_grad():
+        assert block(torch.randn(3, 64)).shape == (3, 32)
+
+
+# What is quantized.
+
+
+@pytest.mark.parametrize(
+    ("skip", "skipped"),
+    [
+        ("lm_head", False),
+        ("down_proj", True),
+        ("mlp.down_proj", True),
+        ("mlp", True),
+        ("layers.1", True),
+        ("lp", False),
+        ("model.layers.1", True),
+        ("model.layers.1.mlp", True),
+        ("model.layers.1.mlp.down_proj", True),
+        ("model.layers.11", False),
+        ("model.layers.1.mlp.down", False),
+        ("proj", False),
+        ("own_proj", False),
+        ("model", True),
+        ("", False),
+    ],
+)
+def test_skip_list(skip, skipped):
+    assert is_skipped("model.layers.1.mlp.down_proj", (skip,)) is skipped
+
+
+def test_block_ten_is_not_block_one():
+    assert not is_skipped("model.layers.10.mlp.down_proj", ("model.layers.1",))
+
+
+def test_groups_without_what_is_skipped():
+    assert LLAMA.quantized_groups(0, ()) == LLAMA.groups(0)
+    assert [g.name for g in LLAMA.groups(0)] == ["qkv", "o", "gate_up", "down"]
+    assert all(g.is_whole for g in LLAMA.quantized_groups(0, ("o_proj",)))
+    partly = LLAMA.quantized_groups(0, ("up_proj", "self_attn.o_proj", "model.layers.1"))
+    assert [g.label for g in partly] == ["q, k, v", "gate", "down"]
+    assert [g.is_whole for g in partly] == [True, False, True]
+    assert [g.shares_input for g in partly] == [True, False, False]
+    assert LLAMA.quantized_groups(1, ("model.layers.1",)) == ()
+
+
+def test_architecture_names_what_is_wrong(make_tiny):
+    config = open_source(str(make_tiny("llama"))).config
+    family_of(config).check(("lm_head", "down_proj", "model.layers.1.self_attn"))
+    with pytest.raises(InputError, match="--skip down_prj names no linear"):
+        family_of(config).check(("down_prj",))
+    family_of(config).check(("mlp", "model.layers.0.self_attn"))
+    with pytest.raises(InputError, match="--skip mlp --skip self_attn leaves no linear to quant"):
+        family_of(config).check(("mlp", "self_attn"))
+    config.hidden_size = 72
+    with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):
+        family_of(config).check(())
+
+
+def test_head_dim_has_a_default(make_tiny):
+    config = open_source(str(make_tiny("llama"))).config
+    assert Llama(config).head_dim == 16
+    config.head_dim = None
+    assert Llama(config).head_dim == config.hidden_size // config.num_attention_heads
