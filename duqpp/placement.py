@@ -19,6 +19,9 @@ class Placement:
     storage: torch.device = HOST
 
 
+ON_HOST = Placement()
+
+
 def host_generator(seed: int) -> torch.Generator:
     """A generator of the host, wherever a job computes: so a seed means the same everywhere."""
     return torch.Generator(device=HOST).manual_seed(seed)

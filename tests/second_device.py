@@ -45,6 +45,15 @@ class _OnDevice(torch.Tensor):
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: "_OnDevice") -> None:
+        torch.Tensor.data.__set__(self, value)
+        self.held = value.held
+
     def __repr__(self) -> str:
         return f"second_device({self.held})"
 

@@ -210,7 +210,8 @@ def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path
     block = stack.skeleton(index)
     convert_groups(block, stack.family.quantized_groups(index, layout.skip), layout)
     prefix = stack.family.block_name(index) + "."
-    tensors = {n.removeprefix(prefix): t for n, t in read_shard(shard).items()}
+    device = stack.placement.compute
+    tensors = {n.removeprefix(prefix): t.to(device) for n, t in read_shard(shard).items()}
     block.load_state_dict(tensors, assign=True)
     for module in block.modules():
         if isinstance(module, MXFP4Linear):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from duqpp.errors import CheckpointError
 from duqpp.format.e8m0 import NAN_SCALE
 from duqpp.models.family import layer_prefix
+from duqpp.placement import HOST
 from duqpp.rotation.block_rotation import check_invertible
 
 CHECKSUMS_KEY = "duqpp.crc32"
@@ -205,7 +206,7 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
     header, start = _read_header(path)
     checksums = _checksums(path, header.pop("__metadata__", {}))
     # transformers calls this in a context where tensors are made on the meta device.
-    with open(path, "rb") as file, torch.device("cpu"):
+    with open(path, "rb") as file, HOST:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
@@ -283,7 +284,7 @@ def _check_values(path: Path, name: str, entry: dict[str, Any], data: bytes) -> 
         check_invertible(matrix, f"{path}: {name}", CheckpointError)
     if name.endswith(".permutation") and entry["dtype"] == "I32":
         channels = torch.frombuffer(bytearray(data), dtype=torch.int32).sort().values
-        if not torch.equal(channels, torch.arange(len(channels), dtype=torch.int32)):
+        if not torch.equal(channels, torch.arange(len(channels), dtype=torch.int32, device=HOST)):
             raise CheckpointError(f"{path}: {name} does not name every channel once")
 
 
@@ -305,4 +306,4 @@ def checksum(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().to(HOST).reshape(-1).view(torch.uint8).numpy().data

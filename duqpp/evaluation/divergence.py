@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.errors import InputError
+from duqpp.placement import HOST
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Divergence:
     def of_windows(cls, kl: list[float], agreement: list[float]) -> "Divergence":
         """From the means of each window; windows are equally long."""
         mean_kl, mean_agreement = (
-            float(torch.tensor(v, dtype=torch.float64).mean()) for v in (kl, agreement)
+            float(torch.tensor(v, dtype=torch.float64, device=HOST).mean()) for v in (kl, agreement)
         )
         return cls(mean_kl, mean_agreement, kl, agreement)
 

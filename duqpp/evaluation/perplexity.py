@@ -12,6 +12,7 @@ from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Divergence, Reference
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
+from duqpp.placement import HOST
 
 CONVENTION = (
     "text tokenized whole without added special tokens, cut into non-overlapping windows, "
@@ -133,11 +134,11 @@ def _evaluate(
         against = (reference, reference.hidden[index]) if reference else None
         means.append([total / (seq_len - 1) for total in _sums(model, hidden, ids[0, 1:], against)])
         if kept is not None:
-            kept.append(hidden.cpu())
+            kept.append(hidden.to(HOST))
     if progress:
         progress("evaluate", count, count)
     nll, kl, agreement = map(list, zip(*means, strict=True))
-    mean = torch.tensor(nll, dtype=torch.float64).mean()
+    mean = torch.tensor(nll, dtype=torch.float64, device=HOST).mean()
     divergence = Divergence.of_windows(kl, agreement) if reference else None
     seconds = time.monotonic() - started
     return PerplexityResult(float(mean.exp()), nll, seq_len, count, seconds, divergence)

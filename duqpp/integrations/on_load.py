@@ -12,6 +12,7 @@ from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
 from duqpp.models.family import layer_prefix, quantized_groups
 from duqpp.models.stack import check_finite
+from duqpp.placement import HOST
 from duqpp.rotation import InputTransform
 
 
@@ -42,7 +43,7 @@ class QuantizeOnLoad(ConversionOps):
         if self.failures:
             return {}
         try:
-            packed, transform = self._quantize(name, weight.cpu())
+            packed, transform = self._quantize(name, weight.to(HOST))
         except InputError as error:
             self.failures.append(error)
             return {}

@@ -35,6 +35,7 @@ from duqpp.models.family import family_of
 from duqpp.models.gguf import is_gguf, load_gguf
 from duqpp.models.hub import download
 from duqpp.nn import MXFP4Linear, unshare_input
+from duqpp.placement import HOST
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
@@ -271,7 +272,7 @@ def _layout(folder: Path) -> Layout:
 
 
 def load_model(
-    model: str, *, device: torch.device | str = "cpu", progress: Progress | None = None
+    model: str, *, device: torch.device | str = HOST, progress: Progress | None = None
 ) -> tuple[Any, Any]:
     """Any model that duqpp can evaluate, quantized or float, with its tokenizer; in eval mode.
 

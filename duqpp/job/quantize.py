@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN
@@ -31,6 +30,7 @@ from duqpp.models.family import check_architecture
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
+from duqpp.placement import ON_HOST, Placement
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def quantize_model(
     calibration: str | Tensor = BUILTIN,
     resume: bool = False,
     progress: Progress | None = None,
+    placement: Placement = ON_HOST,
 ) -> QuantizeReport:
     """Quantize a LLaMA-family model to MXFP4 W4A4 and save it as a duqpp checkpoint.
 
@@ -71,6 +72,7 @@ def quantize_model(
         calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or tokens int64
             [samples, seq_len].
         resume: continue an interrupted job of the same model, data and configuration.
+        placement: where blocks compute, and where activations rest.
         progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
             distilling with ("distill", steps done, steps in all).
     Returns: QuantizeReport.
@@ -87,7 +89,7 @@ def quantize_model(
     source = open_source(model) if isinstance(model, str) else model
     check_architecture(source.config, config.skip)
     companions = companions_of(source)
-    select("mxfp4_gemm", torch.device("cpu"))  # what the blocks will run on: an error comes now
+    select("mxfp4_gemm", placement.compute)  # what the blocks will run on: an error comes now
     tokens, data, config = calibration_tokens(
         source.config, companions.tokenizer, config, calibration
     )
@@ -105,7 +107,7 @@ def quantize_model(
             check_same_job(work, job)
         try:
             write_json(work / JOB_FILE, job)
-            stack = DecoderStack(source)
+            stack = DecoderStack(source, placement=placement)
             results = _quantize_blocks(stack, config, tokens, folder, progress)
             write_companions(companions, layout, stack.dtype, work, results)
             weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
@@ -164,7 +166,7 @@ def _quantize_blocks(
         stack.release(index)
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
-        again = DecoderStack(stack.source)
+        again = DecoderStack(stack.source, placement=stack.placement)
         first = first_streams(again, tokens, config).inputs
         results.distilled = train_shards(method, again, folder, first, streams.exact, progress)
     return results

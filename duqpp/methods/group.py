@@ -236,7 +236,7 @@ def report_group(
 def block_amax(x: Tensor) -> list[float]:
     """Largest magnitude of each block of 32 channels of x [n, K], to four digits."""
     amax = x.abs().amax(0).view(-1, BLOCK_SIZE).amax(1)
-    return [float(f"{value:.4g}") for value in amax.tolist()]
+    return [float(f"{value:.4g}") for value in amax.to(HOST).tolist()]
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:

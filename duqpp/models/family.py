@@ -71,7 +71,7 @@ class Rows:
         rows = slice(*self.rows)
         if bias is not None:
             scales = representable(scales, bias[rows])
-        divisor = torch.ones(len(weight), dtype=torch.float64)
+        divisor = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
         divisor[rows] = scales
         weights[self.name] = (weight / divisor[:, None]).float()
         if bias is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from duqpp.errors import InputError, first_line
 from duqpp.models.family import family_of
 from duqpp.models.source import Source
+from duqpp.placement import ON_HOST, Placement
 
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
 
@@ -18,7 +19,8 @@ TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves
 class DecoderStack:
     """The decoder blocks of a source, run one at a time; only one has its weights in memory.
 
-    source, config, family: what the blocks are built from. dtype: what they compute in.
+    source, config, family: what the blocks are built from. dtype: what they compute in. placement:
+    where they compute, and where activations rest.
 
     Args:
         source: the float model.
@@ -26,10 +28,15 @@ class DecoderStack:
     Raises: InputError when there is no such model, or the source lacks its embedding.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dtype: torch.dtype | None = None,
+        placement: Placement = ON_HOST,
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.source, self.config = source, source.config
+        self.source, self.config, self.placement = source, source.config, placement
         self.family = family_of(self.config)
         embedding = self._stored(f"{self.family.body}.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
@@ -46,10 +53,9 @@ class DecoderStack:
         }
         self._body = skeleton.get_submodule(self.family.body)
         self._blocks = self._body.layers
-        self._rotary = type(self._body.rotary_emb)(
-            config=self.config
-        )  # buffers, off the meta device
-        self._embedding = embedding.to(self.dtype)
+        # Its buffers are computed, not stored, and on the meta device they were not.
+        self._rotary = type(self._body.rotary_emb)(config=self.config).to(placement.compute)
+        self._embedding = embedding.to(placement.compute, self.dtype)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -66,7 +72,7 @@ class DecoderStack:
         prefix = self.family.block_name(index)
         block = self.skeleton(index)
         weights = {
-            name: self._tensor(f"{prefix}.{name}", expected.shape)
+            name: self._tensor(f"{prefix}.{name}", expected.shape).to(self.placement.compute)
             for name, expected in block.state_dict().items()
         }
         block.load_state_dict(weights, assign=True)
@@ -86,11 +92,12 @@ class DecoderStack:
         """
         norm = self._body.norm
         weight = self._tensor(f"{self.family.body}.norm.weight", norm.weight.shape)
-        norm.load_state_dict({"weight": weight}, assign=True)
+        norm.load_state_dict({"weight": weight.to(self.placement.compute)}, assign=True)
         untied = "lm_head.weight" in self._rest
         rows = self._tensor("lm_head.weight", self._rest["lm_head.weight"]) if untied else None
         head = nn.Linear(*reversed(self._embedding.shape), bias=False, device="meta")
-        head.weight = nn.Parameter(self._embedding if rows is None else rows)
+        rows = self._embedding if rows is None else rows.to(self.placement.compute)
+        head.weight = nn.Parameter(rows)
         return nn.Sequential(norm, head).requires_grad_(False)
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
@@ -117,46 +124,58 @@ class DecoderStack:
         self._body.rotary_emb = self._rotary
         self._body.embed_tokens.weight = nn.Parameter(self._embedding, requires_grad=False)
         batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-        batches = []
+        inputs = BlockInputs([], [], self.placement)
         with torch.no_grad():
             for part in tokens.split(batch):
-                self._body(input_ids=part, use_cache=False)
-                batches.append((probes[0].hidden_states, [probe.arguments for probe in probes]))
+                self._body(input_ids=part.to(self.placement.compute), use_cache=False)
+                inputs.hidden.append(probes[0].hidden_states.to(self.placement.storage))
+                inputs.arguments.append([probe.arguments for probe in probes])
         self._body.layers, self._body.norm = layers, norm
         self._body.embed_tokens.weight = nn.Parameter(
             torch.empty_like(self._embedding, device="meta"), requires_grad=False
         )
-        return BlockInputs([h for h, _ in batches], [arguments for _, arguments in batches])
+        return inputs
 
 
 @dataclass
 class BlockInputs:
     """Activations that enter a decoder block, in batches, with the block's other arguments.
 
-    hidden: float [batch, seq_len, hidden_size] each. arguments: per batch and block, its keywords.
+    hidden: float [batch, seq_len, hidden_size] each, where activations rest. arguments: per batch
+    and block, its keywords, where blocks compute. placement: both of these.
     """
 
     hidden: list[Tensor]
     arguments: list[list[dict[str, Any]]]
+    placement: Placement = ON_HOST
+
+    def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
+        """The output of block `index` for a batch, where blocks compute."""
+        hidden = self.hidden[batch].to(self.placement.compute)
+        out = block(hidden, **self.arguments[batch][index])
+        return out[0] if isinstance(out, tuple) else out
 
     def outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
-        """Run a block over the batches, one at a time."""
+        """Run a block over the batches, one at a time; what it gives is put to rest."""
         with torch.no_grad():
-            for hidden, arguments in zip(self.hidden, self.arguments, strict=True):
-                out = block(hidden, **arguments[index])
-                yield out[0] if isinstance(out, tuple) else out
+            for batch in range(len(self.hidden)):
+                yield self.run(block, index, batch).to(self.placement.storage)
 
     def joined(self, other: "BlockInputs") -> "BlockInputs":
         """These batches, and then those of `other`."""
-        return BlockInputs([*self.hidden, *other.hidden], [*self.arguments, *other.arguments])
+        return replace(
+            self,
+            hidden=[*self.hidden, *other.hidden],
+            arguments=[*self.arguments, *other.arguments],
+        )
 
     def first(self, batches: int) -> "BlockInputs":
         """The first batches alone; the tensors are shared."""
-        return BlockInputs(self.hidden[:batches], self.arguments[:batches])
+        return replace(self, hidden=self.hidden[:batches], arguments=self.arguments[:batches])
 
     def after(self, batches: int) -> "BlockInputs":
         """Without the first batches; the tensors are shared."""
-        return BlockInputs(self.hidden[batches:], self.arguments[batches:])
+        return replace(self, hidden=self.hidden[batches:], arguments=self.arguments[batches:])
 
     def run_up_to(self, block: nn.Module, index: int, last: nn.Module) -> None:
         """Run a block over the batches only until `last` gets its input, for its hooks' sake."""
@@ -167,9 +186,9 @@ class BlockInputs:
         handle = last.register_forward_pre_hook(stop)  # runs after the hooks that are there already
         try:
             with torch.no_grad():
-                for hidden, arguments in zip(self.hidden, self.arguments, strict=True):
+                for batch in range(len(self.hidden)):
                     with suppress(_LastInputSeenError):
-                        block(hidden, **arguments[index])
+                        self.run(block, index, batch)
         finally:
             handle.remove()
 

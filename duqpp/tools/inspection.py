@@ -17,6 +17,7 @@ from duqpp.models.gguf import is_gguf
 from duqpp.models.hub import download
 from duqpp.models.source import Source, check_float_model, open_source
 from duqpp.models.stack import DecoderStack
+from duqpp.placement import ON_HOST, Placement
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def inspect_model(
     calibration: str = BUILTIN,
     layers: int | None = None,
     progress: Progress | None = None,
+    placement: Placement = ON_HOST,
 ) -> Inspection:
     """What a duqpp checkpoint reports of its quantization, or what one of a float model would do.
 
@@ -60,6 +62,7 @@ def inspect_model(
         config, calibration: for a float model; its blocks are fed by float blocks.
         layers: only this many decoder blocks, from the first.
         progress: called with ("inspect", blocks done, blocks in all).
+        placement: where a float model's blocks compute, and where activations rest.
     Raises: InputError, CheckpointError.
     """
     if layers is not None and layers < 1:
@@ -76,6 +79,7 @@ def inspect_model(
         calibration=calibration,
         layers=layers,
         progress=progress,
+        placement=placement,
     )
 
 
@@ -86,6 +90,7 @@ def inspect_source(
     calibration: str = BUILTIN,
     layers: int | None = None,
     progress: Progress | None = None,
+    placement: Placement = ON_HOST,
 ) -> Inspection:
     """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
     family = family_of(source.config)
@@ -95,7 +100,7 @@ def inspect_source(
     sequences = sample_sequences(
         tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
     )
-    stack = DecoderStack(source)
+    stack = DecoderStack(source, placement=placement)
     method, streams = config.build_method(), Streams(stack.first_inputs(sequences))
     count = min(layers or len(stack), len(stack))
     groups: list[GroupReport] = []

@@ -27,9 +27,8 @@ def block_loss(
     """
 
     def loss(batch: int) -> Tensor:
-        out = block(inputs.hidden[batch], **inputs.arguments[batch][index])
-        out = (out[0] if isinstance(out, tuple) else out).float()
-        target = targets[batch].float()
+        out = inputs.run(block, index, batch).float()
+        target = targets[batch].to(out.device).float()
         error = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-30)
         return error.mean()
 

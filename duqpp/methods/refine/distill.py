@@ -55,7 +55,7 @@ def distill(
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=len(order), betas=_BETAS)
 
     def hidden(batch: int) -> Tensor:
-        x = inputs.hidden[batch]
+        x = inputs.hidden[batch].to(inputs.placement.compute)
         for block in model.blocks:
             # What a block computes inside is computed again for its gradients, not kept.
             arguments = inputs.arguments[batch][block.index]
@@ -120,12 +120,14 @@ def _restore(
     """Go on from a state. Returns: how many steps it had done."""
     tensors = read_shard(state)
     for name, parameter in parameters.items():
-        parameter.data = tensors[f"latent.{name}"].clone()
+        parameter.data = tensors[f"latent.{name}"].to(parameter.device, copy=True)
     stopping.least = float(tensors["least"].clone().view(torch.float64))
     stopping.stale = int(tensors["stale"])
     best = {
-        name: MXFP4Tensor(tensors[f"codes.{name}"].clone(), tensors[f"scales.{name}"].clone())
-        for name in parameters
+        name: MXFP4Tensor(
+            *(tensors[f"{part}.{name}"].to(p.device, copy=True) for part in ("codes", "scales"))
+        )
+        for name, p in parameters.items()
         if f"codes.{name}" in tensors
     }
     stopping.best = best or None
@@ -156,5 +158,6 @@ def divergence_gradient(hidden: Tensor, exact: Tensor, head: nn.Module) -> Tenso
 
 
 def _parts(hidden: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    exact = exact.to(hidden.device)
     both = (h.flatten(0, -2).split(LOGIT_TOKENS) for h in (hidden, exact))
     return zip(*both, strict=True)

@@ -82,7 +82,7 @@ class LatentLinear(nn.Module):
         self, linear: MXFP4Linear, latent: Tensor, rounded_input: RoundedInput, rule: ScaleRule
     ) -> None:
         super().__init__()
-        self.latent = nn.Parameter(latent.clone())
+        self.latent = nn.Parameter(latent.to(linear.weight_packed.device, copy=True))
         self.rounded_input, self._rule, self._linear = rounded_input, rule, (linear,)
 
     @property

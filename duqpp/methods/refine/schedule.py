@@ -120,7 +120,12 @@ class LatentOptimizer:
         steps = int(state["steps"])
         for index, parameter in enumerate(self._parameters):
             names = ("step", "exp_avg", "exp_avg_sq")
-            self.adam.state[parameter] = {n: state[f"{n}.{index}"].clone() for n in names}
+            own = {n: state[f"{n}.{index}"] for n in names}
+            # Adam keeps its count of steps on the host.
+            self.adam.state[parameter] = {
+                n: t.clone() if n == "step" else t.to(parameter.device, copy=True)
+                for n, t in own.items()
+            }
         self._schedule.last_epoch = steps
         for group, base in zip(self.adam.param_groups, self._schedule.base_lrs, strict=True):
             group["lr"] = base * _share_of_rate(steps, self._steps)
