@@ -20,14 +20,8 @@ from duqpp.cli.options import (
     resumable,
     takes_config,
 )
-from duqpp.cli.terminal import (
-    Bars,
-    comparison_header,
-    comparison_line,
-    perplexity_lines,
-    print_json,
-    task_lines,
-)
+from duqpp.cli.progress import Bars
+from duqpp.cli.tables import ComparisonTable, perplexity_lines, print_json, task_lines
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 
@@ -157,8 +151,8 @@ def compare(
     share of tokens where both expect the same next one most. The quantized models are removed
     after their evaluation. All of it runs on the CPU; `duqpp eval` can use a GPU.
     """
-    from duqpp.evaluation.compare import FLOAT, parse_methods
     from duqpp.evaluation.compare import compare as run
+    from duqpp.evaluation.compare import parse_methods
     from duqpp.evaluation.folder import COMPARISON_FILE
     from duqpp.evaluation.scores import Row
     from duqpp.models.source import open_source
@@ -168,16 +162,13 @@ def compare(
     configs = parse_methods(methods, replace(config, seq_len=calib_seq_len))
     numbers = _parse_seeds(seeds)
     check_calibration(calib, configs.values())
-    names = list(configs)
     texts = text or [BUILTIN]
-    out = sys.stderr if as_json else sys.stdout
+    table = ComparisonTable(configs, texts, sys.stderr if as_json else sys.stdout)
     with Bars() as bars, resumable(work and work / COMPARISON_FILE):
 
         def show(row: Row) -> None:
             bars.stop()
-            if row.method == FLOAT:
-                print(comparison_header(names, texts), file=out)
-            print(comparison_line(row, names), file=out, flush=True)
+            table.print(row)
 
         bars.open(model)
         found = run(

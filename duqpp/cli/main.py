@@ -24,20 +24,20 @@ from duqpp.cli.options import (
     resumable,
     takes_config,
 )
-from duqpp.cli.terminal import (
-    Bars,
+from duqpp.cli.progress import Bars
+from duqpp.cli.tables import (
     doctor_lines,
     inspection_table,
     others_lines,
     percent,
     print_json,
-    quiet_transformers,
     selfcheck_table,
     size,
     timings_table,
 )
 from duqpp.config import QuantizeConfig
 from duqpp.errors import DuqppError, InputError
+from duqpp.models.quiet import quiet_libraries
 from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -93,7 +93,7 @@ def _start(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit()
-    quiet_transformers()
+    context.with_resource(quiet_libraries())
 
 
 @app.command()

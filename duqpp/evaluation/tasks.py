@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import io
-import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from duqpp.errors import InputError, first_line
+from duqpp.models.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,10 @@ def _imported() -> SimpleNamespace:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without lm-eval's advice; its bars are drawn on a terminal only, and never on stdout."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        quiet_libraries(),
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        yield

@@ -35,7 +35,7 @@ COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "in
 @pytest.fixture(autouse=True)
 def fast_machine(monkeypatch):
     """What these tests do is short: no line of progress, however busy the machine is."""
-    monkeypatch.setattr("duqpp.cli.terminal._PATIENCE", 1000.0)
+    monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
 
 
 @pytest.fixture
