@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from duqpp import QuantizeConfig
-from duqpp.calibration.tokens import BUILTIN
+from duqpp.cli.options import parse_methods
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import ComparisonTable
-from duqpp.evaluation.compare import compare, parse_methods
+from duqpp.evaluation.compare import Plan, compare
 from duqpp.evaluation.scores import Row
 from duqpp.integrations.transformers import load_model
 from duqpp.models.quiet import quiet_libraries
@@ -23,7 +22,7 @@ from duqpp.tools.generate import generate
 from duqpp.tools.inspection import inspect_model
 from duqpp.tools.plot import plot
 
-METHODS = "rtn,hadamard,duquant++:gptq,duqpp"
+METHODS = ("rtn", "hadamard", "duquant++ --gptq", "duqpp")
 KEPT = "duqpp"
 SAMPLES, SEQ_LEN = 8, 512  # calibration: a quarter of the default, for time; some 2 % of perplexity
 WINDOWS = 2  # of 2048 tokens
@@ -41,8 +40,9 @@ def find_model() -> Path | None:
 
 def compare_methods(file: Path, kept: Path) -> None:
     """Print a row for each method, and keep the model of one of them in a folder."""
-    configs = parse_methods(METHODS, QuantizeConfig(samples=SAMPLES, seq_len=SEQ_LEN))
-    table = ComparisonTable(configs, [BUILTIN], sys.stdout)
+    methods = parse_methods(METHODS, samples=SAMPLES, seq_len=SEQ_LEN)
+    plan = Plan(methods=methods, windows=WINDOWS, keep={KEPT: kept})
+    table = ComparisonTable(plan.methods, plan.texts, sys.stdout)
     print(f"{file.name}, quantized to MXFP4 weights and activations (W4A4)\n", flush=True)
     with Bars() as bars:
 
@@ -51,14 +51,7 @@ def compare_methods(file: Path, kept: Path) -> None:
             table.print(row)
 
         bars.wait("opening the model")
-        found = compare(
-            open_source(str(file)),
-            configs,
-            windows=WINDOWS,
-            keep={KEPT: kept},
-            progress=bars,
-            on_row=show,
-        )
+        found = compare(open_source(str(file)), plan, progress=bars, on_row=show)
     print(
         f"\nperplexity over {found.windows} windows of {found.seq_len} tokens of Python's help "
         "texts; calibrated on other pages of them"
