@@ -85,14 +85,14 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _shown_default(name: str) -> str | bool:
-    """What a field that is left out is: the methods' own defaults, the most frequent one last."""
+    """The methods' own defaults of a field, the most frequent one last; False where none has any."""
     methods: dict[str, list[str]] = {}
     for method, value in method_defaults(name).items():
-        shown = {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else value
-        methods.setdefault(str(shown), []).append(method)
-    *others, last = sorted(methods, key=lambda value: len(methods[value])) or [""]
-    parts = [f"{value} for {' and '.join(methods[value])}" for value in others]
-    return ", ".join([*parts, f"else {last}"]) if parts else last
+        shown = ("off", "on")[value] if isinstance(value, bool) else str(value)
+        methods.setdefault(shown, []).append(method)
+    *parts, last = sorted(methods, key=lambda shown: len(methods[shown])) or [""]
+    parts = [f"{shown} for {' and '.join(methods[shown])}" for shown in parts]
+    return ", ".join([*parts, f"else {last}" if parts else last]) or False
 
 
 def parse_methods(specs: Iterable[str], **base: Any) -> dict[str, QuantizeConfig]:
