@@ -3,9 +3,10 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from duqpp.cli.commands.compare import compare
 from duqpp.cli.commands.doctor import doctor
@@ -15,7 +16,7 @@ from duqpp.cli.commands.generate import generate
 from duqpp.cli.commands.inspect import inspect
 from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
-from duqpp.cli.options import ResumableError
+from duqpp.cli.options import ResumableError, in_options
 from duqpp.errors import DuqppError
 from duqpp.models.quiet import quiet_libraries
 from duqpp.version import __version__
@@ -52,12 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = shlex.join(["duqpp", *again, "--resume"])
         return _fail(f"interrupted: go on at the last whole block with {command}", INTERRUPTED)
     except DuqppError as error:
-        return _fail(f"error: {error}", 2)
+        return _fail(f"error: {in_options(str(error), _command(arguments))}", 2)
     except typer.TyperException as error:
         return _fail(f"error: {error.format_message()}", 2)
     if code == INTERRUPTED:  # typer answers Ctrl-C with this exit code
         return _fail("interrupted: nothing is left to resume", INTERRUPTED)
     return code
+
+
+def _command(arguments: Sequence[str]) -> Any:
+    """The command that a command line names, or None."""
+    commands = vars(get_command(app))["commands"]
+    return next((commands[word] for word in arguments if word in commands), None)
 
 
 def _fail(message: str, code: int) -> int:

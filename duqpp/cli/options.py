@@ -85,7 +85,7 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _shown_default(name: str) -> str | bool:
-    """The methods' own defaults of a field, the most frequent one last; False where none has any."""
+    """The methods' own defaults of a field, the most frequent last; False where there is none."""
     methods: dict[str, list[str]] = {}
     for method, value in method_defaults(name).items():
         shown = ("off", "on")[value] if isinstance(value, bool) else str(value)
@@ -140,6 +140,30 @@ def _method_parser() -> Any:
 
 def _ignore(config: dict[str, Any]) -> None:
     """What is parsed is not run."""
+
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([\w.-]+))?`")
+
+
+def in_options(message: str, command: Any) -> str:
+    """A message of the library, with options for the arguments that it names: see `duqpp.errors`.
+
+    Args: command: the one that was run, whose own options come first; None where there is none.
+        What it has no option for is one of `duqpp quantize`'s, or stays as it is.
+    """
+    flags = {name: described.flag.split("/") for name, described in DESCRIPTIONS.items()}
+    for parameter in command.params if command else ():
+        flags[parameter.name] = [*parameter.opts, *parameter.secondary_opts]
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags:
+            return found[0]
+        if value in ("True", "False"):
+            return flags[name][0 if value == "True" else -1]
+        return flags[name][0] if value is None else f"{flags[name][0]} {value}"
+
+    return _ARGUMENT.sub(option, message)
 
 
 def choose_device(name: str) -> torch.device:

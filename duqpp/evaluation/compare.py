@@ -118,7 +118,7 @@ def compare(
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
     calibration = _calibration_text(tokenizer, plan)
     if work is None and resume:
-        raise InputError("resume needs the folder of the comparison to go on with: work")
+        raise InputError("`resume` needs the folder of the comparison to go on with: `work`")
     with ExitStack() as stack:
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))

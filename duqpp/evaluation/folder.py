@@ -135,7 +135,7 @@ def _check_same(folder: Path, file: Path, job: dict[str, Any], resume: bool) -> 
         raise InputError(f"{folder} is not empty, and holds no comparison: choose another folder")
     if not resume:
         raise InputError(
-            f"{folder} holds a comparison: continue it with --resume, or choose another folder"
+            f"{folder} holds a comparison: continue it with `resume=True`, or choose another folder"
         )
     earlier = read_json(file)
     differing = [name for name in job if earlier.get(name) != job[name]]

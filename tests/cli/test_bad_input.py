@@ -311,7 +311,7 @@ def test_too_little_calibration_text(model, out, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     options = QuantizeConfig(samples=4, seq_len=128, max_steps=4)
-    message = "calibration text has .* tokens, but 4 samples of 128 need 512: lower --samples"
+    message = "calibration text has .* tokens, but 4 samples of 128 need 512: lower `samples`"
     assert_refuses(model, out, message, options, calibration=str(text))
 
 

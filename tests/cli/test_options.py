@@ -1,11 +1,16 @@
 """Methods written as options, shell completion, and what the library's messages become."""
 
+import ast
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from duqpp.cli.main import main
-from duqpp.cli.options import parse_methods
+import duqpp
+from duqpp.cli.main import app, main
+from duqpp.cli.options import in_options, parse_methods
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods import METHODS
@@ -66,7 +71,7 @@ def test_defaults_are_those_of_each_method():
         (["rtn duqpp"], r"unexpected extra argument\(s\) \(duqpp\)"),
         (["rtn --smooth-alpha"], "'--smooth-alpha' requires an argument"),
         (["rtn --smooth-alpha much"], "Invalid value for '--smooth-alpha'"),
-        (["rtn --smooth-alpha 2"], r"smooth.alpha must lie in \[0, 1\], got 2.0"),
+        (["rtn --smooth-alpha 2"], r"`smooth_alpha` must lie in \[0, 1\], got 2.0"),
         (["rtn --weight-rule best"], "Invalid value for '--weight-rule': .*'best' is not one of"),
         (["rtn 'a"], "No closing quotation"),
     ],
@@ -104,3 +109,39 @@ def test_the_completion_of_a_shell_can_be_shown(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--show-completion", "bash"])
     assert "_DUQPP_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "command", "expected"),
+    [
+        ("lower `seq_len`, or `windows`", "eval", "lower --seq-len, or --windows"),
+        ("`calib_seq_len` and `samples`", "compare", "--calib-seq-len and --samples"),
+        ("continue with `resume=True`", "quantize", "continue with --resume"),
+        ("`gptq=False` and `gptq=True`", "quantize", "--no-gptq and --gptq"),
+        ("`activation_rule` is, too", "quantize", "--scale-rule is, too"),
+        ("quantize with `rotation=per-block`", "export", "quantize with --rotation per-block"),
+        ("run `duqpp quantize` first; `other`", "eval", "run `duqpp quantize` first; `other`"),
+    ],
+)
+def test_messages_of_the_library_speak_of_options_in_the_command(message, command, expected):
+    assert in_options(message, get_command(app).commands[command]) == expected
+
+
+def test_a_message_without_a_command_speaks_of_options_of_quantize():
+    assert in_options("`seq_len` and `windows`", None) == "--seq-len and `windows`"
+
+
+def test_the_library_speaks_of_no_option():
+    """Nor does a message below the command line name one that only the command has."""
+    package = Path(duqpp.__file__).parent
+    named = [
+        f"{path.relative_to(package)}:{node.lineno} {text.value}"
+        for path in sorted(package.rglob("*.py"))
+        if path.parts[len(package.parts)] != "cli"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        for text in ast.walk(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+        if re.search(r"(?<![\w-])--[a-z]", text.value) and "duqpp quantize" not in text.value
+    ]
+    assert not named

@@ -447,7 +447,7 @@ def test_a_folder_of_something_else_is_refused(tiny_llama, make_tiny, tmp_path):
     resumed(tiny_llama, ["rtn"], work)
     before = sorted(work.iterdir())
     for model, options, message in [
-        (tiny_llama, {"resume": False}, "holds a comparison: continue it with --resume"),
+        (tiny_llama, {"resume": False}, "holds a comparison: continue it with `resume=True`"),
         (tiny_llama, {"windows": 1}, "is the comparison of another windows; choose"),
         (tiny_llama, {"seq_len": 32}, "is the comparison of another windows; choose"),
         (tiny_llama, {"texts": [str(text)]}, "is the comparison of another texts; choose"),
@@ -460,7 +460,7 @@ def test_a_folder_of_something_else_is_refused(tiny_llama, make_tiny, tmp_path):
         resumed(tiny_llama, ["rtn"], tmp_path)
     with pytest.raises(InputError, match=r"a\.txt is not a folder"):
         resumed(tiny_llama, ["rtn"], text)
-    with pytest.raises(InputError, match="resume needs the folder"):
+    with pytest.raises(InputError, match="`resume` needs the folder"):
         resumed(tiny_llama, ["rtn"], None)
 
 

@@ -217,7 +217,7 @@ def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypat
     [
         (["arc_esy"], None, "lm-eval knows no task 'arc_esy'; there is arc_easy"),
         (["none.yaml"], None, "no such task file: none.yaml"),
-        (["arc_easy"], "none", "--tasks-dir none is no folder"),
+        (["arc_easy"], "none", "`tasks_dir`: none is no folder"),
         (["FILE", "FILE"], None, None),
         (["BROKEN"], None, "lm-eval cannot load .*broken.yaml: Unable to find .*none.jsonl"),
     ],
