@@ -505,7 +505,7 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["quantize", "MODEL", "FULL"], "exists and is not an empty folder"),
         (["quantize", "MODEL", "OUT", "--calib", "none.txt"], "cannot read text file none.txt"),
         (["quantize", "MODEL", "OUT", "--samples", "9999"], "lower --samples or --seq-len"),
-        (["quantize", "MODEL", "OUT", "--skip", "z_proj"], "--skip z_proj names no linear"),
+        (["quantize", "MODEL", "OUT", "--skip", "z_proj"], "--skip: z_proj names no linear"),
         (["quantize", "QUANTIZED", "OUT"], "is quantized already (duqpp)"),
         (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
         (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),

@@ -1,5 +1,7 @@
 """compare: what each row must equal, and what is left on disk."""
 
+import hashlib
+import json
 import math
 import shutil
 import statistics
@@ -429,6 +431,25 @@ def test_methods_and_seeds_can_be_added(tiny_llama, tmp_path, reports):
     ]
     alone = resumed(tiny_llama, METHODS, tmp_path / "alone", seeds=[1, 2])
     assert results(found) == results(alone)
+
+
+def test_a_run_is_found_that_was_written_with_another_default(tiny_llama, tmp_path, reports):
+    """smooth_alpha was null where it is now the method's own: the file's name was another, too."""
+    work, text = tmp_path / "work", tmp_path / "a.txt"
+    text.write_text(builtin_text()[:20000], encoding="utf-8")
+    before = resumed(tiny_llama, ["duquant++"], work, seeds=[0])
+    (file,) = work.glob("run-*.json")
+    values = json.loads(file.read_text())
+    values["configuration"]["smooth_alpha"] = None
+    calibration = hashlib.sha256(read_text(BUILTIN).encode()).hexdigest()
+    name = json.dumps([values["configuration"], calibration], sort_keys=True)
+    file.unlink()
+    old = work / f"run-duquant++-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    old.write_text(json.dumps(values))
+    assert resumed(tiny_llama, ["duquant++"], work, seeds=[0]).rows[1:] == before.rows[1:]
+    assert len(reports) == 1
+    resumed(tiny_llama, ["duquant++"], work, seeds=[0], calibration=str(text))
+    assert len(reports) == 2, "of another text"
 
 
 def test_another_calibration_text_is_another_run(tiny_llama, tmp_path, reports):
