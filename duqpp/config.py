@@ -36,7 +36,9 @@ class Description:
         """Raise InputError unless `value` may be that of the option `name`."""
         if self.choices:
             if value not in self.choices:
-                raise InputError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+                raise InputError(
+                    f"`{name}` must be one of {', '.join(self.choices)}, got {value!r}"
+                )
         elif self.least is not None and self.most is not None:
             inside = self.least <= value <= self.most
             if not inside or (self.is_open and value in (self.least, self.most)):
@@ -45,9 +47,9 @@ class Description:
                     if self.is_open
                     else (f"[{self.least:g}, {self.most:g}]")
                 )
-                raise InputError(f"{name} must lie in {bounds}, got {value}")
+                raise InputError(f"`{name}` must lie in {bounds}, got {value}")
         elif self.least is not None and value < self.least:
-            raise InputError(f"{name} must be at least {self.least:g}, got {value}")
+            raise InputError(f"`{name}` must be at least {self.least:g}, got {value}")
 
 
 def _described(flag: str, help: str, **limits: Any) -> dict[str, Description]:
@@ -231,7 +233,7 @@ class QuantizeConfig:
                 description_of(each).check(each.name, value)
         if self.refine != "none" and (self.refine_samples or math.inf) <= self.samples:
             raise InputError(
-                f"refine_samples must be more than samples, got {self.refine_samples} and "
+                f"`refine_samples` must be more than `samples`, got {self.refine_samples} and "
                 f"{self.samples}"
             )
         self.build_method()  # which checks what its options are together
@@ -318,7 +320,7 @@ def _resolved(config: QuantizeConfig) -> dict[str, Any]:
         if given.get(each.name, unused) != unused:
             others = [name for name, m in METHODS.items() if each.name in _names(m.Options)]
             raise InputError(
-                f"{each.name} is for the method {' and '.join(others)}, not {config.method}"
+                f"`{each.name}` is for the method {' and '.join(others)}, not {config.method}"
             )
         changed[each.name] = unused
     defaults = kind.defaults(given)

@@ -1,4 +1,8 @@
-"""Errors that a user can act on. The command line prints one line for each of them."""
+"""Errors that a user can act on. The command line prints one line for each of them.
+
+A message puts what it says of arguments between backticks, as in `seq_len` or `resume=True`: the
+command line has its options there.
+"""
 
 
 class DuqppError(Exception):

@@ -72,8 +72,8 @@ def sample_sequences(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -
     if stretch < seq_len:
         raise InputError(
             f"calibration text has {tokens.numel()} tokens, but {samples} samples of {seq_len} "
-            f"need {samples * seq_len}: lower --samples or --seq-len (with --refine: "
-            "--refine-samples), or give more text"
+            f"need {samples * seq_len}: lower `samples` or `seq_len` (with `refine`: "
+            "`refine_samples`), or give more text"
         )
     generator = host_generator(seed)
     slack = torch.randint(

@@ -177,6 +177,7 @@ def verify_checkpoint(
     Args:
         expected: name to a tensor (on the meta device) of the right shape and dtype. Integer
             tensors and rotations must match in dtype, other floating-point ones need not.
+        progress: called with ("verify", shards done, shards in all).
     Raises: CheckpointError naming the file and the tensor.
     """
     found: dict[str, Path] = {}
@@ -190,6 +191,8 @@ def verify_checkpoint(
                 raise CheckpointError(f"{shard}: {name} does not belong to this model")
             found[name] = shard
             _check_entry(shard, name, entry, expected[name])
+    if progress:
+        progress("verify", len(shards), len(shards))
     if missing := sorted(set(expected) - set(found)):
         raise CheckpointError(
             f"{shards[0].parent} lacks {missing[0]}"

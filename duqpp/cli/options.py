@@ -1,4 +1,4 @@
-"""What several commands have: options, and jobs that can be resumed.
+"""What several commands have: options, methods written as options, and jobs to resume.
 
 Options made from QuantizeConfig have their defaults and choices from there.
 """
@@ -7,18 +7,20 @@ import functools
 import inspect
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
+from typer.main import get_command
 
 from duqpp.calibration.tokens import BUILTIN, read_text
-from duqpp.config import QuantizeConfig
+from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
 from duqpp.ops.native import CpuBackend
@@ -30,6 +32,10 @@ CalibrationOption = Annotated[
     str,
     typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
 ]
+TEXT_HELP = "Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin (the default)"
+WindowsOption = Annotated[
+    int | None, typer.Option("--windows", help="How many windows; all of the text by default.")
+]
 DeviceOption = Annotated[
     str,
     typer.Option(
@@ -38,72 +44,27 @@ DeviceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
-# Flag and help by field.
-OPTIONS = {
-    "method": ("--method", "How the inputs of the linears are rotated."),
-    "rotation": (
-        "--rotation",
-        "One matrix per linear group, or one per block of 32 channels; per-block for duqpp, else "
-        "shared.",
-    ),
-    "gptq": (
-        "--gptq/--no-gptq",
-        "Round weights by GPTQ instead of to nearest; on for duqpp without --refine, else off.",
-    ),
-    "smooth_alpha": (
-        "--smooth-alpha",
-        "Channel smoothing exponent, 0 is off; by default 0.6 for duquant and duquant++, else 0.",
-    ),
-    "activation_rule": ("--scale-rule", "How a block of activations gets its scale."),
-    "weight_rule": ("--weight-rule", "How a block of weights gets its scale."),
-    "max_steps": ("--max-steps", "Longest run of greedy rotations that is tried."),
-    "damping": ("--damping", "GPTQ damping, a fraction of the Hessian's mean diagonal."),
-    "hessian": (
-        "--hessian",
-        "Activations that the GPTQ Hessian is made from; quantized for duqpp, else float.",
-    ),
-    "block_order": (
-        "--block-order",
-        "Order in which GPTQ rounds blocks of 32 channels: by falling Hessian diagonal, or as they "
-        "come; diagonal, and channels with --refine.",
-    ),
-    "drift": (
-        "--drift",
-        "Share of the quantized model's drift that GPTQ makes up for, 0 is off; for duqpp "
-        "alone: 0.3, and 0 without GPTQ or with --refine.",
-    ),
-    "next_inputs": ("--next-inputs", "Activations that the next decoder block is calibrated on."),
-    "refine": (
-        "--refine",
-        "Train the weights through their rounding: each block, or then the whole model; for duqpp.",
-    ),
-    "samples": ("--samples", "Calibration sequences."),
-    "seq_len": ("--seq-len", "Tokens in a calibration sequence."),
-    "refine_samples": (
-        "--refine-samples",
-        "Sequences for --refine, of which --samples calibrate; 72, or what a shorter text has.",
-    ),
-    "seed": ("--seed", "Of calibration sampling and of every random matrix."),
-    "skip": ("--skip", "Module kept in floating point, by name or last component; repeatable."),
-}
+_TYPES = get_type_hints(QuantizeConfig)
+_DEFAULTS = {field.name: field.default for field in fields(QuantizeConfig)}
 
 
-def takes_config(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each named field; it gets a QuantizeConfig as `config`."""
+def takes_fields(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command an option for each named field of QuantizeConfig.
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    The command gets their values by name as `config`, in whose place the options stand.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
-        def run(**values: Any) -> None:
-            config = QuantizeConfig(**{name: values.pop(name) for name in names})
-            command(config=config, **values)
+        def run(**values: Any) -> Any:
+            return command(config={name: values.pop(name) for name in names}, **values)
 
-        own = inspect.signature(command).parameters.values()
-        required = [p for p in own if p.default is p.empty and p.name != "config"]
-        optional = [p for p in own if p.default is not p.empty]
-        parameters = [*required, *(_parameter(name) for name in names), *optional]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
-        vars(run)["__signature__"] = inspect.Signature(parameters)
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        parameters = [
+            each.replace(kind=each.KEYWORD_ONLY)
+            for own in inspect.signature(command).parameters.values()
+            for each in (map(_parameter, names) if own.name == "config" else [own])
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -111,17 +72,98 @@ def takes_config(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def _parameter(name: str) -> inspect.Parameter:
     """The command-line option for a field of QuantizeConfig, with the field's type and default."""
-    flag, text = OPTIONS[name]
-    kind = get_type_hints(QuantizeConfig)[name]
-    default: Any = next(field.default for field in fields(QuantizeConfig) if field.name == name)
-    if name == "skip":
+    described, default = DESCRIPTIONS[name], _DEFAULTS[name]
+    kind = Literal[described.choices] if described.choices else _TYPES[name]
+    shown: bool | str = True
+    if default is None:
+        kind, shown = kind | None, _shown_default(name)
+    if isinstance(default, tuple):
         kind, default = list[str], list(default)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, typer.Option(flag, help=text)],
+    option = typer.Option(described.flag, help=described.help, show_default=shown)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
+
+
+def _shown_default(name: str) -> str | bool:
+    """The methods' own defaults of a field, the most frequent last; False where there is none."""
+    methods: dict[str, list[str]] = {}
+    for method, value in method_defaults(name).items():
+        shown = ("off", "on")[value] if isinstance(value, bool) else str(value)
+        methods.setdefault(shown, []).append(method)
+    *parts, last = sorted(methods, key=lambda shown: len(methods[shown])) or [""]
+    parts = [f"{shown} for {' and '.join(methods[shown])}" for shown in parts]
+    return ", ".join([*parts, f"else {last}" if parts else last]) or False
+
+
+def parse_methods(specs: Iterable[str], **base: Any) -> dict[str, QuantizeConfig]:
+    """Configurations by spec: a method and its options, as `duqpp quantize` takes them.
+
+    "duqpp --refine distill" is `duqpp quantize MODEL OUT --method duqpp --refine distill`. A seed
+    is no part of it: a comparison runs each method with several.
+
+    Args: base: fields that a spec may leave open, in the place of their defaults.
+    Raises: InputError for what `duqpp quantize` would refuse, and for a spec given twice.
+    """
+    configs: dict[str, QuantizeConfig] = {}
+    for spec in map(str.strip, specs):
+        if spec in configs:
+            raise InputError(f"--method names {spec} twice")
+        try:
+            configs[spec] = QuantizeConfig(**base | _fields_given(shlex.split(spec)))
+        except (ValueError, typer.TyperException) as error:
+            text = error.format_message() if isinstance(error, typer.TyperException) else error
+            raise InputError(f"--method {shlex.quote(spec)}: {text}") from error
+    return configs
+
+
+def _fields_given(words: list[str]) -> dict[str, Any]:
+    """What the words of a spec set, by field. Raises: ValueError, typer.TyperException."""
+    if not words or words[0].startswith("-"):
+        raise InputError("a method comes first, then its options")
+    context = _method_parser().make_context("", ["--method", *words])
+    return {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+@functools.cache
+def _method_parser() -> Any:
+    """The command line of a spec: the options of `duqpp quantize` that make a configuration."""
+    parser = typer.Typer(add_completion=False)
+    parser.command(add_help_option=False)(
+        takes_fields(*(name for name in DESCRIPTIONS if name != "seed"))(_ignore)
     )
+    return get_command(parser)
+
+
+def _ignore(config: dict[str, Any]) -> None:
+    """What is parsed is not run."""
+
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([\w.-]+))?`")
+
+
+def in_options(message: str, command: Any) -> str:
+    """A message of the library, with options for the arguments that it names: see `duqpp.errors`.
+
+    Args: command: the one that was run, whose own options come first; None where there is none.
+        What it has no option for is one of `duqpp quantize`'s, or stays as it is.
+    """
+    flags = {name: described.flag.split("/") for name, described in DESCRIPTIONS.items()}
+    for parameter in command.params if command else ():
+        flags[parameter.name] = [*parameter.opts, *parameter.secondary_opts]
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags:
+            return found[0]
+        if value in ("True", "False"):
+            return flags[name][0 if value == "True" else -1]
+        return flags[name][0] if value is None else f"{flags[name][0]} {value}"
+
+    return _ARGUMENT.sub(option, message)
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
-from duqpp.config import METHOD_DEPENDENT, QuantizeConfig
+from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
 from duqpp.evaluation.folder import ComparisonFolder, Finished, comparison_job
@@ -25,46 +25,69 @@ from duqpp.models.family import family_of
 from duqpp.models.source import Source
 
 FLOAT = "float"
-# What a quantized linear has on disk besides its bias, by the last component of the name.
-_FLAGS = {"gptq": ("gptq", True), "rtn": ("gptq", False), "shared": ("rotation", "shared")}
-_FLAGS |= {"per-block": ("rotation", "per-block")}
-_VALUES = {"alpha": "smooth_alpha", "weights": "weight_rule", "activations": "activation_rule"}
-_VALUES |= {
-    "hessian": "hessian",
-    "drift": "drift",
-    "order": "block_order",
-    "next": "next_inputs",
-    "refine": "refine",
-}
 
 
-def parse_methods(text: str, base: QuantizeConfig | None = None) -> dict[str, QuantizeConfig]:
-    """Configurations by name from "METHOD[:OPTION...],...", such as "rtn,duquant++:gptq:alpha=0.5".
+@dataclass(frozen=True)
+class PlannedRun:
+    """One quantization to make and to evaluate.
 
-    Options: gptq, rtn, per-block, shared, alpha=A, weights=RULE, activations=RULE, hessian=STREAM,
-    drift=SHARE, order=diagonal|channels, next=STREAM, refine=blocks|distill.
-
-    Args: base: gives what a method leaves open.
-    Raises: InputError for an unknown method, option or value, and for a method given twice.
+    title: for people. config: its seed included. keep: folder where its model is to stay; None for
+    one that is removed after its evaluation.
     """
-    configs: dict[str, QuantizeConfig] = {}
-    for spec in [part.strip() for part in text.split(",")]:
-        if spec in configs:
-            raise InputError(f"--methods names {spec} twice")
-        configs[spec] = _parse_method(spec, base or QuantizeConfig())
-    return configs
+
+    title: str
+    config: QuantizeConfig
+    keep: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared.
+
+    methods: configurations by name; their seeds are replaced by `seeds`, and a method that uses no
+        randomness runs once.
+    calibration: "builtin", a text file, or "hf:NAME...".
+    texts: to evaluate on, named likewise; "builtin" has disjoint parts for the two.
+    seq_len, windows: of the evaluation; see `perplexity`.
+    keep: folders for the models of some methods, those of the first seed.
+    """
+
+    methods: Mapping[str, QuantizeConfig]
+    calibration: str = BUILTIN
+    texts: Sequence[str] = (BUILTIN,)
+    seq_len: int = 2048
+    windows: int | None = None
+    seeds: Sequence[int] = (0,)
+    keep: Mapping[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds or not self.texts:
+            raise InputError("compare needs at least one method, one seed and one text")
+        if len(set(self.texts)) < len(self.texts):
+            raise InputError(f"an evaluation text is named twice: {', '.join(self.texts)}")
+
+    @property
+    def windowing(self) -> dict[str, Any]:
+        """How the texts are cut, as arguments of `perplexity`."""
+        return {"seq_len": self.seq_len, "windows": self.windows}
+
+    def runs(self, name: str) -> list[PlannedRun]:
+        """What a method is run with: once per seed, if it uses any."""
+        config = self.methods[name]
+        return [
+            PlannedRun(
+                name if len(self.seeds) == 1 else f"{name}, seed {seed}",
+                replace(config, seed=seed),
+                self.keep.get(name) if seed == self.seeds[0] else None,
+            )
+            for seed in (self.seeds if config.needs.seed else self.seeds[:1])
+        ]
 
 
 def compare(
     source: Source,
-    methods: Mapping[str, QuantizeConfig],
+    plan: Plan,
     *,
-    calibration: str = BUILTIN,
-    texts: Sequence[str] = (BUILTIN,),
-    seq_len: int = 2048,
-    windows: int | None = None,
-    seeds: Sequence[int] = (0,),
-    keep: Mapping[str, Path] | None = None,
     work: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -77,12 +100,6 @@ def compare(
     their evaluation; a temporary folder goes whatever happens.
 
     Args:
-        methods: by name, as from `parse_methods`; their seeds are replaced by `seeds`.
-        calibration: "builtin", a text file, or "hf:NAME...".
-        texts: to evaluate on, named likewise; "builtin" has disjoint parts for the two.
-        seq_len, windows: of the evaluation; see `perplexity`.
-        seeds: a method that uses no randomness runs once.
-        keep: folders for the models of some methods, those of the first seed.
         work: folder, new or empty, that keeps the results of finished quantizations and the blocks
             of the one in progress, so that an interrupted comparison can be resumed; its size in
             the end is that of the results.
@@ -93,148 +110,44 @@ def compare(
         on_row: called with each row as soon as it is complete.
     Raises: InputError, before any work where that is possible.
     """
-    if not methods or not seeds or not texts:
-        raise InputError("compare needs at least one method, one seed and one text")
-    if len(set(texts)) < len(texts):
-        raise InputError(f"an evaluation text is named twice: {', '.join(texts)}")
-    skip = next(iter(methods.values())).skip
-    family_of(source.config).check(skip)
-    tokenizer = source.tokenizer()
-    tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in texts}
-    calibration_text = _check_calibration(tokenizer, methods, calibration)
     progress = progress or (lambda stage, done, total: None)
     on_row = on_row or (lambda row: None)
-    settings: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
+    for config in plan.methods.values():
+        family_of(source.config).check(config.skip)
+    tokenizer = source.tokenizer()
+    tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
+    calibration = _calibration_text(tokenizer, plan)
     if work is None and resume:
-        raise InputError("resume needs the folder of the comparison to go on with: work")
+        raise InputError("`resume` needs the folder of the comparison to go on with: `work`")
     with ExitStack() as stack:
-        if work is not None:
-            progress("fingerprint", 0, 1)
-            job = comparison_job(source, tokens, settings)
-            folder = stack.enter_context(
-                ComparisonFolder(work, job, calibration_text, resume=resume)
-            )
-        float_model = _float_model(source)
-        staged = _staged(progress, FLOAT)
-        float_row, references = _float_row(float_model, skip, tokens, settings, staged)
-        on_row(float_row)
-        del float_model
-        rows = [float_row]
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
-            folder = stack.enter_context(ComparisonFolder(Path(scratch, "work"), {}, ""))
-        for name, config in methods.items():
-            runs: dict[str, list[Run]] = {text: [] for text in texts}
-            for index, seed in enumerate(seeds if _uses_seed(config) else seeds[:1]):
-                own = replace(config, seed=seed)
-                kept = (keep or {}).get(name) if index == 0 else None
-                finished = folder.finished(own)
-                if finished is None or (kept and not kept.exists()):
-                    title = name if len(seeds) == 1 else f"{name}, seed {seed}"
-                    staged = _staged(progress, title)
-                    out = kept or folder.model(own)
-                    if (seconds := folder.quantized(own, out)) is None:
-                        seconds = quantize_model(
-                            source,
-                            out,
-                            own,
-                            calibration=calibration,
-                            resume=resume,
-                            progress=staged,
-                        ).seconds
-                        folder.record_quantized(own, seconds)
-                    finished = _evaluated(out, seed, seconds, tokens, settings, references, staged)
-                    folder.record(own, finished)
-                for text in texts:
-                    runs[text].append(finished.runs[text])
-                size = finished.weight_bytes, finished.weights
-            scores = (replace(own, runs=tuple(runs[own.text])) for own in float_row.texts)
-            rows.append(Row(name, tuple(scores), *size))
+            opened = ComparisonFolder(Path(scratch, "work"), {}, "")
+        else:
+            progress("fingerprint", 0, 1)
+            job = comparison_job(source, tokens, plan.windowing)
+            opened = ComparisonFolder(work, job, calibration, resume=resume)
+        folder = stack.enter_context(opened)
+        row, references = _float_row(source, plan, tokens, _staged(progress, FLOAT))
+        rows = [row]
+        on_row(row)
+        runner = _Runner(source, plan, folder, tokens, references, resume, progress)
+        for name in plan.methods:
+            rows.append(_row(name, [runner.run(run) for run in plan.runs(name)], rows[0]))
             on_row(rows[-1])
-    sample = next(iter(methods.values()))
+    sample = next(iter(plan.methods.values()))
     return Comparison(
         rows,
-        list(texts),
-        seq_len,
-        float_row.headline.windows,
-        calibration,
+        list(plan.texts),
+        plan.seq_len,
+        rows[0].headline.windows,
+        plan.calibration,
         sample.samples,
         sample.seq_len,
     )
 
 
-def _parse_method(spec: str, base: QuantizeConfig) -> QuantizeConfig:
-    method, *options = spec.split(":")
-    # What depends on the method is not taken from another method's configuration.
-    changes: dict[str, Any] = {"method": method, **dict.fromkeys(METHOD_DEPENDENT)}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals and key in _FLAGS:
-            field, setting = _FLAGS[key]
-        elif equals and key in _VALUES:
-            field, setting = _VALUES[key], value
-        else:
-            known = ", ".join([*_FLAGS, *(f"{name}=..." for name in _VALUES)])
-            raise InputError(f"--methods {spec}: no option {option!r}; there are {known}")
-        if changes.get(field) is not None:
-            raise InputError(f"--methods {spec}: {option!r} sets {field} a second time")
-        changes[field] = setting
-    try:
-        for field in ("smooth_alpha", "drift"):
-            if changes.get(field) is not None:
-                changes[field] = float(changes[field])
-        return replace(base, **changes)
-    except ValueError as error:
-        raise InputError(f"--methods {spec or repr(spec)}: {error}") from error
-
-
-def _evaluated(
-    folder: Path,
-    seed: int,
-    quantize_seconds: float,
-    tokens: Mapping[str, Tensor],
-    settings: dict[str, Any],
-    references: Mapping[str, Reference],
-    progress: Progress,
-) -> Finished:
-    """A quantized model on every text."""
-    model, runs = from_pretrained(folder, progress=progress).eval(), {}
-    for text, own in tokens.items():
-        result = perplexity(model, own, **settings, reference=references[text], progress=progress)
-        runs[text] = _run(seed, quantize_seconds, result)
-    del model
-    gc.collect()  # a model's modules refer to each other
-    return Finished(runs, *linear_storage(folder))
-
-
-def _staged(progress: Progress, title: str) -> Progress:
-    """Progress of one method: its name goes before each stage."""
-    return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
-
-
-def _uses_seed(config: QuantizeConfig) -> bool:
-    return config.needs.seed
-
-
-def _check_calibration(
-    tokenizer: Any, methods: Mapping[str, QuantizeConfig], calibration: str
-) -> str:
-    """The calibration text, empty where no method reads it.
-
-    Raises: InputError now, if it is missing or too short for some method.
-    """
-    calibrated = [config for config in methods.values() if config.needs.inputs]
-    if not calibrated:
-        return ""
-    text = read_text(calibration)
-    tokens = tokenize(tokenizer, text)
-    configs = [config.for_text(tokens.numel()) for config in calibrated]
-    for samples, seq_len in {(config.sequences, config.seq_len) for config in configs}:
-        sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
-    return text
-
-
-def _float_model(source: Source) -> nn.Module:
+def float_model(source: Source) -> nn.Module:
     """The source as a transformers model, in eval mode; it shares the source's tensors."""
     from transformers import AutoModelForCausalLM
 
@@ -252,25 +165,104 @@ def _float_model(source: Source) -> nn.Module:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class _Runner:
+    """Makes the runs of a plan, or finds them in its folder.
+
+    tokens, references: of each evaluation text, int64 [tokens] and the float model's.
+    """
+
+    source: Source
+    plan: Plan
+    folder: ComparisonFolder
+    tokens: Mapping[str, Tensor]
+    references: Mapping[str, Reference]
+    resume: bool
+    progress: Progress
+
+    def run(self, run: PlannedRun) -> Finished:
+        """Quantize, evaluate, record."""
+        finished = self.folder.finished(run.config)
+        if finished is not None and (run.keep is None or run.keep.exists()):
+            return finished
+        progress = _staged(self.progress, run.title)
+        out = run.keep or self.folder.model(run.config)
+        seconds = self._quantize(run.config, out, progress)
+        finished = self._evaluate(out, run.config.seed, seconds, progress)
+        self.folder.record(run.config, finished)
+        return finished
+
+    def _quantize(self, config: QuantizeConfig, out: Path, progress: Progress) -> float:
+        """Seconds that it took, now or before an interruption."""
+        seconds = self.folder.quantized(config, out)
+        if seconds is None:
+            options: dict[str, Any] = {"calibration": self.plan.calibration, "resume": self.resume}
+            report = quantize_model(self.source, out, config, **options, progress=progress)
+            seconds = report.seconds
+            self.folder.record_quantized(config, seconds)
+        return seconds
+
+    def _evaluate(self, folder: Path, seed: int, seconds: float, progress: Progress) -> Finished:
+        """A quantized model on every text."""
+        model, runs = from_pretrained(folder, progress=progress).eval(), {}
+        for text, tokens in self.tokens.items():
+            options = {**self.plan.windowing, "reference": self.references[text]}
+            result = perplexity(model, tokens, **options, progress=progress)
+            runs[text] = _run(seed, seconds, result)
+        del model
+        gc.collect()  # a model's modules refer to each other
+        return Finished(runs, *linear_storage(folder))
+
+
+def _staged(progress: Progress, title: str) -> Progress:
+    """Progress of one run: its title goes before each stage."""
+    return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
+
+
+def _calibration_text(tokenizer: Any, plan: Plan) -> str:
+    """The calibration text, empty where no method reads it.
+
+    Raises: InputError now, if it is missing or too short for some method.
+    """
+    calibrated = [config for config in plan.methods.values() if config.needs.inputs]
+    if not calibrated:
+        return ""
+    text = read_text(plan.calibration)
+    tokens = tokenize(tokenizer, text)
+    configs = [config.for_text(tokens.numel()) for config in calibrated]
+    for samples, seq_len in {(config.sequences, config.seq_len) for config in configs}:
+        sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
+    return text
+
+
 def _float_row(
-    model: nn.Module,
-    skip: tuple[str, ...],
-    tokens: Mapping[str, Tensor],
-    settings: dict[str, Any],
-    progress: Progress,
+    source: Source, plan: Plan, tokens: Mapping[str, Tensor], progress: Progress
 ) -> tuple[Row, dict[str, Reference]]:
-    """The float model's row, and its reference on each text."""
-    scores, references = [], {}
+    """The float model's row, and its reference on each text.
+
+    Its size is that of the linears that some method quantizes.
+    """
+    model, scores, references = float_model(source), [], {}
     for text, own in tokens.items():
         result, references[text] = perplexity_and_reference(
-            model, own, **settings, progress=progress
+            model, own, **plan.windowing, progress=progress
         )
         scores.append(Scores(text, result.windows, result.perplexity, (_run(None, 0.0, result),)))
-    names = family_of(model.config).quantized_linears(skip)
-    linears = [model.get_submodule(name).weight for name in names]
-    size = sum(weight.numel() * weight.element_size() for weight in linears)
-    count = sum(weight.numel() for weight in linears)
+    skips = {config.skip for config in plan.methods.values()}
+    names = {name for skip in skips for name in family_of(source.config).quantized_linears(skip)}
+    weights = [model.get_submodule(name).weight for name in names]
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    count = sum(weight.numel() for weight in weights)
     return Row(FLOAT, tuple(scores), size, count), references
+
+
+def _row(name: str, finished: Sequence[Finished], float_row: Row) -> Row:
+    """A method's results over its seeds, beside the float model's."""
+    scores = [
+        replace(of_float, runs=tuple(run.runs[of_float.text] for run in finished))
+        for of_float in float_row.texts
+    ]
+    return Row(name, tuple(scores), finished[-1].weight_bytes, finished[-1].weights)
 
 
 def _run(seed: int | None, quantize_seconds: float, result: PerplexityResult) -> Run:

@@ -77,12 +77,16 @@ class ComparisonFolder:
 
     def finished(self, config: QuantizeConfig) -> Finished | None:
         """What was recorded, if this run was finished."""
-        file = self._file(config)
-        if not file.exists():
-            return None
-        values = read_json(file)
-        runs = {text: Run(**run) for text, run in values["runs"].items()}
-        return Finished(runs, values["weight_bytes"], values["weights"])
+        for file in sorted(self._folder.glob(f"run-{config.method}-*.json")):
+            values = read_json(file)
+            # A file is found by what it says, not by its name alone: an earlier version may have
+            # written a default in another way, and that is no other configuration.
+            written = values["configuration"]
+            is_same = QuantizeConfig.from_dict(written) == config
+            if is_same and file == self._file(config, written):
+                runs = {text: Run(**run) for text, run in values["runs"].items()}
+                return Finished(runs, values["weight_bytes"], values["weights"])
+        return None
 
     def quantized(self, config: QuantizeConfig, model: Path) -> float | None:
         """Seconds that the model of an unfinished run took, if it was quantized to its end."""
@@ -105,12 +109,15 @@ class ComparisonFolder:
     def _quantized_file(self, config: QuantizeConfig) -> Path:
         return self._folder / f"quantized-{self._name(config)}.json"
 
-    def _file(self, config: QuantizeConfig) -> Path:
-        return self._folder / f"run-{self._name(config)}.json"
+    def _file(self, config: QuantizeConfig, written: dict[str, Any] | None = None) -> Path:
+        return self._folder / f"run-{self._name(config, written)}.json"
 
-    def _name(self, config: QuantizeConfig) -> str:
-        """Of the run: its method, for people, and what tells it from every other."""
-        own = [config.to_dict(), self._calibration if config.needs.inputs else ""]
+    def _name(self, config: QuantizeConfig, written: dict[str, Any] | None = None) -> str:
+        """Of the run: its method, for people, and what tells it from every other.
+
+        Args: written: the configuration as a file has it; None is as it is written today.
+        """
+        own = [written or config.to_dict(), self._calibration if config.needs.inputs else ""]
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
         return f"{config.method}-{digest[:16]}"
 
@@ -135,7 +142,7 @@ def _check_same(folder: Path, file: Path, job: dict[str, Any], resume: bool) -> 
         raise InputError(f"{folder} is not empty, and holds no comparison: choose another folder")
     if not resume:
         raise InputError(
-            f"{folder} holds a comparison: continue it with --resume, or choose another folder"
+            f"{folder} holds a comparison: continue it with `resume=True`, or choose another folder"
         )
     earlier = read_json(file)
     differing = [name for name in job if earlier.get(name) != job[name]]

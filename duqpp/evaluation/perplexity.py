@@ -90,21 +90,21 @@ def perplexity_and_reference(
 def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> Tensor:
     """The windows to evaluate: [windows, seq_len]. Raises: InputError, as `perplexity` says."""
     if seq_len < 2:
-        raise InputError(f"seq_len must be at least 2, got {seq_len}")
+        raise InputError(f"`seq_len` must be at least 2, got {seq_len}")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise InputError(
-            f"windows of {seq_len} tokens exceed the model's {limit} positions: lower --seq-len"
+            f"windows of {seq_len} tokens exceed the model's {limit} positions: lower `seq_len`"
         )
     available = tokens.numel() // seq_len
     if available == 0:
         raise InputError(
             f"evaluation text has {tokens.numel()} tokens, fewer than one window of {seq_len}: "
-            "lower --seq-len, or give more text"
+            "lower `seq_len`, or give more text"
         )
     count = available if windows is None else min(windows, available)
     if count < 1:
-        raise InputError(f"windows must be at least 1, got {windows}")
+        raise InputError(f"`windows` must be at least 1, got {windows}")
     least, most = (int(token) for token in tokens.aminmax())
     if least < 0 or most >= model.config.vocab_size:
         raise InputError(

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import io
-import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from duqpp.errors import InputError, first_line
+from duqpp.models.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,31 @@ class Tasks:
     """
 
     def __init__(
-        self, tasks: Sequence[str], folder: str | Path | None = None, *, limit: int | None = None
+        self, tasks: Sequence[str], tasks_dir: str | Path | None = None, *, limit: int | None = None
     ) -> None:
         """Find tasks and read their data sets, from the hub or its cache, or from local files.
 
         A YAML file may name Python functions of files beside it, which lm-eval then runs. Relative
         paths to data in it start at the working directory. Where all tasks are YAML files, groups
-        in them can only name members from `folder`: lm-eval's own 15,000 names, which take some 10
-        seconds to read, are left out.
+        in them can only name members from `tasks_dir`: lm-eval's own 15,000 names, which take some
+        10 seconds to read, are left out.
 
         Args:
             tasks: names that lm-eval knows or patterns of them ("arc_*"), or paths to YAML files.
-            folder: with more YAML files, which come before lm-eval's own.
+            tasks_dir: folder with more YAML files, which come before lm-eval's own.
             limit: samples of each task, from the first; None is all.
         Raises: InputError without the lm_eval package, for an unknown task, for one whose data
             cannot be read.
         """
         if limit is not None and limit < 1:
-            raise InputError(f"--limit must be at least 1, got {limit}")
+            raise InputError(f"`limit` must be at least 1, got {limit}")
         self._limit = limit
         lm_eval = _imported()
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"--tasks-dir {folder} is no folder")
+        if tasks_dir is not None and not Path(tasks_dir).is_dir():
+            raise InputError(f"`tasks_dir`: {tasks_dir} is no folder")
         with _quiet():
             manager = lm_eval.TaskManager(
-                include_path=None if folder is None else str(folder),
+                include_path=None if tasks_dir is None else str(tasks_dir),
                 include_defaults=not all(map(_is_file_name, tasks)),
             )
             self.names = [name for task in tasks for name in _names(manager, task)]
@@ -156,7 +156,7 @@ def _imported() -> SimpleNamespace:
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f"--tasks needs lm-eval: pip install lm-eval datasets ({error})"
+            f"`tasks` needs lm-eval: pip install lm-eval datasets ({error})"
         ) from error
 
     def seed() -> None:
@@ -176,12 +176,10 @@ def _imported() -> SimpleNamespace:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without lm-eval's advice; its bars are drawn on a terminal only, and never on stdout."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        quiet_libraries(),
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        yield

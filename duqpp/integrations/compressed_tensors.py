@@ -97,7 +97,7 @@ def _exportable_layout(folder: Path, config: dict[str, Any]) -> Layout:
     if layout.rotation == "per_block":
         raise InputError(
             f"{folder} has one rotation per block, and compressed-tensors has one matrix for all; "
-            "quantize with --rotation shared, or serve it exactly with duqpp's vLLM plugin"
+            "quantize with `rotation=shared`, or serve it exactly with duqpp's vLLM plugin"
         )
     return layout
 

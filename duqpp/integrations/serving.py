@@ -22,7 +22,7 @@ def served_layout(values: dict[str, Any]) -> Layout:
     if layout.permuted:
         raise InputError(
             f"method {layout.method!r} permutes channels across blocks, which serving engines are "
-            "not given; quantize with another --method, or run it through transformers"
+            "not given; quantize with another `method`, or run it through transformers"
         )
     return layout
 
@@ -69,7 +69,7 @@ def is_quantized(family: Family, parts: Sequence[str], skip: Sequence[str]) -> b
         others = [name for name in parts if name not in kept]
         raise InputError(
             f"{', '.join(others)} and {', '.join(kept)} are one linear here, but only the former "
-            "is quantized; quantize with --skip for all of them, or for none"
+            "is quantized; quantize with `skip` for all of them, or for none"
         )
     return all(quantized)
 

@@ -291,7 +291,7 @@ def load_model(
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{model} does not fit into the memory of {device}: {first_line(error)} "
-                "(--device cpu needs no GPU)"
+                "(`device=cpu` needs no GPU)"
             ) from error
     return loaded, tokenizer
 

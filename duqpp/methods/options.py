@@ -83,6 +83,10 @@ class SequentialOptions(Options):
         if self.smooth_alpha or self.rotation != "per-block":
             raise InputError("duqpp has a transform per block, which takes the place of smoothing")
         if self.drift and not self.gptq:
-            raise InputError("drift is what GPTQ makes up for, and gptq is off: turn it on, too")
+            raise InputError(
+                "`drift` is what GPTQ makes up for, and that is off: `gptq=True` turns it on"
+            )
         if self.refine != "none" and self.next_inputs == "float":
-            raise InputError("refine trains on what quantized blocks give: next_inputs=quantized")
+            raise InputError(
+                "`refine` trains on what quantized blocks give: `next_inputs=quantized`"
+            )

@@ -216,11 +216,9 @@ class Family(ABC):
         linears = list(self.quantized_linears(()))
         for entry in skip:
             if entry != "lm_head" and not any(is_skipped(name, (entry,)) for name in linears):
-                raise InputError(f"--skip {entry} names no linear of the model")
+                raise InputError(f"`skip`: {entry} names no linear of the model")
         if not any(self.quantized_linears(skip)):
-            raise InputError(
-                f"--skip {' --skip '.join(skip)} leaves no linear to quantize; skip fewer"
-            )
+            raise InputError(f"`skip`: {', '.join(skip)} leaves no linear to quantize; skip fewer")
 
 
 _SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

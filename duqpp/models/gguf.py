@@ -12,6 +12,7 @@ from torch import Tensor
 
 from duqpp.errors import InputError
 from duqpp.models.hub import load_pretrained
+from duqpp.models.quiet import quiet_libraries
 
 
 class GgufSource:
@@ -51,7 +52,9 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers(), _parsed_once():
+    # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of transformers' switch.
+    hidden = contextlib.redirect_stderr(io.StringIO())
+    with quiet_libraries(), hidden, _parsed_once():
         model, keys = load_pretrained(
             transformers.AutoModelForCausalLM,
             file.parent,
@@ -84,21 +87,3 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = parser, names
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and advice: duqpp shows its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of that switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,12 +57,23 @@ def check_float_model(folder: Path) -> None:
     family_of(_float_config(folder))
 
 
+# Of the sources that are open.
+_FINGERPRINTS: WeakKeyDictionary[Source, str] = WeakKeyDictionary()
+
+
 def fingerprint(source: Source) -> str:
     """SHA-256 over the configuration and every tensor: names, dtypes, shapes and all values.
 
-    Reads the whole model once, at about 1 GB/s: anything less would take two models that differ in
-    a few weights for one, and a resumed job would then mix them.
+    Reads the whole model once, at about 1 GB/s, however often an open source is asked for it:
+    anything less would take two models that differ in a few weights for one, and a resumed job
+    would then mix them.
     """
+    if source not in _FINGERPRINTS:
+        _FINGERPRINTS[source] = _fingerprint(source)
+    return _FINGERPRINTS[source]
+
+
+def _fingerprint(source: Source) -> str:
     digest = hashlib.sha256(json.dumps(_plain_config(source.config), sort_keys=True).encode())
     for name in sorted(source.names):
         tensor = source.tensor(name)

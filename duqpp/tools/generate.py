@@ -50,16 +50,16 @@ def generate(
         range, or `chat` without a template.
     """
     if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise InputError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
     if temperature < 0:
-        raise InputError(f"temperature must be 0 (greedy) or above, got {temperature}")
+        raise InputError(f"`temperature` must be 0 (greedy) or above, got {temperature}")
     encoded = _encode(tokenizer, prompt, chat)
     prompt_tokens = encoded["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise InputError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that exceeds "
-            f"the model's {limit} positions: lower --max-new-tokens, or shorten the prompt"
+            f"the model's {limit} positions: lower `max_new_tokens`, or shorten the prompt"
         )
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -91,7 +91,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
             raise InputError("the prompt is empty")
         return encoded
     if not tokenizer.chat_template:
-        raise InputError("the model's tokenizer has no chat template: leave out --chat")
+        raise InputError("the model's tokenizer has no chat template: leave out `chat`")
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         add_generation_prompt=True,

@@ -66,7 +66,7 @@ def inspect_model(
     Raises: InputError, CheckpointError.
     """
     if layers is not None and layers < 1:
-        raise InputError(f"layers must be at least 1, got {layers}")
+        raise InputError(f"`layers` must be at least 1, got {layers}")
     path = Path(model).expanduser()
     if not path.exists() and not is_gguf(model):
         path = download(model, check=_check_inspectable)

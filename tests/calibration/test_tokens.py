@@ -50,7 +50,7 @@ def test_too_little_text_says_how_much_there_is_and_what_to_do(missing):
         sample_sequences(torch.arange(60 - missing), samples=3, seq_len=20, seed=0)
     assert str(error.value) == (
         f"calibration text has {60 - missing} tokens, but 3 samples of 20 need 60: "
-        "lower --samples or --seq-len (with --refine: --refine-samples), or give more text"
+        "lower `samples` or `seq_len` (with `refine`: `refine_samples`), or give more text"
     )
 
 

@@ -414,7 +414,7 @@ def test_progress_counts_shards(shard, tmp_path):
     verify_checkpoint(
         [shard, other], wanted | {"a": torch.ones(2)}, lambda *call: calls.append(call)
     )
-    assert calls == [("verify", 0, 2), ("verify", 1, 2)]
+    assert calls == [("verify", 0, 2), ("verify", 1, 2), ("verify", 2, 2)]
 
 
 # Headers that somebody made up: never another error than CheckpointError.

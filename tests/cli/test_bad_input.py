@@ -311,7 +311,7 @@ def test_too_little_calibration_text(model, out, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     options = QuantizeConfig(samples=4, seq_len=128, max_steps=4)
-    message = "calibration text has .* tokens, but 4 samples of 128 need 512: lower --samples"
+    message = "calibration text has .* tokens, but 4 samples of 128 need 512: lower `samples`"
     assert_refuses(model, out, message, options, calibration=str(text))
 
 
@@ -365,12 +365,12 @@ def test_a_backend_that_is_not_there(model, out, monkeypatch):
 
 @pytest.mark.parametrize("skip", ["model.layers.2", "o_projection", "model.norm", ""])
 def test_skip_that_names_nothing(skip, model, out):
-    assert_refuses(model, out, f"--skip {skip} names no linear", QuantizeConfig(skip=(skip,)))
+    assert_refuses(model, out, f"`skip`: {skip} names no linear", QuantizeConfig(skip=(skip,)))
 
 
 @pytest.mark.parametrize("skip", [("mlp", "self_attn"), ("model.layers.0", "model.layers.1")])
 def test_skip_that_leaves_nothing(skip, model, out):
-    message = "^--skip .* --skip .* leaves no linear to quantize; skip fewer$"
+    message = "^`skip`: .*, .* leaves no linear to quantize; skip fewer$"
     assert_refuses(model, out, message, QuantizeConfig(skip=skip))
 
 

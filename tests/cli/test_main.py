@@ -35,7 +35,7 @@ COMMANDS = ("quantize", "eval", "export", "generate", "doctor", "selfcheck", "in
 @pytest.fixture(autouse=True)
 def fast_machine(monkeypatch):
     """What these tests do is short: no line of progress, however busy the machine is."""
-    monkeypatch.setattr("duqpp.cli.terminal._PATIENCE", 1000.0)
+    monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_calibration_text_that_is_not_used(tiny_llama, tmp_path, run, fail):
     missing = "cannot read text file none.txt"
     for command in (
         ["quantize", tiny_llama, tmp_path / "again", "--method", "rtn"],
-        ["compare", tiny_llama, "--methods", "rtn,hadamard"],
+        ["compare", tiny_llama, "--method", "rtn", "--method", "hadamard"],
     ):
         assert missing in fail(*command, "--calib", "none.txt")
 
@@ -410,21 +410,22 @@ def test_inspect_a_float_model_with_a_plot(tiny_llama, tmp_path, run):
     assert list(tmp_path.iterdir()) == [picture]
 
 
-def compare_arguments(model: Path, methods: str) -> list[str]:
+def compare_arguments(model: Path, *methods: str) -> list[str]:
     calibration = ["--samples", "2", "--calib-seq-len", "64", "--max-steps", "16"]
     evaluation = ["--seq-len", "64", "--windows", "2"]
-    return ["compare", str(model), "--methods", methods, *calibration, *evaluation]
+    specs = [word for method in methods for word in ("--method", method)]
+    return ["compare", str(model), *specs, *calibration, *evaluation]
 
 
 def test_compare_table_and_json_agree(tiny_llama, run):
-    arguments = compare_arguments(tiny_llama, "rtn,duquant++:alpha=0.5,random")
+    arguments = compare_arguments(tiny_llama, "rtn", "duquant++ --smooth-alpha 0.5", "random")
     out, table = run(*arguments, "--seeds", "0,1", "--json")
     found = json.loads(out)
-    lines = [line.split() for line in table.splitlines()]
-    assert [row["method"] for row in found["rows"]] == [line[0] for line in lines[1:]]
-    assert lines[0][0] == "method"
-    for row, line in zip(found["rows"], lines[1:], strict=True):
-        cells = [cell for cell in line if cell != "+-"]
+    header, *lines = table.splitlines()
+    assert header.startswith("method ")
+    for row, line in zip(found["rows"], lines, strict=True):
+        assert line.startswith(row["method"] + " ")
+        cells = ["", *line.removeprefix(row["method"]).replace("+-", "").split()]
         spread = row["spread"] is not None
         assert cells[1] == f"{row['perplexity']:.2f}"
         assert cells[2 + spread] == f"{row['ratio']:.3f}"
@@ -438,8 +439,8 @@ def test_compare_table_and_json_agree(tiny_llama, run):
 
 def test_compare_is_interrupted_and_resumed(tiny_llama, tmp_path, run, monkeypatch, capsys):
     work = tmp_path / "kept work"
-    arguments = [*compare_arguments(tiny_llama, "rtn,hadamard"), "--work", str(work)]
-    expected = json.loads(run(*compare_arguments(tiny_llama, "rtn,hadamard"), "--json")[0])
+    arguments = [*compare_arguments(tiny_llama, "rtn", "hadamard"), "--work", str(work)]
+    expected = json.loads(run(*compare_arguments(tiny_llama, "rtn", "hadamard"), "--json")[0])
     module = importlib.import_module("duqpp.evaluation.compare")
 
     def stop_at_the_second(source, out, config, **options):
@@ -498,35 +499,39 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["quantize", "MODEL"], "Missing argument 'OUT'"),
         (["quantize", "MODEL", "OUT", "--method", "best"], "'best' is not one of 'rtn'"),
         (["quantize", "MODEL", "OUT", "--samples", "many"], "Invalid value for '--samples'"),
-        (["quantize", "MODEL", "OUT", "--smooth-alpha", "2"], "smooth_alpha must lie in [0, 1]"),
-        (["quantize", "MODEL", "OUT", "--samples", "0"], "samples must be at least 1, got 0"),
+        (["quantize", "MODEL", "OUT", "--smooth-alpha", "2"], "--smooth-alpha must lie in [0, 1]"),
+        (["quantize", "MODEL", "OUT", "--samples", "0"], "--samples must be at least 1, got 0"),
         (["quantize", "nowhere.gguf", "OUT"], "no such file: nowhere.gguf"),
         (["quantize", "MODEL", "FULL"], "exists and is not an empty folder"),
         (["quantize", "MODEL", "OUT", "--calib", "none.txt"], "cannot read text file none.txt"),
         (["quantize", "MODEL", "OUT", "--samples", "9999"], "lower --samples or --seq-len"),
-        (["quantize", "MODEL", "OUT", "--skip", "z_proj"], "--skip z_proj names no linear"),
+        (["quantize", "MODEL", "OUT", "--skip", "z_proj"], "--skip: z_proj names no linear"),
         (["quantize", "QUANTIZED", "OUT"], "is quantized already (duqpp)"),
         (["eval", "MODEL", "--text", "none.txt"], "cannot read text file none.txt"),
         (["eval", "MODEL", "--seq-len", "9999999"], "lower --seq-len"),
         (["eval", "MODEL"], "windows of 2048 tokens exceed the model's 512 positions"),
-        (["compare", "MODEL", "--methods", "rtn"], "exceed the model's 512 positions"),
-        (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "windows must be at least 1"),
+        (["compare", "MODEL", "--method", "rtn"], "exceed the model's 512 positions"),
+        (["eval", "MODEL", "--seq-len", "32", "--windows", "0"], "--windows must be at least 1"),
         (["eval", "QUANTIZED", "--reference", "WIDER"], "vocabulary has 330 tokens, the model's"),
         (["eval", "QUANTIZED", "--reference", "nowhere.gguf"], "no such file: nowhere.gguf"),
         (["eval", "MODEL", "--limit", "3"], "--tasks-dir and --limit are for --tasks"),
         (["eval", "MODEL", "--tasks-dir", "OUT"], "--tasks-dir and --limit are for --tasks"),
         (["eval", "MODEL", "--tasks", "a,,b"], "--tasks must be names with commas between"),
         (["eval", "MODEL", "--tasks", "a", "--limit", "0"], "--limit must be at least 1, got 0"),
-        (["generate", "MODEL", "x", "--temperature", "-1"], "temperature must be 0"),
-        (["generate", "MODEL", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["generate", "MODEL", "x", "--temperature", "-1"], "--temperature must be 0"),
+        (
+            ["generate", "MODEL", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens must be at least 1",
+        ),
         (["generate", "MODEL", "x", "--max-new-tokens", "512"], "exceeds the model's 512"),
         (["generate", "MODEL", "x", "--chat"], "has no chat template"),
         (["generate", "MODEL", ""], "the prompt is empty"),
-        (["inspect", "MODEL", "--layers", "0"], "layers must be at least 1, got 0"),
+        (["inspect", "MODEL", "--layers", "0"], "--layers must be at least 1, got 0"),
         (["inspect", "MODEL", "--plot", "plot.doc"], "must end in .png, .pdf or .svg"),
         (["inspect", "MODEL", "--plot", "none/plot.png"], "none is no folder"),
-        (["compare", "MODEL", "--methods", "rtn,best"], "--methods best: method must be one of"),
-        (["compare", "MODEL", "--methods", "rtn,rtn"], "--methods names rtn twice"),
+        (["compare", "MODEL", "--method", "best"], "--method best: Invalid value for '--method'"),
+        (["compare", "MODEL", "--method", "rtn", "--method", "rtn"], "--method names rtn twice"),
+        (["compare", "MODEL", "--method", "rtn --drift 0.3"], "for the method duqpp, not rtn"),
         (["compare", "MODEL", "--samples", "9999"], "lower --samples or --seq-len"),
         (["compare", "MODEL", "--seeds", "0,x"], "--seeds must be whole numbers"),
         (["compare", "MODEL", "--text", "builtin", "--text", "builtin"], "text is named twice"),

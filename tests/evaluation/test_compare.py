@@ -1,24 +1,28 @@
-"""compare: what each row must equal, what is left on disk, and the names of methods."""
+"""compare: what each row must equal, and what is left on disk."""
 
+import hashlib
+import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import duqpp
 from duqpp.calibration.tokens import BUILTIN, builtin_text, read_text, tokenize
 from duqpp.checkpoint.shard import linear_storage
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.evaluation.compare import FLOAT, _float_model, compare, parse_methods
+from duqpp.evaluation.compare import FLOAT, Plan, compare, float_model
 from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.evaluation.scores import Row, Run, Scores
 from duqpp.integrations.transformers import load_model
@@ -29,6 +33,12 @@ from tests.families import FAMILIES
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
 SMALL = QuantizeConfig(**CALIBRATION)
 SETTINGS = {"seq_len": 64, "windows": 2}
+
+
+def plan(*methods: str, **options) -> Plan:
+    """Of methods with few options, each under its own name."""
+    configs = {name: QuantizeConfig(method=name, **CALIBRATION) for name in methods}
+    return Plan(**{"methods": configs, **SETTINGS, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +56,11 @@ def evaluate(model, tokenizer) -> float:
 
 
 def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scratch):
-    methods = parse_methods("rtn,duquant++:gptq:per-block", SMALL)
+    per_block = QuantizeConfig(gptq=True, rotation="per-block", **CALIBRATION)
+    methods = {"rtn": QuantizeConfig(method="rtn"), "gptq per block": per_block}
     rows = []
     found = compare(
-        open_source(str(tiny_llama)), methods, seeds=[3], on_row=rows.append, **SETTINGS
+        open_source(str(tiny_llama)), plan(methods=methods, seeds=[3]), on_row=rows.append
     )
     assert found.rows == rows
     model, tokenizer = load_model(str(tiny_llama))
@@ -57,7 +68,7 @@ def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scra
     tokens = tokenize(tokenizer, builtin_text("evaluation"))
     _, reference = perplexity_and_reference(model, tokens, **SETTINGS)
     for seed, (name, config) in enumerate(
-        [("rtn", {"method": "rtn"}), ("duquant++:gptq:per-block", {"rotation": "per-block"})]
+        [("rtn", {"method": "rtn"}), ("gptq per block", {"rotation": "per-block"})]
     ):
         options = {"seed": 3, "gptq": "gptq" in name, **CALIBRATION, **config}
         out = tmp_path / str(seed)
@@ -79,7 +90,7 @@ def test_rows_equal_quantizing_and_evaluating_by_hand(tiny_llama, tmp_path, scra
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_float_row_of_every_family(family, tied, make_tiny):
     folder = str(make_tiny(family, tie_word_embeddings=tied))
-    found = compare(open_source(folder), parse_methods("rtn"), **SETTINGS)
+    found = compare(open_source(folder), plan("rtn"))
     row, scores = found.rows[0], found.rows[0].headline
     assert scores.perplexity == evaluate(*load_model(folder))
     assert (scores.ratio, row.bits_per_weight, scores.spread) == (1.0, 32.0, None)
@@ -88,8 +99,8 @@ def test_the_float_row_of_every_family(family, tied, make_tiny):
 
 
 def test_only_methods_with_randomness_run_once_per_seed(tiny_llama):
-    methods = parse_methods("rtn,hadamard,random,duquant++", SMALL)
-    found = compare(open_source(str(tiny_llama)), methods, seeds=[0, 1, 2], **SETTINGS)
+    methods = plan("rtn", "hadamard", "random", "duquant++", seeds=[0, 1, 2])
+    found = compare(open_source(str(tiny_llama)), methods)
     seeds = {row.method: [run.seed for run in row.headline.runs] for row in found.rows}
     assert seeds == {
         FLOAT: [None],
@@ -153,10 +164,9 @@ def test_storage_counts_codes_scales_and_rotations(
 
 
 def test_kept_models_stay_and_load(tiny_llama, tmp_path, scratch):
-    methods = parse_methods("random", SMALL)
     kept = tmp_path / "kept"
     found = compare(
-        open_source(str(tiny_llama)), methods, seeds=[5, 6], keep={"random": kept}, **SETTINGS
+        open_source(str(tiny_llama)), plan("random", seeds=[5, 6], keep={"random": kept})
     )
     assert evaluate(*load_model(str(kept))) == found.rows[1].headline.runs[0].perplexity
     assert not list(scratch.iterdir())
@@ -169,7 +179,7 @@ def test_nothing_is_left_after_a_failure(tiny_llama, scratch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(open_source(str(tiny_llama)), parse_methods("rtn"), progress=stop, **SETTINGS)
+        compare(open_source(str(tiny_llama)), plan("rtn"), progress=stop)
     assert not list(scratch.iterdir())
 
 
@@ -179,7 +189,7 @@ def test_calibration_and_evaluation_texts_are_told_apart(tiny_llama, tmp_path):
     assert read_text(str(tmp_path / "a.txt")) != read_text(str(tmp_path / "b.txt"))
     source = open_source(str(tiny_llama))
     options = {"calibration": str(tmp_path / "a.txt"), "texts": [str(tmp_path / "b.txt")]}
-    found = compare(source, parse_methods("duquant++", SMALL), **options, **SETTINGS)
+    found = compare(source, plan("duquant++", **options))
     tokenizer = source.tokenizer()
     tokens = tokenize(tokenizer, read_text(options["texts"][0]))
     model, _ = load_model(str(tiny_llama))
@@ -194,14 +204,14 @@ def test_each_text_is_as_if_it_were_alone(tiny_llama, tmp_path, monkeypatch):
     long.write_text(builtin_text()[:5000], encoding="utf-8")
     short.write_text("The capital of France is Paris. " * 12, encoding="utf-8")
     texts, settings = [str(short), BUILTIN, str(long)], {"seq_len": 64, "windows": 3}
-    source, methods = open_source(str(tiny_llama)), parse_methods("rtn,random", SMALL)
-    alone = [compare(source, methods, texts=[t], seeds=[0, 1], **settings) for t in texts]
+    source, settings = open_source(str(tiny_llama)), settings | {"seeds": [0, 1]}
+    alone = [compare(source, plan("rtn", "random", texts=[t], **settings)) for t in texts]
     quantized = []
     monkeypatch.setattr(
         "duqpp.evaluation.compare.quantize_model",
         lambda *a, **k: quantized.append(a[2].method) or quantize_model(*a, **k),
     )
-    found = compare(source, methods, texts=texts, seeds=[0, 1], **settings)
+    found = compare(source, plan("rtn", "random", texts=texts, **settings))
     assert quantized == ["rtn", "random", "random"], "once for all texts"
     for index, row in enumerate(found.rows):
         assert [scores.text for scores in row.texts] == texts
@@ -224,18 +234,18 @@ def test_the_float_model_is_released(tiny_llama, monkeypatch):
     blocks = []
 
     def remembered(source):
-        model = _float_model(source)
+        model = float_model(source)
         blocks.append(weakref.ref(model.model.layers[0]))
         return model
 
-    monkeypatch.setattr("duqpp.evaluation.compare._float_model", remembered)
+    monkeypatch.setattr("duqpp.evaluation.compare.float_model", remembered)
 
     def look(stage: str, done: int, total: int) -> None:
         if stage == "rtn: quantize":
             assert blocks[0]() is None
             blocks.append(stage)
 
-    compare(open_source(str(tiny_llama)), parse_methods("rtn"), progress=look, **SETTINGS)
+    compare(open_source(str(tiny_llama)), plan("rtn"), progress=look)
     assert len(blocks) > 1
 
 
@@ -253,9 +263,9 @@ def test_the_float_model_is_released(tiny_llama, monkeypatch):
 )
 def test_bad_input_is_found_before_any_row(options, message, tiny_llama):
     rows = []
-    methods = parse_methods("rtn,duquant++", SMALL)
     with pytest.raises(InputError, match=message):
-        compare(open_source(str(tiny_llama)), methods, on_row=rows.append, **(SETTINGS | options))
+        asked = plan("rtn", "duquant++", **options)
+        compare(open_source(str(tiny_llama)), asked, on_row=rows.append)
     assert rows == []
 
 
@@ -263,60 +273,7 @@ def test_a_tensor_that_is_missing_is_named(tiny_llama):
     source = open_source(str(tiny_llama))
     source.names -= {"model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
-        compare(source, parse_methods("rtn"), **SETTINGS)
-
-
-def test_method_names():
-    base = QuantizeConfig(samples=4, seq_len=32, gptq=False)
-    parsed = parse_methods(
-        "rtn, hadamard:alpha=0.6,duquant++:gptq:per-block:hessian=quantized:next=float,"
-        "duquant:shared:weights=even:activations=mse,duqpp:drift=0",
-        base,
-    )
-    common = {"samples": 4, "seq_len": 32}
-    assert list(parsed.values()) == [
-        QuantizeConfig(method="rtn", **common),
-        QuantizeConfig(method="hadamard", smooth_alpha=0.6, **common),
-        QuantizeConfig(
-            gptq=True, rotation="per-block", hessian="quantized", next_inputs="float", **common
-        ),
-        QuantizeConfig(method="duquant", weight_rule="even", activation_rule="mse", **common),
-        QuantizeConfig(method="duqpp", drift=0.0, **common),
-    ]
-    assert parse_methods("duqpp")["duqpp"].drift == 0.3
-    assert parse_methods("duqpp")["duqpp"].block_order == "diagonal"
-    refined = parse_methods("duqpp:refine=blocks")["duqpp:refine=blocks"]
-    assert (refined.gptq, refined.drift, refined.block_order) == (False, 0.0, "channels")
-    refined = parse_methods("duqpp:refine=blocks:gptq")["duqpp:refine=blocks:gptq"]
-    assert (refined.gptq, refined.drift, refined.block_order) == (True, 0.0, "channels")
-    refined = parse_methods("duqpp:refine=blocks:gptq:drift=0.1:order=diagonal").popitem()[1]
-    assert (refined.drift, refined.block_order) == (0.1, "diagonal")
-    assert parse_methods("duqpp:rtn")["duqpp:rtn"].drift == 0.0
-    assert list(parsed)[1] == "hadamard:alpha=0.6"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "--methods '': method must be one of rtn"),
-        ("rtn,", "--methods '': method must be one of"),
-        ("best", "--methods best: method must be one of"),
-        ("rtn,rtn", "--methods names rtn twice"),
-        (
-            "rtn:fast",
-            "--methods rtn:fast: no option 'fast'; there are gptq, rtn, shared",
-        ),
-        ("rtn:gptq=yes", "no option 'gptq=yes'"),
-        ("rtn:alpha", "no option 'alpha'"),
-        ("rtn:alpha=much", "--methods rtn:alpha=much: could not convert string to float: 'much'"),
-        ("rtn:alpha=2", r"smooth_alpha must lie in \[0, 1\], got 2.0"),
-        ("rtn:weights=best", "weight_rule must be one of"),
-        ("rtn:shared:per-block", "'per-block' sets rotation a second time"),
-    ],
-)
-def test_bad_method_names(text, message):
-    with pytest.raises(InputError, match=message):
-        parse_methods(text)
+        compare(source, plan("rtn"))
 
 
 def test_storage_equals_the_tensors_in_the_files(tiny_llama, tmp_path):
@@ -330,9 +287,22 @@ def test_storage_equals_the_tensors_in_the_files(tiny_llama, tmp_path):
     assert linear_storage(tmp_path / "out")[0] == size
 
 
+def test_the_model_is_hashed_once(tiny_llama, tmp_path):
+    """However many methods and seeds; a tensor that no model needs is read for that alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"extra": torch.ones(3)}, folder / "model.safetensors")
+    source, read = open_source(str(folder)), []
+    tensor = source.tensor
+    source.tensor = lambda name: read.append(name) or tensor(name)
+    compare(source, plan("rtn", "random", seeds=[0, 1]), work=tmp_path / "work")
+    assert read.count("extra") == 1
+
+
 # A comparison in a folder goes on where it was.
 
-METHODS = "rtn,random,duquant++"
+METHODS = ("rtn", "random", "duquant++")
 # What the subprocess runs: it stops in the second block of duquant++ with seed 1 for good, so that
 # a kill finds it there however slow the machine is.
 JOB = """
@@ -340,15 +310,15 @@ import sys, time
 import torch
 from pathlib import Path
 from duqpp.models.source import open_source
-from tests.evaluation.test_compare import METHODS, SETTINGS, SMALL, compare, parse_methods
+from tests.evaluation.test_compare import METHODS, compare, plan
 def progress(stage, done, total):
     if (stage, done) == ("duquant++, seed 1: quantize", 1):
         print("there", flush=True)
         while True:
             time.sleep(60)
 torch.set_num_threads(1)
-compare(open_source(sys.argv[1]), parse_methods(METHODS, SMALL), seeds=[0, 1],
-        work=Path(sys.argv[2]), progress=progress, **SETTINGS)
+asked = plan(*METHODS, seeds=[0, 1])
+compare(open_source(sys.argv[1]), asked, work=Path(sys.argv[2]), progress=progress)
 """
 
 
@@ -381,9 +351,9 @@ def reports(monkeypatch) -> list:
     return found
 
 
-def resumed(model, methods: str, work: Path, **options):
-    call = {"seeds": [0, 1], "resume": True} | SETTINGS | options
-    return compare(open_source(str(model)), parse_methods(methods, SMALL), work=work, **call)
+def resumed(model, methods: Sequence[str], work: Path, *, resume=True, progress=None, **options):
+    asked = plan(*methods, **{"seeds": [0, 1]} | options)
+    return compare(open_source(str(model)), asked, work=work, resume=resume, progress=progress)
 
 
 def test_killed_in_a_quantization_it_goes_on_at_the_last_block(tiny_llama, tmp_path, reports):
@@ -416,10 +386,10 @@ def test_stopped_in_an_evaluation_it_does_not_quantize_again(tiny_llama, tmp_pat
 
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        resumed(tiny_llama, "rtn,random", work, progress=stop)
+        resumed(tiny_llama, ["rtn", "random"], work, progress=stop)
     assert len(list(work.glob("model-*/config.json"))) == 1
     del reports[:]
-    found = resumed(tiny_llama, "rtn,random", work)
+    found = resumed(tiny_llama, ["rtn", "random"], work)
     assert reports == []
     assert [run.seed for run in found.rows[2].headline.runs] == [0, 1]
     assert found.rows[2].headline.runs[1].quantize_seconds > 0
@@ -433,7 +403,7 @@ def test_two_comparisons_do_not_work_in_one_folder(tiny_llama, tmp_path):
     def again(stage: str, done: int, total: int) -> None:
         for resume in (False, True):
             with pytest.raises(InputError) as raised:
-                resumed(tiny_llama, "rtn", work, resume=resume)
+                resumed(tiny_llama, ["rtn"], work, resume=resume)
             refused.append(str(raised.value))
         raise KeyboardInterrupt
 
@@ -442,32 +412,51 @@ def test_two_comparisons_do_not_work_in_one_folder(tiny_llama, tmp_path):
             again(stage, done, total)
 
     with pytest.raises(KeyboardInterrupt) as interrupted:
-        resumed(tiny_llama, "rtn", work, progress=begin)
+        resumed(tiny_llama, ["rtn"], work, progress=begin)
     assert refused == [f"another process is working in {work}: let it finish"] * 2
-    assert len(resumed(tiny_llama, "rtn", work).rows) == 2
+    assert len(resumed(tiny_llama, ["rtn"], work).rows) == 2
     assert interrupted.value.__traceback__ is not None  # which keeps the frames of the first one
 
 
 def test_methods_and_seeds_can_be_added(tiny_llama, tmp_path, reports):
     work = tmp_path / "work"
-    resumed(tiny_llama, "random", work, resume=False)
+    resumed(tiny_llama, ["random"], work, resume=False)
     assert reports == [("random", 0, 0), ("random", 1, 0)]
-    found = resumed(tiny_llama, "rtn,random,duquant++", work, seeds=[1, 2])
+    found = resumed(tiny_llama, METHODS, work, seeds=[1, 2])
     assert reports[2:] == [
         ("rtn", 1, 0),
         ("random", 2, 0),
         ("duquant++", 1, 0),
         ("duquant++", 2, 0),
     ]
-    alone = resumed(tiny_llama, "rtn,random,duquant++", tmp_path / "alone", seeds=[1, 2])
+    alone = resumed(tiny_llama, METHODS, tmp_path / "alone", seeds=[1, 2])
     assert results(found) == results(alone)
+
+
+def test_a_run_is_found_that_was_written_with_another_default(tiny_llama, tmp_path, reports):
+    """smooth_alpha was null where it is now the method's own: the file's name was another, too."""
+    work, text = tmp_path / "work", tmp_path / "a.txt"
+    text.write_text(builtin_text()[:20000], encoding="utf-8")
+    before = resumed(tiny_llama, ["duquant++"], work, seeds=[0])
+    (file,) = work.glob("run-*.json")
+    values = json.loads(file.read_text())
+    values["configuration"]["smooth_alpha"] = None
+    calibration = hashlib.sha256(read_text(BUILTIN).encode()).hexdigest()
+    name = json.dumps([values["configuration"], calibration], sort_keys=True)
+    file.unlink()
+    old = work / f"run-duquant++-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    old.write_text(json.dumps(values))
+    assert resumed(tiny_llama, ["duquant++"], work, seeds=[0]).rows[1:] == before.rows[1:]
+    assert len(reports) == 1
+    resumed(tiny_llama, ["duquant++"], work, seeds=[0], calibration=str(text))
+    assert len(reports) == 2, "of another text"
 
 
 def test_another_calibration_text_is_another_run(tiny_llama, tmp_path, reports):
     text, work = tmp_path / "a.txt", tmp_path / "work"
     text.write_text(builtin_text()[:20000], encoding="utf-8")
-    before = resumed(tiny_llama, "rtn,duquant++", work, seeds=[0])
-    found = resumed(tiny_llama, "rtn,duquant++", work, seeds=[0], calibration=str(text))
+    before = resumed(tiny_llama, ["rtn", "duquant++"], work, seeds=[0])
+    found = resumed(tiny_llama, ["rtn", "duquant++"], work, seeds=[0], calibration=str(text))
     assert reports == [("rtn", 0, 0), ("duquant++", 0, 0), ("duquant++", 0, 0)]
     assert results(found)[:2] == results(before)[:2]
     assert results(found)[2] != results(before)[2]
@@ -476,24 +465,24 @@ def test_another_calibration_text_is_another_run(tiny_llama, tmp_path, reports):
 def test_a_folder_of_something_else_is_refused(tiny_llama, make_tiny, tmp_path):
     work, text = tmp_path / "work", tmp_path / "a.txt"
     text.write_text(builtin_text()[:20000], encoding="utf-8")
-    resumed(tiny_llama, "rtn", work)
+    resumed(tiny_llama, ["rtn"], work)
     before = sorted(work.iterdir())
     for model, options, message in [
-        (tiny_llama, {"resume": False}, "holds a comparison: continue it with --resume"),
+        (tiny_llama, {"resume": False}, "holds a comparison: continue it with `resume=True`"),
         (tiny_llama, {"windows": 1}, "is the comparison of another windows; choose"),
         (tiny_llama, {"seq_len": 32}, "is the comparison of another windows; choose"),
         (tiny_llama, {"texts": [str(text)]}, "is the comparison of another texts; choose"),
         (make_tiny("llama", rms_norm_eps=1e-4), {}, "is the comparison of another model; choose"),
     ]:
         with pytest.raises(InputError, match=message):
-            resumed(model, "rtn", work, **options)
+            resumed(model, ["rtn"], work, **options)
     assert sorted(work.iterdir()) == before
     with pytest.raises(InputError, match="is not empty, and holds no comparison"):
-        resumed(tiny_llama, "rtn", tmp_path)
+        resumed(tiny_llama, ["rtn"], tmp_path)
     with pytest.raises(InputError, match=r"a\.txt is not a folder"):
-        resumed(tiny_llama, "rtn", text)
-    with pytest.raises(InputError, match="resume needs the folder"):
-        resumed(tiny_llama, "rtn", None)
+        resumed(tiny_llama, ["rtn"], text)
+    with pytest.raises(InputError, match="`resume` needs the folder"):
+        resumed(tiny_llama, ["rtn"], None)
 
 
 def test_an_error_before_the_first_run_leaves_a_folder_to_use(tiny_llama, tmp_path):
@@ -501,6 +490,6 @@ def test_an_error_before_the_first_run_leaves_a_folder_to_use(tiny_llama, tmp_pa
         options = {"seq_len": seq_len, "resume": False}
         if seq_len > 64:
             with pytest.raises(InputError, match="exceed the model"):
-                resumed(tiny_llama, "rtn", tmp_path / "work", **options)
+                resumed(tiny_llama, ["rtn"], tmp_path / "work", **options)
         else:
-            assert len(resumed(tiny_llama, "rtn", tmp_path / "work", **options).rows) == 2
+            assert len(resumed(tiny_llama, ["rtn"], tmp_path / "work", **options).rows) == 2

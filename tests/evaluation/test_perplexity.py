@@ -106,13 +106,13 @@ def test_quantized_model(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "seq_len", "windows", "message"),
     [
-        (99, 100, None, "has 99 tokens, fewer than one window of 100: lower --seq-len"),
+        (99, 100, None, "has 99 tokens, fewer than one window of 100: lower `seq_len`"),
         (0, 2, None, "has 0 tokens"),
-        (50, 1, None, "seq_len must be at least 2, got 1"),
-        (50, 0, None, "seq_len must be at least 2, got 0"),
-        (900, 513, None, "windows of 513 tokens exceed the model's 512 positions: lower --seq-len"),
-        (50, 10, 0, "windows must be at least 1, got 0"),
-        (50, 10, -3, "windows must be at least 1, got -3"),
+        (50, 1, None, "`seq_len` must be at least 2, got 1"),
+        (50, 0, None, "`seq_len` must be at least 2, got 0"),
+        (900, 513, None, "windows of 513 tokens exceed the model's 512 positions: lower `seq_len`"),
+        (50, 10, 0, "`windows` must be at least 1, got 0"),
+        (50, 10, -3, "`windows` must be at least 1, got -3"),
     ],
 )
 def test_what_cannot_be_evaluated(tokens, seq_len, windows, message, model):

@@ -185,7 +185,7 @@ def test_limit_takes_the_first_samples(lm_eval, tiny_llama, documents, tmp_path)
 
 def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypatch):
     """A folder with tasks and a group of them; nothing but the answer on stdout and stderr."""
-    monkeypatch.setattr("duqpp.cli.terminal._PATIENCE", 1000.0)
+    monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
     for name, part in (("one", documents[:4]), ("two", documents[4:])):
         write_task(tmp_path, name, part)
     group = "group: both\ntask: [one, two]\naggregate_metric_list:\n  - metric: acc\n"
@@ -217,7 +217,7 @@ def test_the_command(lm_eval, tiny_llama, documents, tmp_path, capsys, monkeypat
     [
         (["arc_esy"], None, "lm-eval knows no task 'arc_esy'; there is arc_easy"),
         (["none.yaml"], None, "no such task file: none.yaml"),
-        (["arc_easy"], "none", "--tasks-dir none is no folder"),
+        (["arc_easy"], "none", "`tasks_dir`: none is no folder"),
         (["FILE", "FILE"], None, None),
         (["BROKEN"], None, "lm-eval cannot load .*broken.yaml: Unable to find .*none.jsonl"),
     ],

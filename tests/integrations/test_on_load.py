@@ -148,7 +148,7 @@ def test_one_configuration_for_two_models(make_tiny):
         ({"method": "duqpp"}, "these options need calibration"),
         ({"method": "rtn", "gptq": True}, "these options need calibration"),
         ({"smooth_alpha": 0.5}, "these options need calibration"),
-        ({"method": "awq"}, "method must be one of"),
+        ({"method": "awq"}, "`method` must be one of"),
         ({"bits": 4}, "bits"),
         ({"skip": ["down_proj"], "modules_to_not_convert": []}, "are the same: give one"),
     ],

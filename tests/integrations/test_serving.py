@@ -44,7 +44,7 @@ def test_the_layout_is_that_of_the_checkpoint():
 
 
 def test_a_permutation_is_refused():
-    with pytest.raises(InputError, match=r"'duquant' permutes channels .* another --method"):
+    with pytest.raises(InputError, match=r"'duquant' permutes channels .* another `method`"):
         served_layout(layout(method="duquant", permuted=True).to_dict())
 
 
@@ -81,7 +81,7 @@ def test_a_fused_linear_that_is_quantized_in_part_is_refused():
     assert str(error.value) == (
         "model.layers.3.self_attn.q_proj, model.layers.3.self_attn.v_proj and "
         "model.layers.3.self_attn.k_proj are one linear here, but only the former is quantized; "
-        "quantize with --skip for all of them, or for none"
+        "quantize with `skip` for all of them, or for none"
     )
 
 

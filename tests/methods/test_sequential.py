@@ -244,10 +244,12 @@ def test_options_that_do_not_belong_to_it_are_refused():
     for options in ({"rotation": "shared"}, {"smooth_alpha": 0.5}):
         with pytest.raises(InputError, match="a transform per block"):
             QuantizeConfig(method="duqpp", **options)
-    with pytest.raises(InputError, match=r"drift must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(InputError, match=r"`drift` must lie in \[0, 1\], got 1.5"):
         QuantizeConfig(method="duqpp", drift=1.5)
-    with pytest.raises(InputError, match=r"drift is for the method duqpp, not duquant\+\+"):
+    with pytest.raises(InputError, match=r"`drift` is for the method duqpp, not duquant\+\+"):
         QuantizeConfig(method="duquant++", gptq=True, drift=0.3)
     for off in ({"gptq": False}, {"refine": "blocks"}):
-        with pytest.raises(InputError, match="drift is what GPTQ makes up for, and gptq is off"):
+        with pytest.raises(
+            InputError, match="`drift` is what GPTQ makes up for, and that is off: `gptq=True`"
+        ):
             QuantizeConfig(method="duqpp", drift=0.3, **off)

@@ -278,10 +278,10 @@ def test_groups_without_what_is_skipped():
 def test_architecture_names_what_is_wrong(make_tiny):
     config = open_source(str(make_tiny("llama"))).config
     family_of(config).check(("lm_head", "down_proj", "model.layers.1.self_attn"))
-    with pytest.raises(InputError, match="--skip down_prj names no linear"):
+    with pytest.raises(InputError, match="`skip`: down_prj names no linear"):
         family_of(config).check(("down_prj",))
     family_of(config).check(("mlp", "model.layers.0.self_attn"))
-    with pytest.raises(InputError, match="--skip mlp --skip self_attn leaves no linear to quant"):
+    with pytest.raises(InputError, match="`skip`: mlp, self_attn leaves no linear to quant"):
         family_of(config).check(("mlp", "self_attn"))
     config.hidden_size = 72
     with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):

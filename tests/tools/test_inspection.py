@@ -117,10 +117,10 @@ def test_a_checkpoint_without_its_options_is_still_inspected(provenance, quantiz
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "layers must be at least 1"),
+        ({"layers": 0}, "`layers` must be at least 1"),
         ({"calibration": "none.txt"}, "cannot read text file none.txt"),
-        ({"config": QuantizeConfig(samples=9999)}, "lower --samples or --seq-len"),
-        ({"config": QuantizeConfig(skip=("z_proj",))}, "--skip z_proj names no linear"),
+        ({"config": QuantizeConfig(samples=9999)}, "lower `samples` or `seq_len`"),
+        ({"config": QuantizeConfig(skip=("z_proj",))}, "`skip`: z_proj names no linear"),
     ],
 )
 def test_bad_options(options, message, tiny_llama):

@@ -129,9 +129,9 @@ def test_one_batch_is_too_few(job):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "duquant++"}, "refine is for the method duqpp"),
-        ({"next_inputs": "float"}, "next_inputs=quantized"),
-        ({"samples": 72, "refine_samples": 72}, "refine_samples must be more than samples"),
+        ({"method": "duquant++"}, "`refine` is for the method duqpp"),
+        ({"next_inputs": "float"}, "`next_inputs=quantized`"),
+        ({"samples": 72, "refine_samples": 72}, "`refine_samples` must be more than `samples`"),
     ],
 )
 def test_options_that_refinement_cannot_work_with(options, message):

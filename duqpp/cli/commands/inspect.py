@@ -1,0 +1,56 @@
+"""The command `duqpp inspect`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from duqpp.calibration.tokens import BUILTIN
+from duqpp.cli.options import CalibrationOption, JsonOption, ModelArgument, takes_fields
+from duqpp.cli.progress import Bars
+from duqpp.cli.tables import inspection_table, print_json
+from duqpp.config import DESCRIPTIONS, QuantizeConfig
+
+# Not those of whole models, and of what follows a block.
+_FIELDS = [n for n in DESCRIPTIONS if n not in ("drift", "next_inputs", "refine", "refine_samples")]
+
+
+@takes_fields(*_FIELDS)
+def inspect(
+    model: ModelArgument,
+    config: dict[str, Any],
+    calib: CalibrationOption = BUILTIN,
+    layers: Annotated[
+        int | None, typer.Option(help="Only this many decoder blocks, from the first.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a .png, .pdf or .svg.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Outliers and errors of each linear group, before and after rotation.
+
+    A quantized MODEL has them in its report. A float MODEL is calibrated and quantized in memory,
+    with the options given; nothing is written.
+    """
+    from duqpp.tools.inspection import inspect_model
+
+    if plot is not None:
+        from duqpp.tools.plot import check_plot_file
+        from duqpp.tools.plot import plot as draw
+
+        check_plot_file(plot)
+    with Bars() as bars:
+        bars.open(model)
+        found = inspect_model(
+            model, QuantizeConfig(**config), calibration=calib, layers=layers, progress=bars
+        )
+        if plot is not None:
+            bars.wait("drawing")
+            draw(found, plot)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Console().print(inspection_table(found))
+    if plot is not None:
+        print(f"plot: {plot}", file=sys.stderr)

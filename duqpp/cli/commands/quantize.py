@@ -1,0 +1,69 @@
+"""The command `duqpp quantize`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from duqpp.calibration.tokens import BUILTIN
+from duqpp.cli.options import (
+    CalibrationOption,
+    JsonOption,
+    ModelArgument,
+    check_calibration,
+    resumable,
+    takes_fields,
+)
+from duqpp.cli.progress import Bars
+from duqpp.cli.tables import percent, print_json, size
+from duqpp.config import DESCRIPTIONS, QuantizeConfig
+
+
+@takes_fields(*DESCRIPTIONS)
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    config: dict[str, Any],
+    calib: CalibrationOption = BUILTIN,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted job at its last whole block.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a float MODEL to MXFP4 and save it in OUT."""
+    from duqpp.checkpoint.shard import linear_storage
+    from duqpp.job.quantize import quantize_model
+    from duqpp.methods.reports import mean_errors
+
+    options = QuantizeConfig(**config)
+    check_calibration(calib, [options])
+    with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
+        bars.open(model)
+        report = quantize_model(
+            model, out, options, calibration=calib, resume=resume, progress=bars
+        )
+    linear_bytes, weights = linear_storage(out)
+    errors = mean_errors(report.groups)
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "seconds": report.seconds,
+                "resumed_blocks": report.resumed_blocks,
+                "bytes": report.weight_bytes,
+                "linear_bytes": linear_bytes,
+                "bits_per_weight": 8 * linear_bytes / weights,
+                "mean_errors": errors,
+                "config": options.to_dict(),
+            }
+        )
+        return
+    resumed = f", {report.resumed_blocks} blocks resumed" if report.resumed_blocks else ""
+    print(f"{out}: {size(report.weight_bytes)} in {report.seconds:.1f} s{resumed}")
+    print(f"linears: {size(linear_bytes)}, {8 * linear_bytes / weights:.2f} bits per weight")
+    parts = [f"weights {percent(errors['weight_error'])}"]
+    if errors["activation_error"] is not None:
+        before, after = errors["activation_error_before"], errors["activation_error"]
+        parts.append(f"activations {percent(after)} (untransformed: {percent(before)})")
+        parts.append(f"outputs {percent(errors['output_error'])}")
+    print(f"mean relative error: {', '.join(parts)}")
