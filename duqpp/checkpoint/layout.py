@@ -12,7 +12,7 @@ from torch import nn
 from duqpp.checkpoint.shard import read_shard
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
-from duqpp.models.family import Family, LinearGroup, family_of, quantized_groups
+from duqpp.models.family import Family, LinearGroup, family_of
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear, share_input
 
@@ -152,45 +152,37 @@ def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
     return ScaleRule(rule)
 
 
-def convert_block(block: nn.Module, index: int, layout: Layout, *, device: Any = None) -> None:
-    convert_groups(block, quantized_groups(index, layout.skip), layout, device=device)
-
-
-def convert_groups(
-    block: nn.Module, groups: Sequence[LinearGroup], layout: Layout, *, device: Any = None
-) -> None:
+def convert_block(block: nn.Module, groups: Sequence[LinearGroup], layout: Layout) -> None:
     """Swap in the quantized linears of a decoder block, and let its groups share their inputs."""
     for group in groups:
-        convert_group(block, group, layout, device=device)
+        convert_group(block, group, layout)
 
 
-def convert_group(
-    block: nn.Module, group: LinearGroup, layout: Layout, *, device: Any = None
-) -> None:
-    """`convert_groups` for one linear group of the block."""
+def convert_group(block: nn.Module, group: LinearGroup, layout: Layout) -> None:
+    """`convert_block` for one linear group of the block."""
     for name in group.linears:
-        linear = layout.empty_linear(block.get_submodule(name), device=device)
-        block.set_submodule(name, linear)
-    _share_input(block, group)
+        block.set_submodule(name, layout.empty_linear(block.get_submodule(name)))
+    share_group(block, group)
 
 
 def share_inputs(model: nn.Module, layout: Layout) -> None:
     """Let the groups of a model whose linears are all swapped in share their inputs."""
     for block, groups in _blocks(model, layout):
         for group in groups:
-            _share_input(block, group)
+            share_group(block, group)
 
 
-def _share_input(block: nn.Module, group: LinearGroup) -> None:
+def share_group(block: nn.Module, group: LinearGroup) -> None:
+    """Let the quantized linears of a group share their input, where they can."""
     if group.shares_input:
         owner = block.get_submodule(group.owner)
         share_input(owner, [block.get_submodule(name) for name in group.linears])
 
 
 def convert_model(model: nn.Module, layout: Layout) -> None:
-    """`convert_groups` for every decoder block of a causal language model."""
+    """`convert_block` for every decoder block of a causal language model."""
     for block, groups in _blocks(model, layout):
-        convert_groups(block, groups, layout)
+        convert_block(block, groups, layout)
 
 
 def _blocks(
@@ -208,7 +200,7 @@ def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path
     Raises: CheckpointError.
     """
     block = stack.skeleton(index)
-    convert_groups(block, stack.family.quantized_groups(index, layout.skip), layout)
+    convert_block(block, stack.family.quantized_groups(index, layout.skip), layout)
     prefix = stack.family.block_name(index) + "."
     device = stack.placement.compute
     tensors = {n.removeprefix(prefix): t.to(device) for n, t in read_shard(shard).items()}

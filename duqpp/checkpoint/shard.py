@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
 from duqpp.format.e8m0 import NAN_SCALE
-from duqpp.models.family import layer_prefix
 from duqpp.placement import HOST
 from duqpp.rotation.block_rotation import check_invertible
 
@@ -60,10 +59,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     _write(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
 
 
-def write_block(path: Path, index: int, block: nn.Module) -> None:
-    """Write the shard of decoder block `index`."""
-    prefix = layer_prefix(index)
-    write_shard(path, {f"{prefix}.{name}": t for name, t in block.state_dict().items()})
+def write_block(path: Path, name: str, block: nn.Module) -> None:
+    """Write the shard of a decoder block, by its name in the model."""
+    write_shard(path, {f"{name}.{own}": tensor for own, tensor in block.state_dict().items()})
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

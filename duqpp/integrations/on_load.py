@@ -10,7 +10,7 @@ from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
-from duqpp.models.family import layer_prefix, quantized_groups
+from duqpp.models.family import Family
 from duqpp.models.stack import check_finite
 from duqpp.placement import HOST
 from duqpp.rotation import InputTransform
@@ -23,8 +23,8 @@ class QuantizeOnLoad(ConversionOps):
         raises the first one when loading is over, and until then nothing more is quantized.
     """
 
-    def __init__(self, layout: Layout, config: QuantizeConfig) -> None:
-        self.layout, self._skip, self._method = layout, config.skip, config.build_method()
+    def __init__(self, layout: Layout, config: QuantizeConfig, family: Family) -> None:
+        self.layout, self._family, self._method = layout, family, config.build_method()
         self.failures: list[InputError] = []
 
     def convert(
@@ -60,8 +60,9 @@ class QuantizeOnLoad(ConversionOps):
     def _quantize(self, name: str, weight: Tensor) -> tuple[MXFP4Tensor, InputTransform]:
         """A linear by its name in the model, such as "model.layers.3.mlp.up_proj"."""
         check_finite(weight, f"{name}.weight")
-        index, linear = name.removeprefix("model.layers.").split(".", 1)
-        groups = quantized_groups(int(index), self._skip)
-        group = next(group for group in groups if linear in group.linears)
-        alone = replace(group, linears=(linear,))
-        return self._method.quantize_linear(layer_prefix(int(index)), alone, weight)
+        found = self._family.group_of(name)
+        assert found is not None, "the quantizer names linears of the family"
+        index, group = found
+        block = self._family.block_name(index)
+        alone = replace(group, linears=(name.removeprefix(f"{block}."),))
+        return self._method.quantize_linear(block, alone, weight)

@@ -63,7 +63,7 @@ def is_quantized(family: Family, parts: Sequence[str], skip: Sequence[str]) -> b
         skip: `modules_to_not_convert`.
     Raises: InputError when only some parts are quantized: they share one input and one weight.
     """
-    quantized = [family.has_linear(name) and not is_skipped(name, skip) for name in parts]
+    quantized = [family.group_of(name) is not None and not is_skipped(name, skip) for name in parts]
     if any(quantized) and not all(quantized):
         kept = [name for name, is_one in zip(parts, quantized, strict=True) if not is_one]
         others = [name for name in parts if name not in kept]

@@ -143,7 +143,7 @@ class DuqppQuantizer(HfQuantizer):
         if not self.pre_quantized:
             origin = provenance(model.config.name_or_path, options, "none")
             self.quantization_config.layout = options.build_method().layout(options.skip, origin)
-            self._on_load = QuantizeOnLoad(self.quantization_config.layout, options)
+            self._on_load = QuantizeOnLoad(self.quantization_config.layout, options, family)
             linears = family.quantized_linears(options.skip)
             self._weights = frozenset(f"{linear}.weight" for linear in linears)
             return

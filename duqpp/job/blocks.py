@@ -84,7 +84,7 @@ class BlockFolder:
         write_json(shard.with_suffix(".json"), {"groups": groups, "refined": refined})
         if self._keeps_latents:
             write_shard(shard.with_suffix(LATENTS), result.latents)
-        write_block(shard, block.index, block.module)
+        write_block(shard, block.name, block.module)
 
     def reports(self, index: int) -> BlockResult:
         """The reports of a finished block. Raises: CheckpointError."""
@@ -100,7 +100,7 @@ class BlockFolder:
     def quantized(self, stack: DecoderStack, index: int) -> Block:
         """A finished block, verified and ready to run. Raises: CheckpointError."""
         module = quantized_block(stack, index, self.layout, self.shards[index])
-        return Block.of(module, index, self.layout.skip, stack.config)
+        return Block.of(module, index, self.layout.skip, stack.family)
 
     def latents(self, index: int) -> dict[str, Tensor]:
         """What a finished block's codes were rounded from, by linear. Raises: CheckpointError."""

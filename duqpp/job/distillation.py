@@ -42,7 +42,7 @@ def train_shards(
         )
         report = method.train(model, folder.work / _STATE_FILE, progress)
         for shard, block in zip(shards, model.blocks, strict=True):
-            write_block(shard.with_suffix(_DISTILLED), block.index, block.module)
+            write_block(shard.with_suffix(_DISTILLED), block.name, block.module)
         write_json(report_file, report.to_dict())
     for shard in shards:
         if (new := shard.with_suffix(_DISTILLED)).exists():

@@ -26,7 +26,7 @@ from duqpp.job.folder import (
 from duqpp.job.lock import locked
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
-from duqpp.models.family import check_architecture
+from duqpp.models.family import family_of
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
@@ -60,7 +60,7 @@ def quantize_model(
     progress: Progress | None = None,
     placement: Placement = ON_HOST,
 ) -> QuantizeReport:
-    """Quantize a LLaMA-family model to MXFP4 W4A4 and save it as a duqpp checkpoint.
+    """Quantize a model of a known family to MXFP4 W4A4 and save it as a duqpp checkpoint.
 
     Works in `OUT.partial` beside `out`, one shard per decoder block, and renames it when complete:
     `out` is either absent or whole. After an interruption, `resume` continues at the last finished
@@ -87,7 +87,7 @@ def quantize_model(
     work = out.with_name(out.name + ".partial")
     check_folders(out, work, resume)
     source = open_source(model) if isinstance(model, str) else model
-    check_architecture(source.config, config.skip)
+    family_of(source.config).check(config.skip)
     companions = companions_of(source)
     select("mxfp4_gemm", placement.compute)  # what the blocks will run on: an error comes now
     tokens, data, config = calibration_tokens(
@@ -158,7 +158,7 @@ def _quantize_blocks(
             results.resumed += 1
             _pass_by(stack, index, config, folder, streams, is_last=all(finished[index:]))
         else:
-            block = Block.of(stack.block(index), index, config.skip, stack.config)
+            block = Block.of(stack.block(index), index, config.skip, stack.family)
             result = method.quantize(block, streams)
             streams.advance(block, result)
             folder.write(block, result)

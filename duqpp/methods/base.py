@@ -14,7 +14,7 @@ from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
 from duqpp.methods.options import Options
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
-from duqpp.models.family import LinearGroup, layer_prefix, quantized_groups
+from duqpp.models.family import Family, LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.rotation import InputTransform
 
@@ -41,21 +41,18 @@ class Block:
     """A decoder block on its way: a method replaces its float linears by quantized ones, in place.
 
     index, name: in the model, as 3 and "model.layers.3". groups: those that are quantized, in the
-    order of the forward pass; their linears are those that no skip list names. config: the
-    transformers configuration, for the attention heads.
+    order of the forward pass; their linears are those that no skip list names.
     """
 
     module: nn.Module
     index: int
     name: str
     groups: Sequence[LinearGroup]
-    config: Any
 
     @classmethod
-    def of(cls, module: nn.Module, index: int, skip: Sequence[str], config: Any) -> "Block":
-        """Block `index` of a model with this transformers configuration."""
-        groups = quantized_groups(index, tuple(skip))
-        return cls(module, index, layer_prefix(index), groups, config)
+    def of(cls, module: nn.Module, index: int, skip: Sequence[str], family: Family) -> "Block":
+        """Block `index` of a model of this family."""
+        return cls(module, index, family.block_name(index), family.quantized_groups(index, skip))
 
 
 @dataclass

@@ -99,7 +99,7 @@ class LinearGroup:
 
     name: str
     linears: tuple[str, ...]
-    producer: Any = None
+    producer: Producer | None = None
     repeats: int = 1
     width: int = 1
     expert: int | None = None
@@ -190,11 +190,17 @@ class Family(ABC):
             for group in self.quantized_groups(index, skip):
                 yield from (f"{self.block_name(index)}.{linear}" for linear in group.linears)
 
-    def has_linear(self, name: str) -> bool:
-        """Whether this is a linear of a decoder block; a wrapped model has a prefix before it."""
+    def group_of(self, name: str) -> tuple[int, LinearGroup] | None:
+        """The block and the group of a linear; None where this is the name of none.
+
+        Args: name: in the model, or in one that wraps it, which has a prefix before it.
+        """
         _, _, place = f".{name}".partition(f".{self.blocks}.")
         index, _, linear = place.partition(".")
-        return index.isdecimal() and any(linear in g.linears for g in self.groups(int(index)))
+        if not index.isdecimal():
+            return None
+        found = (group for group in self.groups(int(index)) if linear in group.linears)
+        return next(((int(index), group) for group in found), None)
 
     def kinds(self) -> dict[str, str]:
         """The groups that occur in the model: name to label, in the order of the forward pass."""
@@ -287,33 +293,3 @@ def family_of(config: Any) -> Family:
             f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(FAMILIES)}"
         )
     return FAMILIES[kind](config)
-
-
-# Until the methods are handed their groups.
-def layer_prefix(index: int) -> str:
-    return f"model.layers.{index}"
-
-
-def _plain() -> Family:
-    from types import SimpleNamespace
-
-    return Llama(SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, head_dim=1))
-
-
-def quantized_groups(index: int, skip: Any) -> list[Any]:
-    return [
-        replace(group, producer=group.producer.name)
-        for group in _plain().quantized_groups(index, skip)
-    ]
-
-
-def is_whole(group: LinearGroup) -> bool:
-    return group.is_whole
-
-
-def check_architecture(config: Any, skip: tuple[str, ...]) -> None:
-    family_of(config).check(skip)
-
-
-def head_dim(config: Any) -> int:
-    return Llama(config).head_dim

@@ -107,7 +107,7 @@ def inspect_source(
     for index in range(count):
         if progress:
             progress("inspect", index, count)
-        block = Block.of(stack.block(index), index, config.skip, stack.config)
+        block = Block.of(stack.block(index), index, config.skip, stack.family)
         result = method.quantize(block, streams)
         streams.advance(block, result)
         groups += result.groups

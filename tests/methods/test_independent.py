@@ -20,7 +20,7 @@ from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from duqpp.rotation.construct import outlier_aware
 from tests import inputs, oracle
-from tests.families import FAMILIES, GROUPS
+from tests.families import FAMILIES, GROUPS, LLAMA
 
 SINGLE = [name for name in METHODS if name not in ("learned", "duqpp")]  # group by group
 LINEARS = [name for group in GROUPS for name in group.linears]
@@ -72,7 +72,7 @@ def run(stacks, monkeypatch):
             return result
 
         monkeypatch.setattr(module, "quantize_weights", recording)
-        block = Block.of(quantized, 0, config.skip, stack.config)
+        block = Block.of(quantized, 0, config.skip, stack.family)
         streams = Streams(block_inputs if config.needs.inputs else None)
         reports = config.build_method().quantize(block, streams).groups
         reports = {report.name.rpartition(".")[2]: report for report in reports}
@@ -86,7 +86,7 @@ _QUANTIZE_WEIGHTS = module.quantize_weights
 
 def observe(block: nn.Module, block_inputs: BlockInputs, config: QuantizeConfig):
     """Statistics of block 0 by group, and the outputs that the next block reads, if it does."""
-    return config.build_method().observe(Block.of(block, 0, config.skip, None), block_inputs)
+    return config.build_method().observe(Block.of(block, 0, config.skip, LLAMA), block_inputs)
 
 
 # The float model's function. Each quantized linear is replaced by its twin: the same transform of
@@ -520,7 +520,7 @@ def test_weights_that_overflow_name_the_linear(stacks):
     block.mlp.gate_proj.weight.data[:] = 3e38
     config = QuantizeConfig(method="hadamard")
     with pytest.raises(InputError) as error:
-        config.build_method().quantize(Block.of(block, 0, (), stack.config), Streams())
+        config.build_method().quantize(Block.of(block, 0, (), stack.family), Streams())
     assert str(error.value) == "model.layers.0.mlp.gate_proj: folded weights overflow float32"
 
 

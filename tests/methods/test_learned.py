@@ -18,7 +18,7 @@ from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs
-from tests.families import GROUPS
+from tests.families import GROUPS, LLAMA
 
 CONFIG = QuantizeConfig(method="learned", samples=1)
 
@@ -33,7 +33,7 @@ def job(make_tiny):
 
 def learn(module_, config: QuantizeConfig, block_inputs, seed: int = 0) -> dict[str, torch.Tensor]:
     """Rotations for block 0."""
-    block = Block.of(module_, 0, config.skip, None)
+    block = Block.of(module_, 0, config.skip, LLAMA)
     return learn_rotations(
         block, block_inputs, config.build_method().options, inputs.generator(seed)
     )
@@ -81,7 +81,7 @@ def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained
             )
         rounded = copy.deepcopy(block)
         monkeypatch.setattr(module, "learn_rotations", lambda *_, found=found: found)
-        block_of = Block.of(rounded, 0, (), stack.config)
+        block_of = Block.of(rounded, 0, (), stack.family)
         config.build_method().quantize(block_of, Streams(block_inputs))
         monkeypatch.undo()
         for group in GROUPS:

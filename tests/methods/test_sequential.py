@@ -18,7 +18,7 @@ from duqpp.models.source import open_source
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.nn import MXFP4Linear
 from tests import inputs, oracle
-from tests.families import FAMILIES, GROUPS
+from tests.families import FAMILIES, GROUPS, LLAMA
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(make_tiny):
         original = stack.block(0)
         quantized = copy.deepcopy(original)
         config = QuantizeConfig(method="duqpp", **options)
-        block = Block.of(quantized, 0, config.skip, stack.config)
+        block = Block.of(quantized, 0, config.skip, stack.family)
         reports, _ = config.build_method().quantize_groups(block, block_inputs)
         return original, quantized, block_inputs, reports
 
@@ -126,7 +126,7 @@ def test_a_float_block_is_run_once_for_outputs_and_group_inputs(run, monkeypatch
     assert batches == 3
     runs = []
     handle = original.register_forward_hook(lambda *_: runs.append(1))
-    block = Block.of(original, 0, ("o_proj",), None)
+    block = Block.of(original, 0, ("o_proj",), LLAMA)
     outputs, found = run_float_block(block, block_inputs, batches - 1)
     handle.remove()
     assert len(runs) == batches
@@ -161,7 +161,7 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
         stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(seed)))
         for seed in (1, 2)
     )
-    block = Block.of(stack.block(0), 0, (), stack.config)
+    block = Block.of(stack.block(0), 0, (), stack.family)
     _, exact = run_float_block(block, other, len(other.hidden))
     QuantizeConfig(method="duqpp").build_method().quantize_groups(block, own, exact)
     for group, x, (plan, drift) in zip(GROUPS, xs[0::2], seen, strict=True):
@@ -174,7 +174,7 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
 def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, make_tiny):
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
-    block = Block.of(stack.block(0), 0, (), stack.config)
+    block = Block.of(stack.block(0), 0, (), stack.family)
     _, exact = run_float_block(block, first, len(first.hidden))
     exact["gate_up"][5, 7] = float("inf")
     with pytest.raises(InputError, match=r"layers\.0\.gate_up: the float model's activations"):

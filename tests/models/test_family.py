@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from duqpp.checkpoint.layout import Layout, convert_groups
+from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.errors import InputError
 from duqpp.models import family as registry
 from duqpp.models.family import (
@@ -56,7 +56,9 @@ def test_groups_are_all_linears_of_a_block(model_type, make_tiny):
     for index, block in enumerate(model.get_submodule(family.blocks)):
         grouped = [name for group in family.groups(index) for name in group.linears]
         assert sorted(grouped) == sorted(linears_of(block))
-        assert all(family.has_linear(f"{family.block_name(index)}.{name}") for name in grouped)
+        for group in family.groups(index):
+            for name in group.linears:
+                assert family.group_of(f"{family.block_name(index)}.{name}") == (index, group)
     named = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert set(family.quantized_linears(())) == named - {"lm_head"}
 
@@ -111,11 +113,13 @@ def test_a_model_of_no_family(make_tiny):
 
 
 def test_names_of_linears():
-    assert LLAMA.has_linear("model.layers.11.mlp.up_proj")
-    assert LLAMA.has_linear("language_model.model.layers.0.mlp.up_proj")  # of a wrapped model
+    gate_up = LLAMA.groups(0)[2]
+    assert LLAMA.group_of("model.layers.11.mlp.up_proj") == (11, gate_up)
+    # Of a wrapped model.
+    assert LLAMA.group_of("language_model.model.layers.0.mlp.up_proj") == (0, gate_up)
     for name in ("mlp.up_proj", "model.layers.mlp.up_proj", "model.layers.0.mlp.up", "lm_head"):
-        assert not LLAMA.has_linear(name), name
-    assert not LLAMA.has_linear("model.layers.0.mlp.up_proj.weight")
+        assert LLAMA.group_of(name) is None, name
+    assert LLAMA.group_of("model.layers.0.mlp.up_proj.weight") is None
 
 
 # Families that are yet to come, in small: what the seam must hold.
@@ -220,14 +224,14 @@ def test_blocks_with_groups_of_their_own(mixture):
     ]
     assert [g.expert for g in mixture.quantized_groups(1, ("mlp.0",))] == [1]
     assert mixture.kinds() == dict.fromkeys(("gate_up", "expert0", "expert1"), "gate, up")
-    assert mixture.has_linear("model.layers.1.mlp.1.up_proj")
-    assert not mixture.has_linear("model.layers.0.mlp.1.up_proj")
+    assert mixture.group_of("model.layers.1.mlp.1.up_proj") == (1, mixture.groups(1)[1])
+    assert mixture.group_of("model.layers.0.mlp.1.up_proj") is None
     assert len(list(mixture.quantized_linears(("model.layers.0",)))) == 4
 
 
 def test_an_expert_without_tokens_is_converted_and_runs(mixture):
     block, layout = Routed().eval(), Layout("hadamard", "shared", False, "mse", "even")
-    convert_groups(block, mixture.quantized_groups(1, ()), layout)
+    convert_block(block, mixture.quantized_groups(1, ()), layout)
     assert sum(isinstance(m, MXFP4Linear) for m in block.modules()) == 4
     with torch.no_grad():
         assert block(torch.randn(3, 64)).shape == (3, 32)

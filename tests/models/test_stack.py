@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from duqpp.checkpoint.layout import Layout, convert_groups
+from duqpp.checkpoint.layout import Layout, convert_block
 from duqpp.errors import InputError
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack, check_finite
@@ -118,7 +118,7 @@ def test_converted_block_has_the_layout_and_no_weights_of_its_own(tiny_llama):
     stack = DecoderStack(open_source(str(tiny_llama)))
     block = stack.block(0)
     layout = Layout("hadamard", "shared", False, "mse", "even", skip=("o_proj",))
-    convert_groups(block, stack.family.quantized_groups(0, layout.skip), layout, device="cpu")
+    convert_block(block, stack.family.quantized_groups(0, layout.skip), layout)
     state = block.state_dict()
     for group in GROUPS:
         for name in group.linears:

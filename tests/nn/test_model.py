@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from duqpp.config import QuantizeConfig
 from duqpp.methods.base import Block, Streams
+from duqpp.models.family import family_of
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.reference import ReferenceBackend
 from tests import inputs, oracle
@@ -28,7 +29,7 @@ def quantized(make_tiny):
         config = QuantizeConfig(**({"method": "hadamard"} | options))
         method = config.build_method()
         for index, block in enumerate(model.model.layers):
-            method.quantize(Block.of(block, index, config.skip, model.config), Streams())
+            method.quantize(Block.of(block, index, config.skip, family_of(model.config)), Streams())
         return model
 
     return make

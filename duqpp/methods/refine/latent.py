@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from duqpp.checkpoint.layout import share_group
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
-from duqpp.models.family import LinearGroup, is_whole
-from duqpp.nn import MXFP4Linear, share_input, unshare_input
+from duqpp.models.family import LinearGroup
+from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.ops import quantize
 from duqpp.ops.reference import rotate_blocks
 
@@ -136,6 +137,4 @@ def to_codes(
             if weights is not None:
                 latent.linear.replace_weight(weights[name])
             block.set_submodule(name, latent.linear)
-        if is_whole(group) and len(group.linears) > 1:
-            owner = block.get_submodule(group.owner)
-            share_input(owner, [block.get_submodule(name) for name in group.linears])
+        share_group(block, group)

@@ -64,7 +64,7 @@ def job(make_tiny, tmp_path):
         blocks, latents = [], []
         method = CONFIG.build_method()
         for index in range(len(stack)):
-            block = Block.of(stack.block(index), index, (), stack.config)
+            block = Block.of(stack.block(index), index, (), stack.family)
             exact.hidden = list(exact.outputs(block.module, index))
             _, found = method.quantize_groups(block, stream.first(1))
             stream.hidden = list(stream.outputs(block.module, index))
