@@ -105,7 +105,17 @@ def test_a_linear_in_floating_point_absorbs_nothing(make_tiny):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_model_of_no_family(make_tiny):
+def test_rows_of_a_fused_linear_absorb():
+    block = nn.ModuleDict({"qkv_proj": nn.Linear(8, 6)})
+    linear = block["qkv_proj"]
+    weights, bias = {"qkv_proj": linear.weight.detach()}, linear.bias.detach().clone()
+    absorbed = Rows("qkv_proj", (4, 6)).absorb(block, weights, torch.tensor([2.0, 4.0]).double())
+    divisor = torch.tensor([1, 1, 1, 1, *absorbed.tolist()])
+    torch.testing.assert_close(weights["qkv_proj"], linear.weight / divisor[:, None])
+    torch.testing.assert_close(linear.bias, bias / divisor)
+
+
+def test_a_model_of_no_family():
     listed = ", ".join(FAMILIES)
     for config in (SimpleNamespace(model_type="gpt2"), SimpleNamespace()):
         with pytest.raises(InputError, match=f"is not supported; duqpp quantizes {listed}$"):
