@@ -32,6 +32,7 @@ from duqpp.checkpoint.shard import (
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
+from duqpp.job.folder import check_output
 from duqpp.job.lock import locked
 from duqpp.models.family import Family
 from duqpp.models.hub import download
@@ -109,8 +110,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     Raises: InputError where it or `out` is in the way, or cannot be written.
     """
     work = out.with_name(out.name + ".partial")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"output {out} exists and is not an empty folder")
+    check_output(out)
     if work.is_dir():
         with locked(work):  # nobody else works in it, so that the advice below is sound
             pass
@@ -121,7 +121,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         with locked(work), _removed_on_failure(work):
             yield work
             if out.exists():
-                out.rmdir()  # empty, as was seen above
+                out.rmdir()  # empty, as `check_output` has seen
             os.replace(work, out)
     except OSError as error:
         raise InputError(f"cannot write to {work}: {error.strerror or error}") from error

@@ -23,10 +23,15 @@ JOB_FILE = "duqpp-job.json"
 _FIRST_FILES = (".write-test", JOB_FILE + ".partial")  # what is in a job's folder before the job is
 
 
-def check_folders(out: Path, work: Path, resume: bool) -> None:
-    """Raise InputError unless a job for `out` may begin, or go on, in `work`."""
+def check_output(out: Path) -> None:
+    """Raise InputError unless `out` is absent, or an empty folder."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"output {out} exists and is not an empty folder")
+
+
+def check_folders(out: Path, work: Path, resume: bool) -> None:
+    """Raise InputError unless a job for `out` may begin, or go on, in `work`."""
+    check_output(out)
     if work.is_dir():
         with locked(work):  # nobody else works in it, so that the advice below is sound
             pass
@@ -90,7 +95,7 @@ def give_name(work: Path, out: Path, leftovers: Iterable[str]) -> None:
     try:
         sync_folder(work)
         if out.exists():
-            out.rmdir()  # empty, as `check_folders` has seen
+            out.rmdir()  # empty, as `check_output` has seen
         os.replace(work, out)
     except OSError as error:
         raise InputError(

@@ -1,1 +1,1 @@
-"""LLaMA-family models: where they come from, how they are built, how they are stored."""
+"""Float models: where they come from, their families, and their decoder blocks one at a time."""
