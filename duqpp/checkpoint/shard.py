@@ -67,7 +67,8 @@ def write_block(path: Path, name: str, block: nn.Module) -> None:
 def read_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a shard, verified. Raises: CheckpointError."""
     verify_shard(path)
-    return load_file(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -307,4 +308,5 @@ def checksum(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().to(HOST).reshape(-1).view(torch.uint8).numpy().data
+    data = tensor.detach().contiguous().to(HOST).reshape(-1).view(torch.uint8).numpy().data
+    return memoryview(data)

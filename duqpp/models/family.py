@@ -275,8 +275,8 @@ class Llama(Family):
     def head_dim(self) -> int:
         """Width of one attention head."""
         config = self.config
-        head_dim = getattr(config, "head_dim", None)
-        return head_dim or config.hidden_size // config.num_attention_heads
+        head_dim: int | None = getattr(config, "head_dim", None)
+        return head_dim or int(config.hidden_size // config.num_attention_heads)
 
 
 # By model_type of transformers.
@@ -288,7 +288,7 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(config: Any) -> Family:
     """The family of a model. Raises: InputError for a configuration of none that duqpp knows."""
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
             f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(FAMILIES)}"
         )

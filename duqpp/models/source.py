@@ -169,7 +169,7 @@ def _open_shard(shard: Path) -> Any:
 
 def _plain_config(config: Any) -> dict[str, Any]:
     """The configuration without what depends on where and by whom it was read."""
-    values = json.loads(config.to_json_string(use_diff=False))
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "name_or_path", "transformers_version"):
         values.pop(key, None)
     return values

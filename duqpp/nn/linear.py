@@ -78,17 +78,18 @@ class MXFP4Linear(nn.Module):
         self.rule, self.backend = ScaleRule(rule), backend
         self._prepared_for: tuple[str, str] | None = None  # backend and device type
 
-        def parameter(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Parameter | None:
-            if shape is None:
-                return None
+        def parameter(shape: tuple[int, ...], kind: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=False)
+
+        def optional(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Parameter | None:
+            return None if shape is None else parameter(shape, kind)
 
         self.weight_packed = parameter((out_features, in_features // 2), torch.uint8)
         self.weight_scale = parameter((out_features, in_features // BLOCK_SIZE), torch.uint8)
-        self.rotation = parameter(rotation, torch.bfloat16)
-        self.pre_rotation = parameter(pre_rotation, torch.bfloat16)
-        self.permutation = parameter((in_features,) if permutation else None, torch.int32)
-        self.bias = parameter((out_features,) if bias else None, dtype)
+        self.rotation = optional(rotation, torch.bfloat16)
+        self.pre_rotation = optional(pre_rotation, torch.bfloat16)
+        self.permutation = optional((in_features,) if permutation else None, torch.int32)
+        self.bias = optional((out_features,) if bias else None, dtype)
 
     @property
     def weight(self) -> MXFP4Tensor:
@@ -208,7 +209,9 @@ class MXFP4Linear(nn.Module):
             self.prepare()
         return self
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._prepared_for is not None:
             weight = self.weight
@@ -238,7 +241,9 @@ class _QuantizeOnce:
     def __init__(self, linear: MXFP4Linear) -> None:
         self._linear = linear
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
         if isinstance(x, SharedInput) or (torch.is_grad_enabled() and x.requires_grad):
             return args, kwargs

@@ -117,7 +117,11 @@ def test_rows_of_a_fused_linear_absorb():
 
 def test_a_model_of_no_family():
     listed = ", ".join(FAMILIES)
-    for config in (SimpleNamespace(model_type="gpt2"), SimpleNamespace()):
+    for config in (
+        SimpleNamespace(model_type="gpt2"),
+        SimpleNamespace(model_type=[]),
+        SimpleNamespace(),
+    ):
         with pytest.raises(InputError, match=f"is not supported; duqpp quantizes {listed}$"):
             family_of(config)
 
