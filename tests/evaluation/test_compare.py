@@ -396,6 +396,22 @@ def test_stopped_in_an_evaluation_it_does_not_quantize_again(tiny_llama, tmp_pat
     assert not list(work.glob("model-*"))
 
 
+def test_a_model_that_was_removed_before_its_evaluation_is_made_again(
+    tiny_llama, tmp_path, reports
+):
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "random: evaluate":
+            raise KeyboardInterrupt
+
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tiny_llama, "random", work, seeds=[0], progress=stop)
+    (model,) = work.glob("model-*")
+    shutil.rmtree(model)
+    assert len(resumed(tiny_llama, "random", work, seeds=[0]).rows) == 2
+    assert reports == [("random", 0, 0)] * 2
+
+
 def test_two_comparisons_do_not_work_in_one_folder(tiny_llama, tmp_path):
     """The second one is refused while the first one runs, and not after it, however it ended."""
     work, refused = tmp_path / "work", []

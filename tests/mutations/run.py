@@ -1,15 +1,18 @@
-"""Break the kernels in plausible ways, one at a time, and show that a test notices each.
+"""Break the code in plausible ways, one at a time, and show that a test notices each.
 
     python -m tests.mutations.run [--list] [--quick] [WORD ...]
 
 A mutation is one replacement in a copy of the tree, build/mutations; its test must fail there, and
-must pass in the copy as it is. WORDs select by name; --quick leaves out what compiles CUDA kernels
-to their end. Needs what the tests need. Most mutations take half a minute or so on two cores; the
-first whose test reads the compiled library builds it in the copy, which takes some ten minutes.
+must pass in the copy as it is. A test that does not end within its limit has failed. WORDs select
+by name: `python` those in Python, which need no compiler. --quick leaves out what compiles CUDA
+kernels to their end. Needs what the tests need. Most mutations take half a minute or so on two
+cores; the first whose test reads the compiled library builds it in the copy, which takes some ten
+minutes.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, rotate_quantize
+from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, python, rotate_quantize
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +28,16 @@ TREE = ROOT / "build" / "mutations"  # the copy, at one path, so that its builds
 SAVED = ROOT / "build" / "mutations.saved"
 FOLDERS = ("csrc", "duqpp", "tests")
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+TEST_LIMIT = 600.0  # seconds, of all tests of a mutation together
 
 MUTATIONS: dict[str, Mutation] = {
-    f"{op}: {mutation.name}": mutation
-    for op, mutations in (
+    f"{part}: {mutation.name}": mutation
+    for part, mutations in (
         ("rotate_quantize", rotate_quantize.MUTATIONS),
         ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
         ("mxfp4_gemm_sm80", mxfp4_gemm_sm80.MUTATIONS),
         ("expand", expand.MUTATIONS),
+        ("python", python.MUTATIONS),
     )
     for mutation in mutations
 }
@@ -64,16 +69,24 @@ def restore() -> None:
 
 @contextmanager
 def planted(mutation: Mutation) -> Iterator[None]:
-    save()
+    """The copy with a fault in it. One in Python leaves no build behind: its file is written back.
+
+    Should that be interrupted, the next run copies the sources again.
+    """
+    path = TREE / mutation.path
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.old!r} does not occur once in {mutation.path}")
+    if not mutation.is_python:
+        save()
     try:
-        path = TREE / mutation.path
-        source = path.read_text(encoding="utf-8")
-        if source.count(mutation.old) != 1:
-            raise ValueError(f"{mutation.old!r} does not occur once in {mutation.path}")
         path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
         yield
     finally:
-        restore()
+        if mutation.is_python:
+            path.write_text(source, encoding="utf-8")
+        else:
+            restore()
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -81,7 +94,8 @@ def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=TREE,
-        env=os.environ | {"DUQPP_CUDA": "on", "PATH": path},
+        # What a test starts in another folder imports the copy as well.
+        env=os.environ | {"DUQPP_CUDA": "on", "PATH": path, "PYTHONPATH": str(TREE)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,34 +116,43 @@ def compile_source(source: str) -> subprocess.CompletedProcess[str]:
     return run(["cmake", "--build", str(build), "--target", target], timeout=900)
 
 
-def run_test(test: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    return run(command, timeout=600)
+def run_tests(tests: list[str]) -> subprocess.CompletedProcess[str]:
+    """Up to the first failure. Raises: subprocess.TimeoutExpired."""
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return run(command, timeout=TEST_LIMIT)
 
 
 def passes_unchanged(mutation: Mutation) -> bool:
     if mutation.source is not None:
         done = compile_source(mutation.source)
+        passed = done.returncode == 0
     else:
-        done = run_test(mutation.test)
-    passed = done.returncode == 0 and " skipped" not in done.stdout
+        done = run_tests(mutation.tests)
+        passed = done.returncode == 0 and " passed" in done.stdout  # not if all were skipped
     if not passed:
         print(done.stdout[-2000:])
     return passed
 
 
-def verdict(mutation: Mutation) -> str:
-    """ "caught", or what went wrong."""
+def verdict(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the fault was caught; and by what, or what went wrong."""
     with planted(mutation):
         if mutation.source is not None:
-            return "caught" if compile_source(mutation.source).returncode else "SURVIVED"
+            failed = compile_source(mutation.source).returncode != 0
+            return failed, mutation.source if failed else "SURVIVED"
         if mutation.library:
             build_library()
-        done = run_test(mutation.test)
-    # pytest exits 0 when all passed or skipped, 1 when a test failed, else for its own reasons.
+        try:
+            done = run_tests(mutation.tests)
+        except subprocess.TimeoutExpired:
+            return True, f"no end in {TEST_LIMIT:g} s"
+    # pytest exits 0 when all passed or skipped, 1 when a test failed, 2 when one could not be read.
     if done.returncode == 0:
-        return "SURVIVED"
-    return "caught" if done.returncode == 1 else f"ERROR: pytest exit {done.returncode}"
+        return False, "SURVIVED"
+    if done.returncode > 1:
+        return False, f"ERROR: pytest exit {done.returncode}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return True, found[1] if found else mutation.test
 
 
 def main() -> int:
@@ -156,13 +179,13 @@ def main() -> int:
         print(f"{'passes' if passed else 'DOES NOT PASS'} unchanged: {test}", flush=True)
         if not passed:
             return 1
-    failures = 0
+    caught = 0
     for name, mutation in chosen.items():
-        answer = verdict(mutation)
-        failures += answer != "caught"
-        print(f"{answer}: {name}", flush=True)
-    print(f"{len(chosen) - failures} of {len(chosen)} caught")
-    return 1 if failures or not chosen else 0
+        is_caught, answer = verdict(mutation)
+        caught += is_caught
+        print(f"caught: {name}, by {answer}" if is_caught else f"{answer}: {name}", flush=True)
+    print(f"{caught} of {len(chosen)} caught")
+    return 0 if chosen and caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
