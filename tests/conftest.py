@@ -1,12 +1,15 @@
 """Settings of the test run, and tiny models that several test files share."""
 
+import gc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import inputs
 
 # Tests run beside each other and on laptops; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
@@ -19,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # hypothesis parses the source of imported packages outside site-packages for constants; those
     # that the cross-checks import from their own folder have such strings.
     config.addinivalue_line("filterwarnings", r"ignore:.*invalid escape sequence")
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the collector's sight: some 0.5 s of each full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -39,6 +48,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_builtin_text() -> Iterator[dict[str, str]]:
+    """The pages of duqpp's built-in text; all tests but those that ask for it read a part of them.
+
+    A tokenizer takes a third of a second for all of it, and many tests read it several times.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        yield inputs.shorten_builtin_text(patch.setattr)
 
 
 MakeTiny = Callable[..., Path]

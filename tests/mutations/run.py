@@ -11,14 +11,18 @@ minutes.
 """
 
 import argparse
+import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, python, rotate_quantize
 from tests.mutations.mutation import Mutation
@@ -26,9 +30,10 @@ from tests.mutations.mutation import Mutation
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "mutations"  # the copy, at one path, so that its builds are incremental
 SAVED = ROOT / "build" / "mutations.saved"
+LOG = ROOT / "build" / "mutations.log"
 FOLDERS = ("csrc", "duqpp", "tests")
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-TEST_LIMIT = 600.0  # seconds, of all tests of a mutation together
+TEST_LIMIT = 900.0  # seconds, of all tests of a mutation together
 
 MUTATIONS: dict[str, Mutation] = {
     f"{part}: {mutation.name}": mutation
@@ -89,13 +94,17 @@ def planted(mutation: Mutation) -> Iterator[None]:
             restore()
 
 
-def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
+    """For what runs in the copy; what a test starts in another folder imports the copy as well."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return os.environ | {"DUQPP_CUDA": "on", "PATH": path, "PYTHONPATH": str(TREE)}
+
+
+def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=TREE,
-        # What a test starts in another folder imports the copy as well.
-        env=os.environ | {"DUQPP_CUDA": "on", "PATH": path, "PYTHONPATH": str(TREE)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -116,22 +125,68 @@ def compile_source(source: str) -> subprocess.CompletedProcess[str]:
     return run(["cmake", "--build", str(build), "--target", target], timeout=900)
 
 
-def run_tests(tests: list[str]) -> subprocess.CompletedProcess[str]:
-    """Up to the first failure. Raises: subprocess.TimeoutExpired."""
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return run(command, timeout=TEST_LIMIT)
+def run_tests(tests: list[str]) -> tuple[int | None, str]:
+    """pytest's exit code, None where it did not end in time, and what it wrote.
+
+    It runs up to the first failure, in a child of this process, which has the libraries loaded.
+    """
+    load_libraries()
+    child = os.fork()
+    if child == 0:
+        become_pytest(tests)
+    code, deadline = None, time.monotonic() + TEST_LIMIT
+    while code is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if ended else None
+    if code is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return code, LOG.read_text(encoding="utf-8", errors="replace")
 
 
-def passes_unchanged(mutation: Mutation) -> bool:
-    if mutation.source is not None:
-        done = compile_source(mutation.source)
-        passed = done.returncode == 0
-    else:
-        done = run_tests(mutation.tests)
-        passed = done.returncode == 0 and " passed" in done.stdout  # not if all were skipped
-    if not passed:
-        print(done.stdout[-2000:])
-    return passed
+def load_libraries() -> None:
+    """What takes seconds to import, and no mutation changes."""
+    for name in ("torch", "transformers.models.auto.modeling_auto", "hypothesis", "pytest"):
+        importlib.import_module(name)
+
+
+def become_pytest(tests: list[str]) -> NoReturn:
+    """End this process, a child, as `python -m pytest` does in the copy."""
+    os.setsid()
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(environment())
+    os.chdir(TREE)
+    sys.dont_write_bytecode = True  # it would go by the time of a file, in whole seconds
+    sys.path[:] = [str(TREE), *(p for p in sys.path if Path(p or ROOT).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("duqpp", "tests")]:
+        del sys.modules[name]
+    code = 3  # pytest's, of an error inside of it
+    try:
+        code = int(importlib.import_module("pytest").main(["-qx", "-pno:cacheprovider", *tests]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def passes_unchanged(mutations: Collection[Mutation]) -> bool:
+    """Whether the copy as it is compiles, and passes what the mutations must make fail."""
+    for source in {mutation.source for mutation in mutations if mutation.source}:
+        if (done := compile_source(source)).returncode:
+            print(f"DOES NOT COMPILE unchanged: {source}\n{done.stdout[-2000:]}")
+            return False
+    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
+    # One test by itself, so that it is seen where all of it is skipped; files at once.
+    files = [test for test in tests if "::" not in test]
+    for chosen in [[test] for test in tests if "::" in test] + [files] * bool(files):
+        code, output = run_tests(chosen)
+        if code != 0 or " passed" not in output:
+            print(f"DOES NOT PASS unchanged: {' '.join(chosen)}\n{output[-2000:]}")
+            return False
+        print(f"passes unchanged: {' '.join(chosen)}", flush=True)
+    return True
 
 
 def verdict(mutation: Mutation) -> tuple[bool, str]:
@@ -142,16 +197,15 @@ def verdict(mutation: Mutation) -> tuple[bool, str]:
             return failed, mutation.source if failed else "SURVIVED"
         if mutation.library:
             build_library()
-        try:
-            done = run_tests(mutation.tests)
-        except subprocess.TimeoutExpired:
-            return True, f"no end in {TEST_LIMIT:g} s"
+        code, output = run_tests(mutation.tests)
+    if code is None:
+        return True, f"no end in {TEST_LIMIT:g} s"
     # pytest exits 0 when all passed or skipped, 1 when a test failed, 2 when one could not be read.
-    if done.returncode == 0:
+    if code == 0:
         return False, "SURVIVED"
-    if done.returncode > 1:
-        return False, f"ERROR: pytest exit {done.returncode}"
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if code != 1:
+        return False, f"ERROR: pytest exit {code}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     return True, found[1] if found else mutation.test
 
 
@@ -174,11 +228,8 @@ def main() -> int:
     copy_sources()
     if any(mutation.library or mutation.source for mutation in chosen.values()):
         build_library()
-    for test, mutation in {mutation.test: mutation for mutation in chosen.values()}.items():
-        passed = passes_unchanged(mutation)
-        print(f"{'passes' if passed else 'DOES NOT PASS'} unchanged: {test}", flush=True)
-        if not passed:
-            return 1
+    if not passes_unchanged(chosen.values()):
+        return 1
     caught = 0
     for name, mutation in chosen.items():
         is_caught, answer = verdict(mutation)

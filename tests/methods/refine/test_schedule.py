@@ -74,7 +74,7 @@ def test_an_optimizer_goes_on_at_the_rate_where_another_stopped():
         ([1.0, 1.2, 0.9, 1.2, 1.0, 0.1], 4, 0.9, 2),  # worse than the least, not than the start
         ([1.0, 1.09, 1.09, 1.0, 1.05, 0.9], 5, 0.9, 5),  # a little worse, for long; as good
         ([1.0, 1.2, 1.05, 1.2, 1.05, 1.2], 5, 1.0, None),  # never two in a row
-        ([1.0, math.nan, 0.9, math.nan, math.inf], 4, 0.9, 2),  # a loss that is no number
+        ([1.0, math.nan, 0.9, math.nan, math.inf, 0.1], 4, 0.9, 2),  # losses that are no numbers
     ],
 )
 def test_what_is_kept_and_when_it_ends(losses, checks, least, best):
