@@ -2,14 +2,13 @@
 
 import gc
 import importlib
+import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-from tests import inputs
 
 # Tests run beside each other and on laptops; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
@@ -56,8 +55,11 @@ def whole_builtin_text() -> Iterator[dict[str, str]]:
 
     A tokenizer takes a third of a second for all of it, and many tests read it several times.
     """
+    pages = pydoc_data.topics.topics
+    few = {name: pages[name] for name in sorted(pages)[::4]}
     with pytest.MonkeyPatch.context() as patch:
-        yield inputs.shorten_builtin_text(patch.setattr)
+        patch.setattr(pydoc_data.topics, "topics", few)
+        yield pages
 
 
 MakeTiny = Callable[..., Path]

@@ -5,8 +5,6 @@ reproduced by the arguments in its message.
 """
 
 import math
-import pydoc_data.topics
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -122,10 +120,3 @@ def mse_ties(rows: int, seed: int) -> Tensor:
     sign = torch.randint(0, 2, (rows, 32), generator=generator(seed + 2)) * 2 - 1
     power = torch.randint(-60, 60, (rows, 1), generator=generator(seed + 3))
     return torch.cat((large, small), dim=-1).gather(-1, order) * sign * torch.exp2(power.float())
-
-
-def shorten_builtin_text(set_attribute: Callable[..., None] = setattr) -> dict[str, str]:
-    """Leave every fourth page in duqpp's built-in text. Returns: all pages, by topic."""
-    pages = pydoc_data.topics.topics
-    set_attribute(pydoc_data.topics, "topics", {name: pages[name] for name in sorted(pages)[::4]})
-    return pages
