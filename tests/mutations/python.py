@@ -165,8 +165,8 @@ MUTATIONS = (
     Mutation(
         "tokens: the last start of a stretch never comes up",
         TOKENS,
-        "torch.randint(stretch - seq_len + 1,",
-        "torch.randint(max(stretch - seq_len, 1),",
+        "stretch - seq_len + 1, (samples,)",
+        "max(stretch - seq_len, 1), (samples,)",
         TOKENS_TESTS,
     ),
     Mutation(
@@ -280,7 +280,7 @@ MUTATIONS = (
         SHARD,
         "weights += 2 * (end - begin)",
         "weights += end - begin",
-        "tests/evaluation/test_compare.py::test_rows_equal_quantizing_and_evaluating_by_hand",
+        "tests/evaluation/test_compare.py::test_storage_counts_codes_scales_and_rotations",
     ),
     Mutation(
         "layout: a newer format is read",
