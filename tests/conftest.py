@@ -1,7 +1,9 @@
 """Settings of the test run, and tiny models that several test files share."""
 
+import gc
 import importlib
-from collections.abc import Callable
+import pydoc_data.topics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # hypothesis parses the source of imported packages outside site-packages for constants; those
     # that the cross-checks import from their own folder have such strings.
     config.addinivalue_line("filterwarnings", r"ignore:.*invalid escape sequence")
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the collector's sight: some 0.5 s of each full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -39,6 +47,19 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_builtin_text() -> Iterator[dict[str, str]]:
+    """The pages of duqpp's built-in text; all tests but those that ask for it read a part of them.
+
+    A tokenizer takes a third of a second for all of it, and many tests read it several times.
+    """
+    pages = pydoc_data.topics.topics
+    few = {name: pages[name] for name in sorted(pages)[::4]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pydoc_data.topics, "topics", few)
+        yield pages
 
 
 MakeTiny = Callable[..., Path]

@@ -1,5 +1,7 @@
 """Text to calibration sequences: seeded, spread, without overlap, and clear about bad text."""
 
+import pydoc_data.topics
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,9 +73,9 @@ def test_tokenize_is_one_call_without_special_tokens(tiny_llama):
 # Sources of text.
 
 
-def test_builtin_parts_are_disjoint_and_together_everything():
-    from pydoc_data.topics import topics
-
+def test_builtin_parts_are_disjoint_and_together_everything(whole_builtin_text, monkeypatch):
+    topics = whole_builtin_text
+    monkeypatch.setattr(pydoc_data.topics, "topics", topics)
     calibration, evaluation = builtin_text("calibration"), builtin_text("evaluation")
     assert builtin_text() == read_text("builtin") == calibration
     assert read_text("builtin", part="evaluation") == evaluation

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -146,20 +147,27 @@ def test_json_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     assert seen == [False]
 
 
-def test_settled_metadata_never_run_into_the_tensors(shard):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_settled_metadata_never_run_into_the_tensors(missing, shard):
     """Checksums that someone wrote without spaces need more room as duqpp writes them."""
     content = shard.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
+    room = len(content[8 : 8 + length].rstrip()) - missing
     sums = json.loads(header["__metadata__"]["duqpp.crc32"])
     header["__metadata__"]["duqpp.crc32"] = json.dumps(sums, separators=(",", ":"))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    read_shard(shard)
-    before = shard.read_bytes()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: its header has .* need"):
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(room)
+    assert len(text) == room
+    shard.write_bytes(room.to_bytes(8, "little") + text + content[8 + length :])
+    before, expected = shard.read_bytes(), read_shard(shard)
+    if missing:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: its header has .* need"):
+            settle_metadata(shard)
+        assert shard.read_bytes() == before
+    else:
         settle_metadata(shard)
-    assert shard.read_bytes() == before
+        assert shard.read_bytes() != before
+        assert all(torch.equal(tensor, expected[n]) for n, tensor in read_shard(shard).items())
 
 
 def test_settling_a_shard_without_checksums(shard):
@@ -528,6 +536,19 @@ def with_checksums(entry: str, name: str = "a", data: bytes = b"\0\0\0\0") -> by
 def test_headers_with_a_catch(header, made_up):
     made_up.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     with pytest.raises(CheckpointError):
+        verify_shard(made_up)
+
+
+@pytest.mark.parametrize(("begin", "is_right"), [(4, True), (5, False), (3, False)])
+def test_tensors_lie_behind_each_other(begin, is_right, made_up):
+    """Neither bytes that belong to no tensor, nor any that belong to two."""
+    data, end = b"\1\2\3\4\5\6\7\0", 8
+    entry = ENTRY.replace("[4]", f"[{end - begin}]").replace("[0,4]", f"[{begin},{end}]")
+    sums = {name: f"{zlib.crc32(d):08x}" for name, d in (("a", data[:4]), ("b", data[begin:]))}
+    metadata = json.dumps({"format": "pt", "duqpp.crc32": json.dumps(sums)})
+    header = f'{{"__metadata__":{metadata},"a":{ENTRY},"b":{entry}}}'.encode()
+    made_up.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with nullcontext() if is_right else pytest.raises(CheckpointError, match="offsets of b"):
         verify_shard(made_up)
 
 

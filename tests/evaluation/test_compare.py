@@ -5,9 +5,8 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from duqpp.integrations.transformers import load_model
 from duqpp.job.quantize import quantize_model
 from duqpp.models.source import open_source
 from tests.families import FAMILIES
+from tests.forked import Forked
 
 CALIBRATION = {"samples": 2, "seq_len": 64, "max_steps": 16}
 SMALL = QuantizeConfig(**CALIBRATION)
@@ -303,23 +303,6 @@ def test_the_model_is_hashed_once(tiny_llama, tmp_path):
 # A comparison in a folder goes on where it was.
 
 METHODS = ("rtn", "random", "duquant++")
-# What the subprocess runs: it stops in the second block of duquant++ with seed 1 for good, so that
-# a kill finds it there however slow the machine is.
-JOB = """
-import sys, time
-import torch
-from pathlib import Path
-from duqpp.models.source import open_source
-from tests.evaluation.test_compare import METHODS, compare, plan
-def progress(stage, done, total):
-    if (stage, done) == ("duquant++, seed 1: quantize", 1):
-        print("there", flush=True)
-        while True:
-            time.sleep(60)
-torch.set_num_threads(1)
-asked = plan(*METHODS, seeds=[0, 1])
-compare(open_source(sys.argv[1]), asked, work=Path(sys.argv[2]), progress=progress)
-"""
 
 
 def results(found) -> list:
@@ -360,13 +343,21 @@ def test_killed_in_a_quantization_it_goes_on_at_the_last_block(tiny_llama, tmp_p
     work = tmp_path / "work"
     expected = resumed(tiny_llama, METHODS, tmp_path / "other", resume=False)
     reports.clear()
-    command = [sys.executable, "-c", JOB, str(tiny_llama), str(work)]
-    job = subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
-    )
-    assert job.stdout.readline() == "there\n"
+    is_there = tmp_path / "there"
+
+    def stay(stage: str, done: int, total: int) -> None:
+        """In the second block of duquant++ with seed 1, however slow the machine is."""
+        while (stage, done) == ("duquant++, seed 1: quantize", 1):
+            is_there.touch()
+            time.sleep(60)
+
+    job = Forked(lambda: resumed(tiny_llama, METHODS, work, resume=False, progress=stay))
+    deadline = time.monotonic() + 120
+    while not is_there.exists():
+        assert not job.has_ended(), "the comparison ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     job.kill()
-    job.wait()
     assert len(list(work.glob("run-*.json"))) == 4
     (partial,) = work.glob("model-*.partial")
     assert len(list(partial.glob("*.safetensors"))) == 2
@@ -394,6 +385,22 @@ def test_stopped_in_an_evaluation_it_does_not_quantize_again(tiny_llama, tmp_pat
     assert [run.seed for run in found.rows[2].headline.runs] == [0, 1]
     assert found.rows[2].headline.runs[1].quantize_seconds > 0
     assert not list(work.glob("model-*"))
+
+
+def test_a_model_that_was_removed_before_its_evaluation_is_made_again(
+    tiny_llama, tmp_path, reports
+):
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "random: evaluate":
+            raise KeyboardInterrupt
+
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tiny_llama, "random", work, seeds=[0], progress=stop)
+    (model,) = work.glob("model-*")
+    shutil.rmtree(model)
+    assert len(resumed(tiny_llama, "random", work, seeds=[0]).rows) == 2
+    assert reports == [("random", 0, 0)] * 2
 
 
 def test_two_comparisons_do_not_work_in_one_folder(tiny_llama, tmp_path):

@@ -120,9 +120,14 @@ def test_what_cannot_be_evaluated(tokens, seq_len, windows, message, model):
         perplexity(model, TOKENS[:tokens], seq_len=seq_len, windows=windows)
 
 
-def test_tokens_beyond_the_vocabulary(model):
+@pytest.mark.parametrize("token", [-1, 320])
+def test_tokens_are_of_the_vocabulary(token, model):
+    tokens = TOKENS[:100].clone()
+    tokens[70], tokens[71] = 0, 319
+    assert math.isfinite(perplexity(model, tokens, seq_len=100).perplexity)
+    tokens[70] = token
     with pytest.raises(InputError, match=r"tokens must be in \[0, 320\)"):
-        perplexity(model, TOKENS + 5, seq_len=100)
+        perplexity(model, tokens, seq_len=100)
 
 
 def test_nan_is_not_hidden(tiny_llama):

@@ -369,6 +369,32 @@ def test_calibration_from_a_text_file(tiny_llama, tmp_path):
     assert saved["quantization_config"]["provenance"]["calibration"] == "text.txt"
 
 
+class Begun(BaseException):
+    """Stands for the end of a job that was about to begin."""
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (-1, r"tokens must be in \[0, 320\), .*, got -1 to 299"),
+        (0, None),
+        (319, None),
+        (320, r"tokens must be in \[0, 320\), .*, got 0 to 320"),
+    ],
+)
+def test_calibration_tokens_are_of_the_vocabulary(token, message, tiny_llama, tmp_path):
+    tokens = torch.arange(300)[None].contiguous()
+    tokens[0, 150] = token
+
+    def begin(*_: object) -> None:
+        raise Begun
+
+    with pytest.raises(InputError if message else Begun, match=message):
+        duqpp.quantize_model(
+            str(tiny_llama), tmp_path / "out", config(), calibration=tokens, progress=begin
+        )
+
+
 def test_progress(tiny_llama, tmp_path):
     calls = []
     duqpp.quantize_model(

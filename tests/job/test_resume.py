@@ -7,10 +7,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,27 +24,12 @@ from duqpp.models.source import SafetensorsSource
 from duqpp.nn import MXFP4Linear
 from tests import decoder
 from tests.checkpoint import damage
+from tests.forked import Forked
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 OPTIONS = {"max_steps": 8, "gptq": True}
 LAYERS = 4
 REST, FIRST, SECOND, THIRD, FOURTH = (f"model-0000{i}-of-00005.safetensors" for i in range(1, 6))
-
-# What the subprocess runs. It stops for good in the block whose index it is given, so that a kill
-# finds it in the middle of that block however slow the machine is.
-JOB = """
-import json, sys, time
-import torch
-import duqpp
-torch.set_num_threads(1)
-model, out, options, tokens, stop = sys.argv[1:]
-def progress(stage, done, total):
-    if stage == "quantize" and done == int(stop):
-        while True:
-            time.sleep(60)
-duqpp.quantize_model(model, out, duqpp.QuantizeConfig(**json.loads(options)),
-                     calibration=torch.tensor(json.loads(tokens)), progress=progress)
-"""
 
 
 class Stopped(BaseException):
@@ -80,11 +62,24 @@ def stop_in_block(index: int):
     return progress
 
 
-def interrupted(model: Path, out: Path, block: int = 2, **options) -> Path:
-    """Leave behind the partial folder of a job that ended in `block`. Returns: that folder."""
-    with pytest.raises(Stopped):
-        quantize(model, out, progress=stop_in_block(block), **options)
-    return out.with_name(out.name + ".partial")
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory):
+    """Leave behind the partial folder of a job that ended in `block`; it returns that folder.
+
+    Jobs of the same model and options are run once, and their folder copied.
+    """
+    known = {}
+
+    def run(model: Path, out: Path, block: int = 2, **options) -> Path:
+        key = json.dumps([str(model), block, options], sort_keys=True)
+        if key not in known:
+            elsewhere = tmp_path_factory.mktemp("interrupted") / "out"
+            with pytest.raises(Stopped):
+                quantize(model, elsewhere, progress=stop_in_block(block), **options)
+            known[key] = elsewhere.with_name("out.partial")
+        return damage.copy_of(known[key], out.with_name(out.name + ".partial"))
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -106,16 +101,20 @@ def uninterrupted(model, tmp_path_factory):
 @pytest.mark.parametrize("block", [1, 3])
 def test_kill_9_and_resume(block, model, tmp_path, uninterrupted):
     out, work = tmp_path / "out", tmp_path / "out.partial"
-    arguments = [str(model), str(out), json.dumps(OPTIONS), json.dumps(TOKENS.tolist()), str(block)]
-    job = subprocess.Popen([sys.executable, "-c", JOB, *arguments], cwd=tmp_path)
+
+    def stay(stage: str, done: int, total: int) -> None:
+        """In that block, so that a kill finds the job in it however slow the machine is."""
+        while (stage, done) == ("quantize", block):
+            time.sleep(60)
+
+    job = Forked(lambda: quantize(model, out, progress=stay))
     last = (FIRST, SECOND, THIRD, FOURTH)[block - 1]
     deadline = time.monotonic() + 120
     while not (work / last).exists():
-        assert job.poll() is None, "the job ended by itself"
+        assert not job.has_ended(), "the job ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    assert job.wait() == -signal.SIGKILL
+    job.kill()
     assert not out.exists()
     finished = sorted(work.glob("*.safetensors"))
     assert [f.name for f in finished] == [REST, FIRST, SECOND, THIRD, FOURTH][: block + 1]
@@ -153,7 +152,7 @@ def test_kill_9_and_resume(block, model, tmp_path, uninterrupted):
         "refined",
     ],
 )
-def test_resume_gives_the_same_bytes(options, model, tmp_path, uninterrupted):
+def test_resume_gives_the_same_bytes(options, model, tmp_path, uninterrupted, interrupted):
     out = tmp_path / "out"
     interrupted(model, out, **options)
     report = quantize(model, out, resume=True, **options)
@@ -162,7 +161,7 @@ def test_resume_gives_the_same_bytes(options, model, tmp_path, uninterrupted):
     assert hashes(out) == uninterrupted(**options)
 
 
-def test_resume_of_a_bfloat16_model(model, tmp_path):
+def test_resume_of_a_bfloat16_model(model, tmp_path, interrupted):
     source = tmp_path / "model"
     float32 = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     float32.save_pretrained(source, max_shard_size="40KB")
@@ -175,7 +174,9 @@ def test_resume_of_a_bfloat16_model(model, tmp_path):
 
 
 @pytest.mark.parametrize("block", [0, LAYERS])
-def test_resume_before_the_first_and_after_the_last_block(block, model, tmp_path, uninterrupted):
+def test_resume_before_the_first_and_after_the_last_block(
+    block, model, tmp_path, uninterrupted, interrupted
+):
     out = tmp_path / "out"
     interrupted(model, out, block=block)
     assert quantize(model, out, resume=True).resumed_blocks == block
@@ -187,7 +188,7 @@ def test_resume_without_anything_to_resume(model, tmp_path, uninterrupted):
     assert hashes(tmp_path / "out") == uninterrupted()
 
 
-def test_interrupted_twice(model, tmp_path, uninterrupted):
+def test_interrupted_twice(model, tmp_path, uninterrupted, interrupted):
     out = tmp_path / "out"
     interrupted(model, out, block=1)
     with pytest.raises(Stopped):
@@ -264,7 +265,7 @@ def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkey
     assert hashes(out) == uninterrupted()
 
 
-def test_a_partial_folder_is_not_continued_unasked(model, tmp_path):
+def test_a_partial_folder_is_not_continued_unasked(model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out")
     before = hashes(work)
     with pytest.raises(InputError, match=r"out\.partial holds an unfinished job.*--resume"):
@@ -286,7 +287,7 @@ def other_epsilon(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [other_weight, other_epsilon])
-def test_refuses_another_model(change, model, tmp_path):
+def test_refuses_another_model(change, model, tmp_path, interrupted):
     source, out = damage.copy_of(model, tmp_path / "model"), tmp_path / "out"
     work = interrupted(source, out)
     before = hashes(work)
@@ -298,7 +299,7 @@ def test_refuses_another_model(change, model, tmp_path):
     quantize(source, out, resume=True)
 
 
-def test_resumes_a_model_that_was_moved(model, tmp_path):
+def test_resumes_a_model_that_was_moved(model, tmp_path, interrupted):
     interrupted(model, tmp_path / "out")
     moved = damage.copy_of(model, tmp_path / "somewhere else")
     assert quantize(moved, tmp_path / "out", resume=True).resumed_blocks == 2
@@ -323,7 +324,7 @@ def test_resumes_a_model_that_was_moved(model, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
 )
-def test_refuses_another_job(change, named, model, tmp_path):
+def test_refuses_another_job(change, named, model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out")
     before = hashes(work)
     with pytest.raises(InputError, match=re.escape(f"job of another {named}; remove it")):
@@ -332,7 +333,7 @@ def test_refuses_another_job(change, named, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_another_version(model, tmp_path, monkeypatch):
+def test_refuses_another_version(model, tmp_path, monkeypatch, interrupted):
     interrupted(model, tmp_path / "out")
     monkeypatch.setattr(job_folder, "__version__", "0.0.0")
     with pytest.raises(InputError, match="another version"):
@@ -348,7 +349,7 @@ def test_refuses_a_folder_that_is_no_job(model, tmp_path):
     assert [f.name for f in work.iterdir()] == ["notes.txt"]
 
 
-def test_finished_blocks_are_verified(model, tmp_path, uninterrupted):
+def test_finished_blocks_are_verified(model, tmp_path, uninterrupted, interrupted):
     """A flipped bit in a finished shard is not carried into the result, nor is the rest lost."""
     work = interrupted(model, tmp_path / "out")
     damage.flip_bit(work / FIRST, 8 * (work / FIRST).stat().st_size - 1)
@@ -375,7 +376,7 @@ DISTILL = {"method": "duqpp", "refine": "distill", "samples": 1, "refine_samples
     ids=["report", "empty report", "another report", "latents", "rest"],
 )
 def test_a_damaged_file_is_removed_and_made_again_as_the_line_says(
-    name, content, options, model, tmp_path, uninterrupted
+    name, content, options, model, tmp_path, uninterrupted, interrupted
 ):
     """None: a flipped bit."""
     out = tmp_path / "out"
@@ -422,7 +423,7 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
     assert expected.items() <= hashes(out).items()
 
 
-def test_a_job_file_that_is_damaged(model, tmp_path):
+def test_a_job_file_that_is_damaged(model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out")
     (work / "duqpp-job.json").write_text("{")
     with pytest.raises(duqpp.CheckpointError, match=r"is not valid JSON.*; remove .*out\.partial"):
@@ -457,7 +458,9 @@ def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeyp
     assert hashes(out) == uninterrupted()
 
 
-def test_a_wrong_backend_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
+def test_a_wrong_backend_keeps_what_is_finished(
+    model, tmp_path, uninterrupted, monkeypatch, interrupted
+):
     work = interrupted(model, tmp_path / "out")
     before = hashes(work)
     with monkeypatch.context() as patch:
@@ -575,7 +578,7 @@ def test_the_lock_goes_with_the_job(model, tmp_path):
     assert raised.value.__traceback__ is not None  # which keeps the frames of the first job
 
 
-def test_the_shape_of_tokens_is_part_of_the_job(model, tmp_path):
+def test_the_shape_of_tokens_is_part_of_the_job(model, tmp_path, interrupted):
     interrupted(model, tmp_path / "out")
     with pytest.raises(InputError, match="unfinished job of another calibration; remove it"):
         quantize(model, tmp_path / "out", resume=True, calibration=TOKENS.view(4, 24))
@@ -595,7 +598,7 @@ def test_tokens_on_another_device(model, tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("options", [{}, DISTILL], ids=["plain", "distilled"])
 def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
-    options, model, tmp_path, uninterrupted, monkeypatch
+    options, model, tmp_path, uninterrupted, monkeypatch, interrupted
 ):
     """Only those before it are: one block is missing in the middle; then none is."""
     out = tmp_path / "out"
@@ -620,7 +623,9 @@ def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
     assert hashes(out) == uninterrupted(**options)
 
 
-def test_half_written_files_of_the_killed_job_are_replaced(model, tmp_path, uninterrupted):
+def test_half_written_files_of_the_killed_job_are_replaced(
+    model, tmp_path, uninterrupted, interrupted
+):
     work = interrupted(model, tmp_path / "out")
     (work / f"{THIRD}.partial").write_bytes(b"half a shard")
     (work / "config.json.partial").write_text("{")
@@ -628,7 +633,7 @@ def test_half_written_files_of_the_killed_job_are_replaced(model, tmp_path, unin
     assert hashes(tmp_path / "out") == uninterrupted()
 
 
-def test_partial_folder_has_only_whole_shards(model, tmp_path):
+def test_partial_folder_has_only_whole_shards(model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out", block=3)
     shards = sorted(work.glob("*.safetensors"))
     assert [f.name for f in shards] == [REST, FIRST, SECOND, THIRD]

@@ -123,9 +123,10 @@ def test_a_start_that_is_best_is_kept(job, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"gptq": True, "rotation": "per-block"}])
-def test_a_model_quantized_with_learned_rotations(options, tiny_llama, tmp_path):
-    config = QuantizeConfig(method="learned", samples=10, seq_len=512, **options)
-    tokens = torch.randint(0, 300, (10, 512), generator=inputs.generator(2))
+def test_a_model_quantized_with_learned_rotations(options, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 4 * 64)
+    config = QuantizeConfig(method="learned", samples=10, seq_len=64, **options)
+    tokens = torch.randint(0, 300, (10, 64), generator=inputs.generator(2))
     made = []
     for name in ("one", "two"):
         duqpp.quantize_model(str(tiny_llama), tmp_path / name, config, calibration=tokens)

@@ -7,9 +7,10 @@ _COMPILE = "compile "
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which occurs once in the file `path`, becomes `new`; then `test` must fail.
+    """`old`, which occurs once in the file `path`, becomes `new`; then a test must fail.
 
-    test: a pytest test, or "compile SOURCE": the compilation of a CUDA source.
+    test: what pytest runs, one test or several, or whole files, with a space between them; or
+    "compile SOURCE": the compilation of a CUDA source.
     library: the test reads the compiled library, which is built from the mutated sources before.
     """
 
@@ -24,6 +25,16 @@ class Mutation:
     def source(self) -> str | None:
         """The CUDA source that must not compile; None where a test must fail."""
         return self.test.removeprefix(_COMPILE) if self.test.startswith(_COMPILE) else None
+
+    @property
+    def tests(self) -> list[str]:
+        """What pytest runs; empty where a source must not compile."""
+        return [] if self.source else self.test.split()
+
+    @property
+    def is_python(self) -> bool:
+        """Whether the fault is in Python, so that no build of the copy is affected by it."""
+        return self.path.endswith(".py")
 
     @property
     def compiles_kernels(self) -> bool:

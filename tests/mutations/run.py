@@ -1,38 +1,48 @@
-"""Break the kernels in plausible ways, one at a time, and show that a test notices each.
+"""Break the code in plausible ways, one at a time, and show that a test notices each.
 
     python -m tests.mutations.run [--list] [--quick] [WORD ...]
 
 A mutation is one replacement in a copy of the tree, build/mutations; its test must fail there, and
-must pass in the copy as it is. WORDs select by name; --quick leaves out what compiles CUDA kernels
-to their end. Needs what the tests need. Most mutations take half a minute or so on two cores; the
-first whose test reads the compiled library builds it in the copy, which takes some ten minutes.
+must pass in the copy as it is. A test that does not end within its limit has failed. WORDs select
+by name: `python` those in Python, which need no compiler. --quick leaves out what compiles CUDA
+kernels to their end. Needs what the tests need. Most mutations take half a minute or so on two
+cores; the first whose test reads the compiled library builds it in the copy, which takes some ten
+minutes.
 """
 
 import argparse
+import importlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, rotate_quantize
+from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, python, rotate_quantize
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "mutations"  # the copy, at one path, so that its builds are incremental
 SAVED = ROOT / "build" / "mutations.saved"
+LOG = ROOT / "build" / "mutations.log"
 FOLDERS = ("csrc", "duqpp", "tests")
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+TEST_LIMIT = 900.0  # seconds, of all tests of a mutation together
 
 MUTATIONS: dict[str, Mutation] = {
-    f"{op}: {mutation.name}": mutation
-    for op, mutations in (
+    f"{part}: {mutation.name}": mutation
+    for part, mutations in (
         ("rotate_quantize", rotate_quantize.MUTATIONS),
         ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
         ("mxfp4_gemm_sm80", mxfp4_gemm_sm80.MUTATIONS),
         ("expand", expand.MUTATIONS),
+        ("python", python.MUTATIONS),
     )
     for mutation in mutations
 }
@@ -64,24 +74,37 @@ def restore() -> None:
 
 @contextmanager
 def planted(mutation: Mutation) -> Iterator[None]:
-    save()
+    """The copy with a fault in it. One in Python leaves no build behind: its file is written back.
+
+    Should that be interrupted, the next run copies the sources again.
+    """
+    path = TREE / mutation.path
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.old!r} does not occur once in {mutation.path}")
+    if not mutation.is_python:
+        save()
     try:
-        path = TREE / mutation.path
-        source = path.read_text(encoding="utf-8")
-        if source.count(mutation.old) != 1:
-            raise ValueError(f"{mutation.old!r} does not occur once in {mutation.path}")
         path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
         yield
     finally:
-        restore()
+        if mutation.is_python:
+            path.write_text(source, encoding="utf-8")
+        else:
+            restore()
+
+
+def environment() -> dict[str, str]:
+    """For what runs in the copy; what a test starts in another folder imports the copy as well."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return os.environ | {"DUQPP_CUDA": "on", "PATH": path, "PYTHONPATH": str(TREE)}
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     return subprocess.run(
         command,
         cwd=TREE,
-        env=os.environ | {"DUQPP_CUDA": "on", "PATH": path},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,34 +125,88 @@ def compile_source(source: str) -> subprocess.CompletedProcess[str]:
     return run(["cmake", "--build", str(build), "--target", target], timeout=900)
 
 
-def run_test(test: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    return run(command, timeout=600)
+def run_tests(tests: list[str]) -> tuple[int | None, str]:
+    """pytest's exit code, None where it did not end in time, and what it wrote.
+
+    It runs up to the first failure, in a child of this process, which has the libraries loaded.
+    """
+    load_libraries()
+    child = os.fork()
+    if child == 0:
+        become_pytest(tests)
+    code, deadline = None, time.monotonic() + TEST_LIMIT
+    while code is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if ended else None
+    if code is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return code, LOG.read_text(encoding="utf-8", errors="replace")
 
 
-def passes_unchanged(mutation: Mutation) -> bool:
-    if mutation.source is not None:
-        done = compile_source(mutation.source)
-    else:
-        done = run_test(mutation.test)
-    passed = done.returncode == 0 and " skipped" not in done.stdout
-    if not passed:
-        print(done.stdout[-2000:])
-    return passed
+def load_libraries() -> None:
+    """What takes seconds to import, and no mutation changes."""
+    for name in ("torch", "transformers.models.auto.modeling_auto", "hypothesis", "pytest"):
+        importlib.import_module(name)
 
 
-def verdict(mutation: Mutation) -> str:
-    """ "caught", or what went wrong."""
+def become_pytest(tests: list[str]) -> NoReturn:
+    """End this process, a child, as `python -m pytest` does in the copy."""
+    os.setsid()
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(environment())
+    os.chdir(TREE)
+    sys.dont_write_bytecode = True  # it would go by the time of a file, in whole seconds
+    sys.path[:] = [str(TREE), *(p for p in sys.path if Path(p or ROOT).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("duqpp", "tests")]:
+        del sys.modules[name]
+    code = 3  # pytest's, of an error inside of it
+    try:
+        code = int(importlib.import_module("pytest").main(["-qx", "-pno:cacheprovider", *tests]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def passes_unchanged(mutations: Collection[Mutation]) -> bool:
+    """Whether the copy as it is compiles, and passes what the mutations must make fail."""
+    for source in {mutation.source for mutation in mutations if mutation.source}:
+        if (done := compile_source(source)).returncode:
+            print(f"DOES NOT COMPILE unchanged: {source}\n{done.stdout[-2000:]}")
+            return False
+    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
+    # One test by itself, so that it is seen where all of it is skipped; files at once.
+    files = [test for test in tests if "::" not in test]
+    for chosen in [[test] for test in tests if "::" in test] + [files] * bool(files):
+        code, output = run_tests(chosen)
+        if code != 0 or " passed" not in output:
+            print(f"DOES NOT PASS unchanged: {' '.join(chosen)}\n{output[-2000:]}")
+            return False
+        print(f"passes unchanged: {' '.join(chosen)}", flush=True)
+    return True
+
+
+def verdict(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the fault was caught; and by what, or what went wrong."""
     with planted(mutation):
         if mutation.source is not None:
-            return "caught" if compile_source(mutation.source).returncode else "SURVIVED"
+            failed = compile_source(mutation.source).returncode != 0
+            return failed, mutation.source if failed else "SURVIVED"
         if mutation.library:
             build_library()
-        done = run_test(mutation.test)
-    # pytest exits 0 when all passed or skipped, 1 when a test failed, else for its own reasons.
-    if done.returncode == 0:
-        return "SURVIVED"
-    return "caught" if done.returncode == 1 else f"ERROR: pytest exit {done.returncode}"
+        code, output = run_tests(mutation.tests)
+    if code is None:
+        return True, f"no end in {TEST_LIMIT:g} s"
+    # pytest exits 0 when all passed or skipped, 1 when a test failed, 2 when one could not be read.
+    if code == 0:
+        return False, "SURVIVED"
+    if code != 1:
+        return False, f"ERROR: pytest exit {code}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return True, found[1] if found else mutation.test
 
 
 def main() -> int:
@@ -151,18 +228,15 @@ def main() -> int:
     copy_sources()
     if any(mutation.library or mutation.source for mutation in chosen.values()):
         build_library()
-    for test, mutation in {mutation.test: mutation for mutation in chosen.values()}.items():
-        passed = passes_unchanged(mutation)
-        print(f"{'passes' if passed else 'DOES NOT PASS'} unchanged: {test}", flush=True)
-        if not passed:
-            return 1
-    failures = 0
+    if not passes_unchanged(chosen.values()):
+        return 1
+    caught = 0
     for name, mutation in chosen.items():
-        answer = verdict(mutation)
-        failures += answer != "caught"
-        print(f"{answer}: {name}", flush=True)
-    print(f"{len(chosen) - failures} of {len(chosen)} caught")
-    return 1 if failures or not chosen else 0
+        is_caught, answer = verdict(mutation)
+        caught += is_caught
+        print(f"caught: {name}, by {answer}" if is_caught else f"{answer}: {name}", flush=True)
+    print(f"{caught} of {len(chosen)} caught")
+    return 0 if chosen and caught == len(chosen) else 1
 
 
 if __name__ == "__main__":

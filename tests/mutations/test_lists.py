@@ -26,10 +26,11 @@ def test_what_must_fail_is_there(name):
         assert (ROOT / mutation.source).suffix == ".cu"
         assert (ROOT / mutation.source).exists()
         return
-    path, _, test = mutation.test.partition("::")
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert test.partition("[")[0] in functions
+    assert mutation.tests
+    for path, _, test in (test.partition("::") for test in mutation.tests):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert not test or test.partition("[")[0] in functions
 
 
 def test_faults_that_must_be_among_them():
@@ -47,3 +48,10 @@ def test_faults_that_must_be_among_them():
         "n not permuted",
     ):
         assert any(word in name for name in MUTATIONS), word
+
+
+def test_faults_in_python_are_in_every_part():
+    paths = [mutation.path for name, mutation in MUTATIONS.items() if name.startswith("python")]
+    assert len(paths) >= 40
+    for part in ("calibration", "checkpoint", "cli", "evaluation", "job", "methods"):
+        assert any(path.startswith(f"duqpp/{part}/") for path in paths), part

@@ -77,8 +77,21 @@ def test_chat_wraps_the_prompt_in_the_template(model, tokenizer):
     assert chat.prompt_tokens > generate(model, tokenizer, "Rome").prompt_tokens
 
 
-def test_the_prompt_may_just_fill_the_positions(model, tokenizer):
-    result = generate(model, tokenizer, "a" * 8, max_new_tokens=1)
-    room = model.config.max_position_embeddings - result.prompt_tokens
+def test_prompt_and_new_tokens_may_just_fill_the_positions(model, tokenizer):
+    prompt = "a" * 500
+    room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
+    assert 0 < room < 20
+    result = generate(model, tokenizer, prompt, max_new_tokens=room)
+    assert 0 < result.tokens <= room
     with pytest.raises(InputError, match=f"with {room + 1} new ones that exceeds the model's 512"):
-        generate(model, tokenizer, "a" * 8, max_new_tokens=room + 1)
+        generate(model, tokenizer, prompt, max_new_tokens=room + 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "least", "refused"), [("max_new_tokens", 1, 0), ("temperature", 0.0, -1e-9)]
+)
+def test_the_least_of_each_option(option, least, refused, model, tokenizer):
+    options = {"max_new_tokens": 1} | {option: least}
+    assert generate(model, tokenizer, PROMPT, **options).tokens == 1
+    with pytest.raises(InputError, match=f"^{option} must be .*, got {refused}"):
+        generate(model, tokenizer, PROMPT, **{option: refused})

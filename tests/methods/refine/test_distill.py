@@ -19,6 +19,7 @@ from duqpp.models.stack import DecoderStack
 from tests import inputs
 
 CONFIG = QuantizeConfig(method="duqpp", refine="distill", samples=1, refine_samples=2)
+SHORT, LONG = 32, 512  # tokens of a sequence
 
 
 @pytest.fixture
@@ -53,12 +54,16 @@ def test_the_divergence_and_its_gradient(shape, head):
 
 
 @pytest.fixture
-def job(make_tiny, tmp_path):
-    """A quantized model with its latents, and where an interrupted run is kept."""
+def job(make_tiny, tmp_path, monkeypatch):
+    """A quantized model with its latents, and where an interrupted run is kept.
 
-    def make():
+    There are five batches, of four sequences each; where bytes are compared, short ones will do.
+    """
+
+    def make(seq_len: int = SHORT):
+        monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 4 * seq_len)
         stack = DecoderStack(open_source(str(make_tiny("llama"))))
-        tokens = torch.randint(0, 300, (20, 512), generator=inputs.generator(1))
+        tokens = torch.randint(0, 300, (20, seq_len), generator=inputs.generator(1))
         stream = stack.first_inputs(tokens)
         exact, first = stream.first(len(stream.hidden)), stream.first(len(stream.hidden))
         blocks, latents = [], []
@@ -103,7 +108,7 @@ def held_divergence(model) -> float:
 def test_it_lowers_the_divergence_on_text_that_it_did_not_train_on(job, monkeypatch):
     """From a start with much to gain: what rounding alone costs this model, a few changed codes
     move by 3 % up or down."""
-    model, state = job()
+    model, state = job(LONG)
     damage(model)
     before = held_divergence(model)
     monkeypatch.setattr(module, "_RATE", 1e-2)
@@ -118,7 +123,7 @@ def test_it_lowers_the_divergence_on_text_that_it_did_not_train_on(job, monkeypa
 
 def test_what_does_not_help_is_not_kept(job, monkeypatch):
     monkeypatch.setattr(module, "_RATE", 30.0)
-    model, state = job()
+    model, state = job(LONG)
     before = copy.deepcopy(states(model))
     report = run((model, state))
     assert not report.improved
@@ -225,7 +230,13 @@ def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
 
 # Through quantize_model.
 
-TOKENS = torch.randint(0, 300, (9, 512), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 300, (9, SHORT), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def three_batches(monkeypatch):
+    """Of `TOKENS`, one calibrates and two refine."""
+    monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 4 * SHORT)
 
 
 def quantize(model, out, **options):
@@ -237,7 +248,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def test_a_distilled_checkpoint_has_the_files_of_any_other_and_the_trained_codes(
-    tiny_llama, tmp_path, monkeypatch
+    tiny_llama, tmp_path, monkeypatch, three_batches
 ):
     blocks = replace(CONFIG, refine="blocks")
     duqpp.quantize_model(str(tiny_llama), tmp_path / "blocks", blocks, calibration=TOKENS)
@@ -256,7 +267,7 @@ def test_a_distilled_checkpoint_has_the_files_of_any_other_and_the_trained_codes
 
 
 @pytest.mark.parametrize("where", ["training", "renaming"])
-def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch):
+def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch, three_batches):
     import duqpp.job.distillation as shards
 
     monkeypatch.setattr(module, "_CHECK_STEPS", 1)
