@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from duqpp.calibration.tokens import builtin_text
 from duqpp.cli.main import app, main
+from duqpp.methods import METHODS
 from duqpp.models.family import FAMILIES
 from duqpp.tools import selfcheck
 from tests.evaluation.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
@@ -272,6 +273,28 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+SOURCES = r"`((?:duqpp|csrc|tests|benchmarks|docs|docker|requirements)/[\w./-]*)`"
+
+
+def test_files_that_pages_name_are_there():
+    """DEVICE in a name stands for one."""
+    named = {
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(SOURCES, page.read_text(encoding="utf-8"))
+        if "DEVICE" not in name
+    }
+    assert ("CONTRIBUTING.md", "duqpp/methods/") in named
+    assert [(page, name) for page, name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_methods_has_them_all():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| `--method` | what R is |")[2].partition("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(re.findall("`([^`]+)`", first)) == set(METHODS)
 
 
 def test_nobody_is_told_to_install_duqpp_from_pypi():
