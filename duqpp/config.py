@@ -1,6 +1,7 @@
 """What a quantization does: one frozen dataclass, each of its fields described once."""
 
 import math
+from collections.abc import Collection
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ class Description:
 
     flag: str
     help: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     least: float | None = None
     most: float | None = None
     is_open: bool = False
@@ -104,7 +105,7 @@ class QuantizeConfig:
     method: str = field(
         default="duquant++",
         metadata=_described(
-            "--method", "How the inputs of the linears are rotated.", choices=(*METHODS,)
+            "--method", "How the inputs of the linears are rotated.", choices=METHODS
         ),
     )
     rotation: RotationScope | None = field(
@@ -229,7 +230,7 @@ class QuantizeConfig:
             object.__setattr__(self, name, value)
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is not None:
+            if value is not None or each.default is not None:
                 description_of(each).check(each.name, value)
         if self.refine != "none" and (self.refine_samples or math.inf) <= self.samples:
             raise InputError(
@@ -282,14 +283,6 @@ def description_of(option: "Field[Any]") -> Description:
 DESCRIPTIONS = {each.name: description_of(each) for each in fields(QuantizeConfig)}
 
 
-# Options whose default depends on the method.
-METHOD_DEPENDENT = tuple(
-    each.name
-    for each in fields(QuantizeConfig)
-    if each.default is None and each.name != "refine_samples"
-)
-
-
 def method_defaults(name: str) -> dict[str, Any]:
     """Each method's own default of an option, by method; for those that have such an option."""
     return {
@@ -311,7 +304,7 @@ def _resolved(config: QuantizeConfig) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     changed: dict[str, Any] = {"skip": tuple(config.skip)}
     for name in ("activation_rule", "weight_rule"):
-        if given[name] in _RULES:
+        if given.get(name) in _RULES:
             changed[name] = ScaleRule(given[name])
     for each in fields(config):
         unused = description_of(each).unused

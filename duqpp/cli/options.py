@@ -73,7 +73,7 @@ def takes_fields(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 def _parameter(name: str) -> inspect.Parameter:
     """The command-line option for a field of QuantizeConfig, with the field's type and default."""
     described, default = DESCRIPTIONS[name], _DEFAULTS[name]
-    kind = Literal[described.choices] if described.choices else _TYPES[name]
+    kind = Literal[tuple(described.choices)] if described.choices else _TYPES[name]
     shown: bool | str = True
     if default is None:
         kind, shown = kind | None, _shown_default(name)
