@@ -282,14 +282,6 @@ def description_of(option: "Field[Any]") -> Description:
 DESCRIPTIONS = {each.name: description_of(each) for each in fields(QuantizeConfig)}
 
 
-# Options whose default depends on the method.
-METHOD_DEPENDENT = tuple(
-    each.name
-    for each in fields(QuantizeConfig)
-    if each.default is None and each.name != "refine_samples"
-)
-
-
 def method_defaults(name: str) -> dict[str, Any]:
     """Each method's own default of an option, by method; for those that have such an option."""
     return {
