@@ -116,13 +116,11 @@ def compare(
         family_of(source.config).check(config.skip)
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
+    calibration = _calibration_text(tokenizer, plan)
+    if resume and work is None:
+        raise InputError("`resume` needs the folder of the comparison to go on with: `work`")
     with ExitStack() as stack:
-        calibration = _calibration_text(tokenizer, plan)
         if work is None:
-            if resume:
-                raise InputError(
-                    "`resume` needs the folder of the comparison to go on with: `work`"
-                )
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
             work = Path(scratch, "work")
         progress("fingerprint", 0, 1)
