@@ -64,7 +64,7 @@ def takes_fields(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
             for own in inspect.signature(command).parameters.values()
             for each in (map(_parameter, names) if own.name == "config" else [own])
         ]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        vars(run)["__signature__"] = inspect.Signature(parameters)  # what typer reads
         return run
 
     return decorate

@@ -117,17 +117,15 @@ def compare(
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
     calibration = _calibration_text(tokenizer, plan)
-    if work is None and resume:
+    if resume and work is None:
         raise InputError("`resume` needs the folder of the comparison to go on with: `work`")
     with ExitStack() as stack:
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
-            opened = ComparisonFolder(Path(scratch, "work"), {}, "")
-        else:
-            progress("fingerprint", 0, 1)
-            job = comparison_job(source, tokens, plan.windowing)
-            opened = ComparisonFolder(work, job, calibration, resume=resume)
-        folder = stack.enter_context(opened)
+            work = Path(scratch, "work")
+        progress("fingerprint", 0, 1)
+        job = comparison_job(source, tokens, plan.windowing)
+        folder = stack.enter_context(ComparisonFolder(work, job, calibration, resume=resume))
         row, references = _float_row(source, plan, tokens, _staged(progress, FLOAT))
         rows = [row]
         on_row(row)

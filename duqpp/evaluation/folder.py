@@ -92,7 +92,7 @@ class ComparisonFolder:
         """Seconds that the model of an unfinished run took, if it was quantized to its end."""
         file = self._quantized_file(config)
         if file.exists() and model.exists():
-            return read_json(file)["seconds"]
+            return float(read_json(file)["seconds"])
         shutil.rmtree(self.model(config), ignore_errors=True)  # whole, but without its time
         return None
 

@@ -114,7 +114,6 @@ def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> T
     return tokens[: count * seq_len].view(count, seq_len)
 
 
-@torch.no_grad()
 def _evaluate(
     model: Any,
     windows: Tensor,
@@ -130,9 +129,11 @@ def _evaluate(
         if progress:
             progress("evaluate", index, count)
         ids = window[None].to(model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
         against = (reference, reference.hidden[index]) if reference else None
-        means.append([total / (seq_len - 1) for total in _sums(model, hidden, ids[0, 1:], against)])
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            sums = _sums(model, hidden, ids[0, 1:], against)
+        means.append([total / (seq_len - 1) for total in sums])
         if kept is not None:
             kept.append(hidden.to(HOST))
     if progress:

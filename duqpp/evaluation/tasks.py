@@ -109,7 +109,7 @@ def _names(manager: Any, task: str) -> list[str]:
         if not Path(task).is_file():
             raise InputError(f"no such task file: {task}")
         return [task]
-    names = manager.match_tasks([task])
+    names: list[str] = manager.match_tasks([task])
     if not names:
         near = difflib.get_close_matches(task, manager.all_tasks)
         hint = f"; there is {', '.join(near)}" if near else ""

@@ -36,7 +36,9 @@ def check_folders(out: Path, work: Path, resume: bool) -> None:
         with locked(work):  # nobody else works in it, so that the advice below is sound
             pass
     if work.exists() and not (resume and work.is_dir()):
-        raise InputError(f"{work} holds an unfinished job: continue it with --resume, or remove it")
+        raise InputError(
+            f"{work} holds an unfinished job: continue it with `resume=True`, or remove it"
+        )
 
 
 def make_folder(work: Path) -> None:
@@ -100,7 +102,7 @@ def give_name(work: Path, out: Path, leftovers: Iterable[str]) -> None:
     except OSError as error:
         raise InputError(
             f"cannot rename {work} to {out}: {error.strerror}; when it can be, continue with "
-            "--resume"
+            "`resume=True`"
         ) from error
     # Only now: until it has its name, the job can be resumed wherever it stops.
     for leftover in [file for pattern in (*leftovers, JOB_FILE) for file in out.glob(pattern)]:

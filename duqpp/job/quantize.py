@@ -113,16 +113,18 @@ def quantize_model(
             weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
         except CheckpointError as error:  # a file of an earlier run, which the others outlive
             raise CheckpointError(
-                f"{error}; remove that file, and continue with --resume"
+                f"{error}; remove that file, and continue with `resume=True`"
             ) from error
         except DuqppError as error:
             if is_new and not folder.has_finished_block():
                 shutil.rmtree(work)
                 raise
-            raise type(error)(f"{error}; continue with --resume, or remove {work}") from error
+            raise type(error)(f"{error}; continue with `resume=True`, or remove {work}") from error
         except OSError as error:  # such as a full disk: what is finished stays
             reason = error.strerror or error
-            raise InputError(f"cannot write to {work}: {reason}; continue with --resume") from error
+            raise InputError(
+                f"cannot write to {work}: {reason}; continue with `resume=True`"
+            ) from error
         give_name(work, out, leftovers=("model-*.json", "*" + LATENTS))
     seconds = time.monotonic() - started
     return QuantizeReport(

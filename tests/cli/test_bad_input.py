@@ -46,7 +46,7 @@ def assert_refuses(
         duqpp.quantize_model(str(model), out, config, **({"calibration": TOKENS} | options))
     assert "\n" not in str(raised.value)
     if finished:
-        assert str(raised.value).endswith(f"; continue with --resume, or remove {partial}")
+        assert str(raised.value).endswith(f"; continue with `resume=True`, or remove {partial}")
         assert len(list(partial.glob("*.safetensors"))) == 1 + finished
         shutil.rmtree(partial)
     assert _tree(out.parent) == before

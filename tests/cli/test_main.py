@@ -56,6 +56,7 @@ def fail(capsys):
     """Run a command line that fails: its one line on stderr, less "error: "."""
 
     def run_command(*arguments: object) -> str:
+        capsys.readouterr()  # of what fixtures have printed
         code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert code == 2, (code, out, err)

@@ -44,6 +44,26 @@ def test_a_spec_is_what_quantize_takes():
     assert list(parsed) == [spec.strip() for spec in specs]
 
 
+@pytest.mark.parametrize(
+    ("option", "default"),
+    [
+        ("--method", "duquant++"),
+        ("--samples", "16"),
+        ("--scale-rule", "even"),
+        ("--rotation", "(per-block for duqpp, else shared)"),
+        ("--gptq", "(on for duqpp, else off)"),
+        ("--smooth-alpha", "(0.6 for duquant and duquant++, else 0.0)"),
+        ("--refine-samples", None),
+    ],
+)
+def test_help_says_what_an_option_is_that_is_left_out(option, default, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["quantize", "--help"]) == 0
+    lines = [line.lstrip("│ ") for line in capsys.readouterr().out.splitlines()]
+    (line,) = [line for line in lines if line.startswith(f"{option} ")]
+    assert f"[default: {default}]" in line if default else "default" not in line
+
+
 def test_defaults_are_those_of_each_method():
     def only(spec: str) -> QuantizeConfig:
         return parse_methods([spec])[spec]

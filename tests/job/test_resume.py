@@ -259,7 +259,7 @@ def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkey
 
     out = tmp_path / "out"
     monkeypatch.setattr(os, "fsync", full_at_the_eighth)
-    with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*--resume"):
+    with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*`resume=True`"):
         quantize(model, out)
     assert quantize(model, out, resume=True).resumed_blocks == 2
     assert hashes(out) == uninterrupted()
@@ -268,7 +268,7 @@ def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkey
 def test_a_partial_folder_is_not_continued_unasked(model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out")
     before = hashes(work)
-    with pytest.raises(InputError, match=r"out\.partial holds an unfinished job.*--resume"):
+    with pytest.raises(InputError, match=r"out\.partial holds an unfinished job.*`resume=True`"):
         quantize(model, tmp_path / "out")
     assert hashes(work) == before
     assert not (tmp_path / "out").exists()
@@ -388,7 +388,7 @@ def test_a_damaged_file_is_removed_and_made_again_as_the_line_says(
     with pytest.raises(duqpp.CheckpointError) as raised:
         quantize(model, out, resume=True, **options)
     assert str(work / name) in str(raised.value)
-    assert str(raised.value).endswith("; remove that file, and continue with --resume")
+    assert str(raised.value).endswith("; remove that file, and continue with `resume=True`")
     (work / name).unlink()
     report = quantize(model, out, resume=True, **options)
     assert len(report.groups) == 4 * LAYERS
@@ -452,7 +452,7 @@ def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeyp
                 run(resume=resume)
             message = str(raised.value)
             assert message.startswith("cannot read model.layers.2.")
-            assert message.endswith(f"; continue with --resume, or remove {work}")
+            assert message.endswith(f"; continue with `resume=True`, or remove {work}")
             assert (work / SECOND).exists()
     run(resume=True)
     assert hashes(out) == uninterrupted()
@@ -484,7 +484,7 @@ def test_a_name_that_cannot_be_given_is_an_error_of_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(InputError, match=r"cannot rename .*out\.partial to .*--resume"):
+        with pytest.raises(InputError, match=r"cannot rename .*out\.partial to .*`resume=True`"):
             quantize(model, tmp_path / "out")
     assert quantize(model, tmp_path / "out", resume=True).resumed_blocks == LAYERS
     assert hashes(tmp_path / "out") == uninterrupted()

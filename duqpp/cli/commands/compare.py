@@ -36,7 +36,7 @@ def compare(
             metavar="SPEC",
             help="A method and its options as `duqpp quantize` takes them, such as "
             "'duqpp --refine distill'; repeatable.",
-            autocompletion=lambda: DESCRIPTIONS["method"].choices,
+            autocompletion=lambda: list(DESCRIPTIONS["method"].choices),
         ),
     ] = _METHODS,
     config: dict[str, Any],

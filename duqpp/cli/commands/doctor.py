@@ -57,6 +57,6 @@ def _shape(text: str) -> tuple[int, int, int]:
 def _library(facts: dict[str, Any]) -> str:
     """The compiled library in a line."""
     if "error" in facts:
-        return facts["error"]
+        return str(facts["error"])
     cuda = facts["cuda_architectures"] or "none"
     return f"CPU kernels for {facts['cpu_isa']}, CUDA kernels for {cuda}"

@@ -1,10 +1,10 @@
 """The command `duqpp eval`."""
 
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
@@ -20,8 +20,8 @@ from duqpp.cli.progress import Bars
 from duqpp.cli.tables import perplexity_lines, print_json, task_lines
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
-from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity_and_reference
-from duqpp.evaluation.tasks import Tasks, TaskScore
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
+from duqpp.evaluation.tasks import Tasks
 
 
 def evaluate(
@@ -53,69 +53,77 @@ def evaluate(
     if tasks is None and (tasks_dir is not None or limit is not None):
         raise InputError("--tasks-dir and --limit are for --tasks")
     where = choose_device(device)
-    found: dict[str, Any] = {"model": model}
-    lines = []
-    measured = None
-    if tasks is None or text is not None or reference is not None:
-        content = read_text(text or BUILTIN, part="evaluation")
-        measured = _Text(content, {"seq_len": seq_len, "windows": windows})
+    asked: list[_TextEvaluation | _TaskEvaluation] = []
     with Bars() as bars:
-        opened = None if tasks is None else _open_tasks(tasks, tasks_dir, limit, bars)
-        against = None
-        if measured and reference is not None:
-            bars.open(reference, "reference")
-            against = measured.reference(*load_model(reference, device=where, progress=bars), bars)
-            gc.collect()  # a model's modules refer to each other
+        if tasks is None or text is not None or reference is not None:
+            asked.append(_TextEvaluation(text or BUILTIN, seq_len, windows, reference))
+        if tasks is not None:
+            asked.append(_TaskEvaluation(tasks, tasks_dir, limit, bars))
+        for evaluation in asked:
+            evaluation.prepare(where, bars)
         bars.open(model)
         loaded, tokenizer = load_model(model, device=where, progress=bars)
-        found["device"] = str(loaded.device)
-        if measured:
-            result = measured.perplexity(loaded, tokenizer, against, bars)
-            found |= {"text": text or BUILTIN, "reference": reference, **result.to_dict()}
-            lines += perplexity_lines(result)
-        if opened is not None:
-            scores = _run_tasks(opened, loaded, tokenizer, bars)
-            found["tasks"] = [score.to_dict() for score in scores]
-            lines += task_lines(scores)
+        found: dict[str, Any] = {"model": model, "device": str(loaded.device)}
+        lines: list[str] = []
+        for evaluation in asked:
+            values, printed = evaluation.run(loaded, tokenizer, bars)
+            found |= values
+            lines += printed
     if as_json:
         print_json(found)
     else:
         print("\n".join(lines))
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A text to evaluate models on. windowing: seq_len and windows, as for `perplexity`."""
+class _TextEvaluation:
+    """Perplexity on a text, and divergence from a reference model, if one is named."""
 
-    content: str
-    windowing: dict[str, Any]
+    def __init__(self, text: str, seq_len: int, windows: int | None, reference: str | None) -> None:
+        self._text, self._content = text, read_text(text, part="evaluation")
+        self._windowing: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
+        self._reference = reference
+        self._kept: Reference | None = None
 
-    def perplexity(
-        self, model: Any, tokenizer: Any, reference: Reference | None, bars: Bars
-    ) -> PerplexityResult:
-        """Of a model, and its divergence from a reference, if there is one."""
+    def prepare(self, device: torch.device, bars: Bars) -> None:
+        """Evaluate the reference: it is gone before the model is loaded."""
+        from duqpp.integrations.transformers import load_model
+
+        if self._reference is None:
+            return
+        bars.open(self._reference, "reference")
+        model, tokenizer = load_model(self._reference, device=device, progress=bars)
+        tokens = tokenize(tokenizer, self._content)
+        _, self._kept = perplexity_and_reference(model, tokens, **self._windowing, progress=bars)
+        del model
+        gc.collect()  # a model's modules refer to each other
+
+    def run(self, model: Any, tokenizer: Any, bars: Bars) -> tuple[dict[str, Any], list[str]]:
+        """Of a model: as JSON, and as lines for people."""
         bars.wait("tokenizing the text")
-        tokens = tokenize(tokenizer, self.content)
-        return perplexity(model, tokens, **self.windowing, reference=reference, progress=bars)
-
-    def reference(self, model: Any, tokenizer: Any, bars: Bars) -> Reference:
-        """A float model, as what to compare another one with."""
-        tokens = tokenize(tokenizer, self.content)
-        return perplexity_and_reference(model, tokens, **self.windowing, progress=bars)[1]
+        tokens = tokenize(tokenizer, self._content)
+        options = {**self._windowing, "reference": self._kept}
+        result = perplexity(model, tokens, **options, progress=bars)
+        asked = {"text": self._text, "reference": self._reference}
+        return {**asked, **result.to_dict()}, perplexity_lines(result)
 
 
-def _open_tasks(tasks: str, folder: Path | None, limit: int | None, bars: Bars) -> Tasks:
-    """Tasks named as in "arc_easy, piqa": before time is spent on a model."""
-    names = [name.strip() for name in tasks.split(",")]
-    if not all(names):
-        raise InputError(f"--tasks must be names with commas between, got {tasks!r}")
-    bars.wait("reading the tasks")
-    return Tasks(names, folder, limit=limit)
+class _TaskEvaluation:
+    """lm-eval tasks, named as in "arc_easy, piqa"; opened before time is spent on a model."""
 
+    def __init__(self, tasks: str, folder: Path | None, limit: int | None, bars: Bars) -> None:
+        names = [name.strip() for name in tasks.split(",")]
+        if not all(names):
+            raise InputError(f"--tasks must be names with commas between, got {tasks!r}")
+        bars.wait("reading the tasks")
+        self._tasks = Tasks(names, folder, limit=limit)
 
-def _run_tasks(tasks: Tasks, model: Any, tokenizer: Any, bars: Bars) -> list[TaskScore]:
-    """lm-eval draws bars of its own, on a terminal alone."""
-    bars.stop()
-    if not bars.console.is_terminal:
-        bars.wait("running the tasks")
-    return tasks.run(model, tokenizer)
+    def prepare(self, device: torch.device, bars: Bars) -> None:
+        """Nothing is to be done."""
+
+    def run(self, model: Any, tokenizer: Any, bars: Bars) -> tuple[dict[str, Any], list[str]]:
+        """Of a model: as JSON, and as lines for people."""
+        bars.stop()
+        if not bars.console.is_terminal:  # lm-eval draws bars of its own, on a terminal alone
+            bars.wait("running the tasks")
+        scores = self._tasks.run(model, tokenizer)
+        return {"tasks": [score.to_dict() for score in scores]}, task_lines(scores)
