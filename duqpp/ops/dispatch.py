@@ -4,73 +4,17 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from duqpp.errors import BackendUnavailableError
-from duqpp.format import MXFP4Tensor, ScaleRule
+from duqpp.ops.backend import OPS, Backend
 from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
-from duqpp.ops.reference import OPS, ReferenceBackend
+from duqpp.ops.reference import ReferenceBackend
 
 ENVIRONMENT_VARIABLE = "DUQPP_BACKEND"
 
 logger = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """The functions behind the public ops; arguments arrive checked, x as [M, K]."""
-
-    name: str
-
-    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
-        """Why `op` cannot run on `device` here, in a few words; None when it can."""
-
-    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of an activation [rows, columns] that this GEMM reads."""
-
-    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of a prepared weight [rows, columns]."""
-
-    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
-        """See `duqpp.ops.rotate_quantize`; scales in the layout that this backend's GEMM reads."""
-
-    def rmsnorm_rotate_quantize(
-        self,
-        x: Tensor,
-        norm_weight: Tensor | None,
-        epsilon: float,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-    ) -> MXFP4Tensor:
-        """See `duqpp.ops.rmsnorm_rotate_quantize`."""
-
-    def silu_mul_rotate_quantize(
-        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
-    ) -> MXFP4Tensor:
-        """See `duqpp.ops.silu_mul_rotate_quantize`."""
-
-    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        """A weight as checkpoints hold it, in the layout that this backend's GEMM reads."""
-
-    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        """The inverse of `prepare_weight`."""
-
-    def mxfp4_gemm(
-        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
-        """See `duqpp.ops.mxfp4_gemm`."""
-
-    def mxfp4_linear(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-        weight: MXFP4Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """`rotate_quantize`, then `mxfp4_gemm`, to the dtype of x."""
 
 
 # Best first: `select` takes the first that can run.

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from duqpp.format import BLOCK_SIZE
-from duqpp.ops import dispatch, large_gemm, reference
+from duqpp.ops import dispatch, large_gemm
+from duqpp.ops.backend import OPS as BACKEND_OPS
+from duqpp.ops.backend import Backend
 from duqpp.ops.crossover import Crossover, crossover
 from duqpp.ops.native import CpuBackend, CudaBackend, compiled_library
 
@@ -59,7 +61,7 @@ def machines_here() -> list[Machine]:
     return [Machine(), gpu]
 
 
-def unavailable(backend: dispatch.Backend, op: str, machine: Machine) -> str | None:
+def unavailable(backend: Backend, op: str, machine: Machine) -> str | None:
     """Why a backend cannot run an op there; None when it can."""
     op = _OPS[op]
     if machine.capability is None:
@@ -69,7 +71,7 @@ def unavailable(backend: dispatch.Backend, op: str, machine: Machine) -> str | N
     return backend.unavailable_reason(op, torch.device("cuda"))
 
 
-def select(op: str, machine: Machine, backend: str = "auto") -> dispatch.Backend:
+def select(op: str, machine: Machine, backend: str = "auto") -> Backend:
     """The backend that would run an op there, as `duqpp.ops.dispatch.select` chooses.
 
     Raises: BackendUnavailableError.
@@ -77,19 +79,19 @@ def select(op: str, machine: Machine, backend: str = "auto") -> dispatch.Backend
     return dispatch.choose(_OPS[op], machine.name, lambda b, o: unavailable(b, o, machine), backend)
 
 
-def why_not(backend: dispatch.Backend, op: str, machine: Machine) -> str:
+def why_not(backend: Backend, op: str, machine: Machine) -> str:
     """Why a backend is not the one that is chosen there."""
     reason = unavailable(backend, op, machine)
     if reason is not None:
         return reason
-    for other in reference.OPS:
+    for other in BACKEND_OPS:
         reason = unavailable(backend, other, machine)
         if reason is not None:
             return f"could, but for {other}, which must read what it writes, it {reason}"
     return "can run, comes later"
 
 
-def kernel(op: str, m: int, n: int, k: int, machine: Machine, backend: dispatch.Backend) -> Kernel:
+def kernel(op: str, m: int, n: int, k: int, machine: Machine, backend: Backend) -> Kernel:
     """The kernel that `backend` runs for x [m, k] and a weight [n, k], x of 16-bit floats."""
     if k % BLOCK_SIZE:
         return Kernel(None, f"K must be a multiple of {BLOCK_SIZE}, got {k}")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
-from duqpp.ops.dispatch import Backend, select, select_shapes
+from duqpp.ops.backend import Backend
+from duqpp.ops.dispatch import select, select_shapes
 from duqpp.ops.reference import rotate_blocks
 
 _PLAIN = (Tensor, torch.nn.Parameter)

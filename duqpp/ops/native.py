@@ -11,9 +11,10 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.ops.backend import Backend, Quantization, RMSNorm, SiluMul
 from duqpp.ops.crossover import crossover
 from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
-from duqpp.ops.reference import OPS, ReferenceBackend
+from duqpp.ops.reference import ReferenceBackend
 
 try:
     import duqpp._C as _C
@@ -41,32 +42,8 @@ def library_info() -> dict[str, Any]:
     return {**_C.build_info(), "cpu_isa": _C.cpu_isa(), "cpu_isas": _C.cpu_isas()}
 
 
-class _NativeBackend:
+class _NativeBackend(Backend):
     """What the kernels of every device share: the ops, which torch sends to the device's own."""
-
-    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
-        op = torch.ops.duqpp_native.rotate_quantize
-        x, rotation = _with_constants(x, rotation)
-        return MXFP4Tensor(*op(x, rotation, _RULES[rule]))
-
-    def rmsnorm_rotate_quantize(
-        self,
-        x: Tensor,
-        norm_weight: Tensor | None,
-        epsilon: float,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-    ) -> MXFP4Tensor:
-        op = torch.ops.duqpp_native.rmsnorm_rotate_quantize
-        x, norm_weight, rotation = _with_constants(x, norm_weight, rotation)
-        return MXFP4Tensor(*op(x, norm_weight, epsilon, rotation, _RULES[rule]))
-
-    def silu_mul_rotate_quantize(
-        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
-    ) -> MXFP4Tensor:
-        op = torch.ops.duqpp_native.silu_mul_rotate_quantize
-        gate, rotation = _with_constants(gate, rotation)
-        return MXFP4Tensor(*op(gate, up.contiguous(), rotation, _RULES[rule]))
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -80,19 +57,27 @@ class _NativeBackend:
             out_dtype,
         )
 
-    def mxfp4_linear(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-        weight: MXFP4Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, rotation = _with_constants(x, rotation)
+    def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
+        ops, rule = torch.ops.duqpp_native, _RULES[asked.rule]
+        match asked.prologue:
+            case None:
+                x, (rotation,) = _with_constants(asked.x, asked.rotation)
+                return MXFP4Tensor(*ops.rotate_quantize(x, rotation, rule))
+            case SiluMul(up):
+                x, (rotation,) = _with_constants(asked.x, asked.rotation)
+                quantized = ops.silu_mul_rotate_quantize(x, up.contiguous(), rotation, rule)
+                return MXFP4Tensor(*quantized)
+            case RMSNorm(weight, epsilon):
+                x, (weight, rotation) = _with_constants(asked.x, weight, asked.rotation)
+                quantized = ops.rmsnorm_rotate_quantize(x, weight, epsilon, rotation, rule)
+                return MXFP4Tensor(*quantized)
+
+    def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
+        x, (rotation,) = _with_constants(asked.x, asked.rotation)
         return torch.ops.duqpp_native.mxfp4_linear(
             x,
             rotation,
-            _RULES[rule],
+            _RULES[asked.rule],
             weight.codes.contiguous(),
             weight.scales.contiguous(),
             _contiguous(bias),
@@ -100,26 +85,13 @@ class _NativeBackend:
 
 
 class CpuBackend(_NativeBackend):
-    """C++ kernels for this CPU; see `duqpp.ops.dispatch.Backend` for the contract.
+    """C++ kernels for this CPU.
 
     Scales stay row-major; `prepare_weight` reorders a weight into the tiles that the GEMM streams,
     in the same number of bytes.
     """
 
     name = "cpu"
-
-    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
-        if op not in OPS:
-            return f"no op named {op}"
-        if device.type != "cpu":
-            return f"needs a tensor on the CPU, not on {device.type}"
-        return _ABSENT if _C is None else None
-
-    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
-
-    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
 
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         op = torch.ops.duqpp_native.prepare_weight
@@ -128,6 +100,11 @@ class CpuBackend(_NativeBackend):
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
 
+    def _unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"needs a tensor on the CPU, not on {device.type}"
+        return _ABSENT if _C is None else None
+
 
 class _ReferenceInLayoutOf(ReferenceBackend):
     """The reference in the layouts of a CUDA backend."""
@@ -135,14 +112,14 @@ class _ReferenceInLayoutOf(ReferenceBackend):
     def __init__(self, backend: "CudaBackend"):
         self._backend = backend
 
-    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
-        quantized = super().rotate_quantize(x, rotation, rule)
-        return MXFP4Tensor(quantized.codes, swizzle_scales(quantized.scales))
-
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
         return super().mxfp4_gemm(_unswizzled(a), self._backend.restore_weight(b), bias, out_dtype)
+
+    def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
+        quantized = super().run_quantization(asked)
+        return MXFP4Tensor(quantized.codes, swizzle_scales(quantized.scales))
 
 
 @functools.cache
@@ -169,15 +146,6 @@ class CudaBackend(_NativeBackend):
         self.name, self._code = name, code
         self._float32 = _ReferenceInLayoutOf(self)
 
-    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
-        if op not in OPS:
-            return f"no op named {op}"
-        if device.type != "cuda":
-            return f"needs a tensor on a CUDA device, not on {device.type}"
-        if _C is None:
-            return _ABSENT
-        return self.unavailable_on(torch.cuda.get_device_capability(device))
-
     def unavailable_on(self, capability: tuple[int, int]) -> str | None:
         """`unavailable_reason` for any GPU of a compute capability, where there is a library."""
         if not any(map(self.code_for, self._code)):
@@ -196,30 +164,6 @@ class CudaBackend(_NativeBackend):
         built = _C.build_info()["cuda_architectures"].split(",")
         return next((name for name in self._code.get(capability, ()) if name in built), None)
 
-    def _form(self, dtype: torch.dtype) -> Any:
-        """What runs an op on activations of a dtype: the kernels, or the reference."""
-        if dtype != torch.float32:
-            return super()
-        _warn_of_float32(self.name)
-        return self._float32
-
-    def rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
-        return self._form(x.dtype).rotate_quantize(x, *others)
-
-    def rmsnorm_rotate_quantize(self, x: Tensor, *others: Any) -> MXFP4Tensor:
-        return self._form(x.dtype).rmsnorm_rotate_quantize(x, *others)
-
-    def silu_mul_rotate_quantize(self, gate: Tensor, *others: Any) -> MXFP4Tensor:
-        return self._form(gate.dtype).silu_mul_rotate_quantize(gate, *others)
-
-    def mxfp4_gemm(
-        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
-        return self._form(out_dtype).mxfp4_gemm(a, b, bias, out_dtype)
-
-    def mxfp4_linear(self, x: Tensor, *others: Any) -> Tensor:
-        return self._form(x.dtype).mxfp4_linear(x, *others)
-
     def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return (swizzled_size(rows, columns // BLOCK_SIZE),)
 
@@ -232,6 +176,35 @@ class CudaBackend(_NativeBackend):
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return _unswizzled(weight)
 
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        if out_dtype == torch.float32:
+            return self._of_float32().mxfp4_gemm(a, b, bias, out_dtype)
+        return super().mxfp4_gemm(a, b, bias, out_dtype)
+
+    def _unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"needs a tensor on a CUDA device, not on {device.type}"
+        if _C is None:
+            return _ABSENT
+        return self.unavailable_on(torch.cuda.get_device_capability(device))
+
+    def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
+        if asked.x.dtype == torch.float32:
+            return self._of_float32().run_quantization(asked)
+        return super().run_quantization(asked)
+
+    def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
+        if asked.x.dtype == torch.float32:
+            return self._of_float32().run_linear(asked, weight, bias)
+        return super().run_linear(asked, weight, bias)
+
+    def _of_float32(self) -> Backend:
+        """What runs an op on float32, which the kernels do not take."""
+        _warn_of_float32(self.name)
+        return self._float32
+
 
 class Sm80Backend(CudaBackend):
     """CUDA kernels for GPUs whose tensor cores do not know MXFP4.
@@ -239,25 +212,6 @@ class Sm80Backend(CudaBackend):
     Weights are in fragment order, in the bytes that they have in a checkpoint. Products of many
     rows are those of `duqpp.ops.large_gemm`.
     """
-
-    def mxfp4_gemm(
-        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
-        if out_dtype == torch.float32 or not _is_large(a.shape[0], b):
-            return super().mxfp4_gemm(a, b, bias, out_dtype)
-        return large_gemm(a, b, bias, out_dtype)
-
-    def mxfp4_linear(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-        weight: MXFP4Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        if x.dtype == torch.float32 or not _is_large(x.shape[0], weight):
-            return super().mxfp4_linear(x, rotation, rule, weight, bias)
-        return large_gemm(self.rotate_quantize(x, rotation, rule), weight, bias, x.dtype)
 
     def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return rows, columns // BLOCK_SIZE
@@ -269,6 +223,19 @@ class Sm80Backend(CudaBackend):
 
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return from_fragments(weight)
+
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        if out_dtype == torch.float32 or not _is_large(a.shape[0], b):
+            return super().mxfp4_gemm(a, b, bias, out_dtype)
+        return large_gemm(a, b, bias, out_dtype)
+
+    def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
+        x = asked.x
+        if x.dtype == torch.float32 or not _is_large(x.shape[0], weight):
+            return super().run_linear(asked, weight, bias)
+        return large_gemm(self.run_quantization(asked), weight, bias, x.dtype)
 
 
 def _is_large(rows: int, weight: MXFP4Tensor) -> bool:
@@ -297,7 +264,7 @@ def _unswizzled(tensor: MXFP4Tensor) -> MXFP4Tensor:
     return MXFP4Tensor(tensor.codes, scales)
 
 
-def _with_constants(x: Tensor, *constants: Tensor | None) -> tuple[Any, ...]:
+def _with_constants(x: Tensor, *constants: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
     """All of them contiguous, no constant's copy being the last kernel that is launched.
 
     On a GPU a kernel may read a model's constants while the kernel just before it is running
@@ -305,7 +272,7 @@ def _with_constants(x: Tensor, *constants: Tensor | None) -> tuple[Any, ...]:
     """
     kept = [_contiguous(constant) for constant in constants]
     copied = any(one is not other for one, other in zip(kept, constants, strict=True))
-    return (x.clone(memory_format=torch.contiguous_format) if copied else x.contiguous(), *kept)
+    return x.clone(memory_format=torch.contiguous_format) if copied else x.contiguous(), kept
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

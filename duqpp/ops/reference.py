@@ -4,54 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize, quantize
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize, quantize
+from duqpp.ops.backend import Backend, Quantization, RMSNorm, SiluMul
 
-OPS = ("rotate_quantize", "mxfp4_gemm")
 
-
-class ReferenceBackend:
-    """The backend that is always there: see `duqpp.ops.dispatch.Backend` for the contract."""
+class ReferenceBackend(Backend):
+    """The backend that is always there."""
 
     name = "reference"
-
-    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
-        return None if op in OPS else f"no op named {op}"
-
-    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
-
-    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
-
-    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
-        rotated = x.float() if rotation is None else rotate_blocks(x.float(), rotation.float())
-        return quantize(rotated, rule=rule)
-
-    def rmsnorm_rotate_quantize(
-        self,
-        x: Tensor,
-        norm_weight: Tensor | None,
-        epsilon: float,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-    ) -> MXFP4Tensor:
-        dtype, x = x.dtype, x.float()
-        normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        if norm_weight is not None:
-            normed = normed * norm_weight.float()
-        return self.rotate_quantize(normed.to(dtype), rotation, rule)
-
-    def silu_mul_rotate_quantize(
-        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
-    ) -> MXFP4Tensor:
-        activated = silu(gate.float()) * up.float()
-        return self.rotate_quantize(activated.to(gate.dtype), rotation, rule)
-
-    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        return weight
-
-    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
-        return weight
 
     def mxfp4_gemm(
         self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -60,15 +20,26 @@ class ReferenceBackend:
         product = dequantize(a) @ dequantize(b).T
         return (product if bias is None else product + bias.float()).to(out_dtype)
 
-    def mxfp4_linear(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        rule: ScaleRule,
-        weight: MXFP4Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        return self.mxfp4_gemm(self.rotate_quantize(x, rotation, rule), weight, bias, x.dtype)
+    def _unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
+        x = _before_rotation(asked.x, asked.prologue).float()
+        rotated = x if asked.rotation is None else rotate_blocks(x, asked.rotation.float())
+        return quantize(rotated, rule=asked.rule)
+
+
+def _before_rotation(x: Tensor, prologue: RMSNorm | SiluMul | None) -> Tensor:
+    """What is rotated, in the dtype of x: computed in float32 and rounded once."""
+    match prologue:
+        case None:
+            return x
+        case SiluMul(up):
+            return (silu(x.float()) * up.float()).to(x.dtype)
+        case RMSNorm(weight, epsilon):
+            wide = x.float()
+            normed = wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            return (normed if weight is None else normed * weight.float()).to(x.dtype)
 
 
 def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from duqpp.ops import (
     rotate_quantize,
     silu_mul_rotate_quantize,
 )
-from duqpp.ops.dispatch import BACKENDS, Backend
+from duqpp.ops.backend import Backend
+from duqpp.ops.dispatch import BACKENDS
 from duqpp.ops.large_gemm import Route, large_gemm, route_on
 from duqpp.ops.native import Sm80Backend
 from duqpp.rotation.basis import hadamard

@@ -15,11 +15,12 @@ from duqpp import ops
 from duqpp.format import MXFP4Tensor
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
 from duqpp.ops import dispatch
+from duqpp.ops.backend import Backend
 
 CPU = torch.device("cpu")
 
 
-def _parameter(backend: dispatch.Backend):
+def _parameter(backend: Backend):
     reasons = [backend.unavailable_reason(op, CPU) for op in ("rotate_quantize", "mxfp4_gemm")]
     reason = next((r for r in reasons if r is not None), None)
     skip = pytest.mark.skip(reason=f"{backend.name}: {reason}")

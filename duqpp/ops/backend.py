@@ -1,0 +1,118 @@
+"""What a backend is: the public ops, over the few functions in which backends differ."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+
+OPS = ("rotate_quantize", "mxfp4_gemm")  # those that a backend is chosen for
+
+
+class RMSNorm(NamedTuple):
+    """The RMSNorm of x is rotated; weight [K] in the dtype of x, None is all ones."""
+
+    weight: Tensor | None
+    epsilon: float
+
+
+class SiluMul(NamedTuple):
+    """``silu(x) * up`` is rotated; up has the shape and dtype of x."""
+
+    up: Tensor
+
+
+class Quantization(NamedTuple):
+    """What a `rotate_quantize` is asked: x [M, K], and what comes before its rotation, if anything.
+
+    The C++ sources call it RotateQuantizeProblem (csrc/problem.h).
+    """
+
+    x: Tensor
+    rotation: Tensor | None
+    rule: ScaleRule
+    prologue: RMSNorm | SiluMul | None = None
+
+
+class Backend(ABC):
+    """The functions behind the public ops; arguments arrive checked, x as [M, K].
+
+    A backend says where it runs (`_unavailable`), quantizes (`run_quantization`) and multiplies
+    (`mxfp4_gemm`). What it says no more of is as in a checkpoint: scales row-major, weights as they
+    are.
+    """
+
+    name: str
+
+    def unavailable_reason(self, op: str, device: torch.device) -> str | None:
+        """Why `op` cannot run on `device` here, in a few words; None when it can."""
+        return self._unavailable(device) if op in OPS else f"no op named {op}"
+
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of an activation [rows, columns] that this GEMM reads."""
+        return rows, columns // BLOCK_SIZE
+
+    def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of a prepared weight [rows, columns]."""
+        return rows, columns // BLOCK_SIZE
+
+    def rotate_quantize(self, x: Tensor, rotation: Tensor | None, rule: ScaleRule) -> MXFP4Tensor:
+        """See `duqpp.ops.rotate_quantize`; scales in the layout that this backend's GEMM reads."""
+        return self.run_quantization(Quantization(x, rotation, rule))
+
+    def rmsnorm_rotate_quantize(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        epsilon: float,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+    ) -> MXFP4Tensor:
+        """See `duqpp.ops.rmsnorm_rotate_quantize`."""
+        return self.run_quantization(Quantization(x, rotation, rule, RMSNorm(norm_weight, epsilon)))
+
+    def silu_mul_rotate_quantize(
+        self, gate: Tensor, up: Tensor, rotation: Tensor | None, rule: ScaleRule
+    ) -> MXFP4Tensor:
+        """See `duqpp.ops.silu_mul_rotate_quantize`."""
+        return self.run_quantization(Quantization(gate, rotation, rule, SiluMul(up)))
+
+    def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        """A weight as checkpoints hold it, in the layout that this backend's GEMM reads."""
+        return weight
+
+    def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
+        """The inverse of `prepare_weight`."""
+        return weight
+
+    @abstractmethod
+    def mxfp4_gemm(
+        self, a: MXFP4Tensor, b: MXFP4Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See `duqpp.ops.mxfp4_gemm`."""
+
+    def mxfp4_linear(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        rule: ScaleRule,
+        weight: MXFP4Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`rotate_quantize`, then `mxfp4_gemm`, to the dtype of x."""
+        return self.run_linear(Quantization(x, rotation, rule), weight, bias)
+
+    @abstractmethod
+    def _unavailable(self, device: torch.device) -> str | None:
+        """Why no op can run on `device` here, in a few words; None when all can."""
+
+    @abstractmethod
+    def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
+        """`rotate_quantize` and its fused forms."""
+
+    def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
+        """`mxfp4_linear`; what is asked has no prologue."""
+        quantized = self.rotate_quantize(asked.x, asked.rotation, asked.rule)
+        return self.mxfp4_gemm(quantized, weight, bias, asked.x.dtype)
