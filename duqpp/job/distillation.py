@@ -6,7 +6,7 @@ from pathlib import Path
 from duqpp.checkpoint.shard import Progress, read_json, write_block, write_json
 from duqpp.errors import CheckpointError
 from duqpp.job.blocks import LATENTS, BlockFolder
-from duqpp.methods.base import Method, QuantizedModel
+from duqpp.methods.base import Method, QuantizedModel, Streams
 from duqpp.methods.reports import DistillReport
 from duqpp.models.stack import BlockInputs, DecoderStack
 
@@ -19,7 +19,7 @@ def train_shards(
     method: Method,
     stack: DecoderStack,
     folder: BlockFolder,
-    inputs: BlockInputs,
+    first: Streams,
     exact: BlockInputs,
     progress: Progress,
 ) -> DistillReport:
@@ -27,16 +27,16 @@ def train_shards(
 
     Args:
         stack: with none of its blocks released.
-        inputs: what enters block 0. exact: what leaves the float model's last block.
+        first: what enters block 0. exact: what leaves the float model's last block.
     Raises: CheckpointError for a damaged file.
     """
     shards, report_file = folder.shards, folder.work / _REPORT_FILE
-    if not is_trained(folder):
+    if not is_trained(folder) and first.inputs is not None:
         indices = range(len(shards))
         model = QuantizedModel(
             [folder.quantized(stack, index) for index in indices],
             [folder.latents(index) for index in indices],
-            inputs,
+            first.inputs,
             exact.hidden,
             stack.head(),
         )

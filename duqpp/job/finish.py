@@ -75,7 +75,7 @@ def write_companions(
 def _causal_class(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM._model_mapping[type(config)].__name__
+    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
 
 
 def provenance(name_or_path: str | None, config: QuantizeConfig, data: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,26 +107,12 @@ def quantize_model(
     with locked(work):
         if not is_new:
             check_same_job(work, job)
-        try:
+        with _saying_how_to_go_on(folder, is_new):
             write_json(work / JOB_FILE, job)
             stack = DecoderStack(source, placement=placement)
             results = _quantize_blocks(stack, config, tokens, folder, progress)
             write_companions(companions, layout, stack.dtype, work, results)
             weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-        except CheckpointError as error:  # a file of an earlier run, which the others outlive
-            raise CheckpointError(
-                f"{error}; remove that file, and continue with `resume=True`"
-            ) from error
-        except DuqppError as error:
-            if is_new and not folder.has_finished_block():
-                shutil.rmtree(work)
-                raise
-            raise type(error)(f"{error}; continue with `resume=True`, or remove {work}") from error
-        except OSError as error:  # such as a full disk: what is finished stays
-            reason = error.strerror or error
-            raise InputError(
-                f"cannot write to {work}: {reason}; continue with `resume=True`"
-            ) from error
         give_name(work, out, leftovers=("model-*.json", "*" + LATENTS))
     seconds = time.monotonic() - started
     return QuantizeReport(
@@ -136,6 +124,31 @@ def quantize_model(
         results.refined,
         results.distilled,
     )
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: BlockFolder, is_new: bool) -> Iterator[None]:
+    """Add to an error how the job continues, which keeps its finished blocks.
+
+    Args: is_new: this call has made the folder, and removes it where no block is finished.
+    """
+    work = folder.work
+    try:
+        yield
+    except CheckpointError as error:  # a file of an earlier run, which the others outlive
+        raise CheckpointError(
+            f"{error}; remove that file, and continue with `resume=True`"
+        ) from error
+    except DuqppError as error:
+        if is_new and not folder.has_finished_block():
+            shutil.rmtree(work)
+            raise
+        raise type(error)(f"{error}; continue with `resume=True`, or remove {work}") from error
+    except OSError as error:  # such as a full disk: what is finished stays
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot write to {work}: {reason}; continue with `resume=True`"
+        ) from error
 
 
 def _quantize_blocks(
@@ -169,7 +182,7 @@ def _quantize_blocks(
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
         again = DecoderStack(stack.source, placement=stack.placement)
-        first = first_streams(again, tokens, config).inputs
+        first = first_streams(again, tokens, config)
         results.distilled = train_shards(method, again, folder, first, streams.exact, progress)
     return results
 

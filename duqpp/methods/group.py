@@ -170,15 +170,17 @@ def _fill_linear(
     linear: MXFP4Linear, weight: MXFP4Tensor, transform: InputTransform, bias: Tensor | None
 ) -> None:
     """Give a converted linear its values."""
-    linear.weight_packed.data = weight.codes.clone()
-    linear.weight_scale.data = weight.scales.clone()
-    if transform.rotation is not None:
-        linear.rotation.data = transform.rotation.matrix.clone()
-    if transform.pre_rotation is not None:
-        linear.pre_rotation.data = transform.pre_rotation.matrix.clone()
-        linear.permutation.data = transform.permutation.clone()
-    if bias is not None:
-        linear.bias.data = bias.detach().clone()
+    values = {
+        "weight_packed": weight.codes,
+        "weight_scale": weight.scales,
+        "rotation": transform.rotation and transform.rotation.matrix,
+        "pre_rotation": transform.pre_rotation and transform.pre_rotation.matrix,
+        "permutation": transform.permutation,
+        "bias": None if bias is None else bias.detach(),
+    }
+    for name, value in values.items():
+        if value is not None:
+            getattr(linear, name).data = value.clone()
     linear.prepare()
 
 

@@ -127,7 +127,7 @@ def large_gemm(
 
 def bytes_per_row(route: Route, m: int, k: int, *, in_place: bool) -> int:
     """What a row of b takes of the workspace: values, scale, and a column not yet in place."""
-    return k * route.dtype.itemsize + 4 + (0 if in_place else 4 * m)
+    return k * int(route.dtype.itemsize) + 4 + (0 if in_place else 4 * m)
 
 
 def writes_in_place(route: Route, bias: Tensor | None, out: Tensor) -> bool:

@@ -4,6 +4,8 @@ Tensors cross as plain codes and scales, so that torch.compile, CUDA graphs and 
 tensors. Arguments are checked in `duqpp.ops`, before these are called.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def rotate_quantize(
 
 
 @rotate_quantize.register_fake
-def _(x, rotation, rule, backend):
+def _(x: Tensor, rotation: Tensor | None, rule: str, backend: str) -> tuple[Tensor, Tensor]:
     return _empty_quantized(x, select_shapes("rotate_quantize", x.device, backend))
 
 
@@ -75,7 +77,14 @@ def rmsnorm_rotate_quantize(
 
 
 @rmsnorm_rotate_quantize.register_fake
-def _(x, norm_weight, epsilon, rotation, rule, backend):
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    rotation: Tensor | None,
+    rule: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     return _empty_quantized(x, select_shapes("rotate_quantize", x.device, backend))
 
 
@@ -90,7 +99,9 @@ def silu_mul_rotate_quantize(
 
 
 @silu_mul_rotate_quantize.register_fake
-def _(gate, up, rotation, rule, backend):
+def _(
+    gate: Tensor, up: Tensor, rotation: Tensor | None, rule: str, backend: str
+) -> tuple[Tensor, Tensor]:
     return _empty_quantized(gate, select_shapes("rotate_quantize", gate.device, backend))
 
 
@@ -108,7 +119,7 @@ def prepare_weight(codes: Tensor, scales: Tensor, backend: str) -> tuple[Tensor,
 
 
 @prepare_weight.register_fake
-def _(codes, scales, backend):
+def _(codes: Tensor, scales: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     chosen = select_shapes("mxfp4_gemm", codes.device, backend)
     shape = chosen.weight_scales_shape(codes.shape[0], codes.shape[1] * 2)
     return torch.empty_like(codes), scales.new_empty(shape)
@@ -130,7 +141,15 @@ def mxfp4_gemm(
 
 
 @mxfp4_gemm.register_fake
-def _(a_codes, a_scales, b_codes, b_scales, bias, out_dtype, backend):
+def _(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
 
 
@@ -151,15 +170,23 @@ def mxfp4_linear(
 
 
 @mxfp4_linear.register_fake
-def _(x, rotation, rule, weight_codes, weight_scales, bias, backend):
+def _(
+    x: Tensor,
+    rotation: Tensor | None,
+    rule: str,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
     return x.new_empty((x.shape[0], weight_codes.shape[0]))
 
 
-def _no_gradient(ctx, *grads):
-    return (None,) * ctx.inputs
+def _no_gradient(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    return (None,) * int(ctx.inputs)
 
 
-def _save_arity(ctx, inputs, output):
+def _save_arity(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.inputs = len(inputs)
 
 
@@ -174,12 +201,12 @@ for _op in (
     _op.register_autograd(_no_gradient, setup_context=_save_arity)
 
 
-def _gemm_backward(ctx, grad):
+def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.bias_dtype else None
     return None, None, None, None, grad_bias, None, None
 
 
-def _gemm_context(ctx, inputs, output):
+def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     bias = inputs[4]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -205,17 +232,23 @@ def mxfp4_linear_input_gradient(
 
 
 @mxfp4_linear_input_gradient.register_fake
-def _(grad, rotation, weight_codes, weight_scales, backend):
+def _(
+    grad: Tensor,
+    rotation: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    backend: str,
+) -> Tensor:
     return grad.new_empty((grad.shape[0], weight_codes.shape[1] * 2))
 
 
-def _linear_context(ctx, inputs, output):
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, rotation, _, weight_codes, weight_scales, bias, ctx.backend = inputs
     ctx.save_for_backward(rotation, weight_codes, weight_scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx, grad):
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = mxfp4_linear_input_gradient(grad, *ctx.saved_tensors, ctx.backend)

@@ -29,7 +29,8 @@ _RULES = {ScaleRule.FLOOR: 0, ScaleRule.EVEN: 1, ScaleRule.CEIL: 2, ScaleRule.MS
 
 def compiled_library() -> ModuleType | None:
     """`duqpp._C`, or None where it is absent."""
-    return _C
+    module: ModuleType | None = _C
+    return module
 
 
 def library_info() -> dict[str, Any]:

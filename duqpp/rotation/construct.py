@@ -161,7 +161,8 @@ def _largest(x: Tensor, rotation: Tensor) -> Tensor:
 
 def _peak(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitude of x [G, n, 32] in each group, and the channel that holds it: [G], [G]."""
-    return x.abs().amax(1).max(1)
+    values, channels = x.abs().amax(1).max(1)
+    return values, channels
 
 
 def _swap_first(matrix: Tensor, channel: Tensor) -> Tensor:

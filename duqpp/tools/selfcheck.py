@@ -338,14 +338,16 @@ def _median_us(call: Callable[[], Any], repeats: int = 20) -> float:
         call()
         end.record()
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) * 1e3 for start, end in marks)[repeats // 2]
+    times: list[float] = sorted(start.elapsed_time(end) * 1e3 for start, end in marks)
+    return times[repeats // 2]
 
 
 def _copy_bandwidth(device: str) -> float:
     """Bytes read and written a second by a copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (_median_us(lambda: target.copy_(source)) * 1e-6)
+    seconds = _median_us(lambda: target.copy_(source)) * 1e-6
+    return 2 * int(source.numel()) / seconds
 
 
 def _timings(backend: Backend, device: str) -> Iterator[Timing]:
@@ -360,18 +362,19 @@ def _timings(backend: Backend, device: str) -> Iterator[Timing]:
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
             a = rotate_quantize(x, rotation, **options)
 
-            def quantize(x=x):
+            def quantize(x: Tensor = x) -> MXFP4Tensor:
                 return rotate_quantize(x, rotation, **options)
 
-            def gemm(a=a, packed=packed):
+            def gemm(a: MXFP4Tensor = a, packed: MXFP4Tensor = packed) -> Tensor:
                 return mxfp4_gemm(a, packed, out_dtype=torch.bfloat16, backend=backend.name)
 
-            def both(x=x, packed=packed):
+            def both(x: Tensor = x, packed: MXFP4Tensor = packed) -> Tensor:
                 return mxfp4_linear(x, rotation, packed, **options)
 
-            def bf16(x=x, weight=weight):
+            def bf16(x: Tensor = x, weight: Tensor = weight) -> Tensor:
                 return linear(x, weight)
 
-            quantize_us, gemm_us, linear_us, bf16_us = map(_median_us, (quantize, gemm, both, bf16))
+            calls: tuple[Callable[[], object], ...] = (quantize, gemm, both, bf16)
+            quantize_us, gemm_us, linear_us, bf16_us = map(_median_us, calls)
             rate = n * k * (0.5 + 1 / BLOCK_SIZE) / (linear_us * 1e-6)
             yield Timing(name, m, n, k, quantize_us, gemm_us, linear_us, bf16_us, rate)
