@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
@@ -23,6 +22,7 @@ from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
 from duqpp.models.family import family_of
 from duqpp.models.source import Source
+from duqpp.models.stack import float_model
 
 FLOAT = "float"
 
@@ -143,24 +143,6 @@ def compare(
         sample.samples,
         sample.seq_len,
     )
-
-
-def float_model(source: Source) -> nn.Module:
-    """The source as a transformers model, in eval mode; it shares the source's tensors."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = source.tensor("model.embed_tokens.weight").dtype
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
-    weights = {n: source.tensor(n).to(dtype) for n in model.state_dict() if n in source.names}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise InputError(f"the model has no tensor {missing[0]}")
-    # Its frequencies are computed, not stored, and on the meta device they were not.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=source.config)
-    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.errors import InputError, first_line
-from duqpp.models.family import family_of
+from duqpp.models.family import Family, family_of
 from duqpp.models.source import Source
 from duqpp.placement import ON_HOST, Placement
 
@@ -38,7 +38,7 @@ class DecoderStack:
 
         self.source, self.config, self.placement = source, source.config, placement
         self.family = family_of(self.config)
-        embedding = self._stored(f"{self.family.body}.embed_tokens.weight")
+        embedding = _stored(source, self.family, f"{self.family.body}.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
         try:
             with torch.device("meta"):
@@ -101,16 +101,11 @@ class DecoderStack:
         return nn.Sequential(norm, head).requires_grad_(False)
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
-        tensor = self._stored(name).to(self.dtype)
+        tensor = _stored(self.source, self.family, name).to(self.dtype)
         if tensor.shape != shape:
             raise InputError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         check_finite(tensor, name)
         return tensor
-
-    def _stored(self, name: str) -> Tensor:
-        """A tensor of the model as the source has it."""
-        stored = self.family.stored(name)
-        return self.source.tensor(stored.name)[stored.part]
 
     def release(self, index: int) -> None:
         """Let go of block `index` and its weights."""
@@ -135,6 +130,36 @@ class DecoderStack:
             torch.empty_like(self._embedding, device="meta"), requires_grad=False
         )
         return inputs
+
+
+def float_model(source: Source) -> nn.Module:
+    """The source as a whole transformers model, in eval mode; it shares the source's tensors.
+
+    Raises: InputError when the source lacks a tensor.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = family_of(source.config)
+    dtype = _stored(source, family, f"{family.body}.embed_tokens.weight").dtype
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    names = [n for n in model.state_dict() if family.stored(n).name in source.names]
+    weights = {name: _stored(source, family, name).to(dtype) for name in names}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise InputError(f"the model has no tensor {missing[0]}")
+    body = model.get_submodule(family.body)
+    # Its buffers are computed, not stored, and on the meta device they were not.
+    body.rotary_emb = type(body.rotary_emb)(config=source.config)
+    return model.eval()
+
+
+def _stored(source: Source, family: Family, name: str) -> Tensor:
+    """A tensor of the model as the source has it."""
+    stored = family.stored(name)
+    return source.tensor(stored.name)[stored.part]
 
 
 @dataclass

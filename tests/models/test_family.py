@@ -21,7 +21,7 @@ from duqpp.models.family import (
     is_skipped,
 )
 from duqpp.models.source import Source, open_source
-from duqpp.models.stack import DecoderStack
+from duqpp.models.stack import DecoderStack, float_model
 from duqpp.nn import MXFP4Linear
 from tests.families import FAMILIES, LLAMA
 
@@ -164,6 +164,7 @@ class FusedSource:
 
     def __init__(self, source: Source) -> None:
         self.source, self.config = source, source.config
+        self.names = frozenset(Fused(source.config).stored(name).name for name in source.names)
 
     def tensor(self, name: str) -> torch.Tensor:
         parts = [linear for linear, (fused, _) in FUSED.items() if f".{fused}." in name]
@@ -175,10 +176,14 @@ def test_linears_that_are_slices_of_a_stored_tensor(make_tiny, monkeypatch):
     source = open_source(str(make_tiny("llama")))
     expected = DecoderStack(source).block(1).state_dict()
     monkeypatch.setitem(registry.FAMILIES, "llama", Fused)
-    found = DecoderStack(FusedSource(source)).block(1).state_dict()
+    fused = FusedSource(source)
+    assert not fused.names & source.names & {f"model.layers.1.{n}.weight" for n in FUSED}
+    found = DecoderStack(fused).block(1).state_dict()
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+    for name, tensor in float_model(fused).state_dict().items():
+        assert torch.equal(source.tensor(name), tensor), name
 
 
 class Mixture(Family):
