@@ -253,8 +253,8 @@ MUTATIONS = (
     Mutation(
         "shard: finished blocks are read unverified",
         SHARD,
-        "    verify_shard(path)\n    return load_file(path)",
-        "    return load_file(path)",
+        "    verify_shard(path)\n    tensors:",
+        "    tensors:",
         "tests/job/test_resume.py::test_finished_blocks_are_verified",
     ),
     Mutation(
@@ -487,16 +487,16 @@ MUTATIONS = (
     Mutation(
         "smoothing: producers before consumers",
         METHOD_SMOOTHING,
-        'key=("o", "down", "qkv", "gate_up").index',
-        'key=("qkv", "gate_up", "o", "down").index',
+        "for plan in reversed(list(plans.values())):",
+        "for plan in list(plans.values()):",
         INDEPENDENT_TESTS,
     ),
     Mutation(
-        "smoothing: a float producer is divided",
+        "smoothing: a group of which some linears stay is smoothed",
         METHOD_SMOOTHING,
-        "if not is_whole(plan.group) or not _can_absorb(plan.group.producer, plans):",
-        "if not is_whole(plan.group):",
-        INDEPENDENT_TESTS,
+        "if group.producer is None or not group.is_whole:",
+        "if group.producer is None:",
+        f"{INDEPENDENT_TESTS} {JOB_TESTS}",
     ),
     Mutation(
         "random: one matrix for all blocks",
@@ -564,8 +564,8 @@ MUTATIONS = (
     Mutation(
         "latent: linears come back without sharing their input",
         LATENT,
-        "            share_input(owner, [block.get_submodule(name) for name in group.linears])",
-        "            assert owner",
+        "        share_group(block, group)\n",
+        "",
         LATENT_TESTS,
     ),
     Mutation(
