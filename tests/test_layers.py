@@ -4,6 +4,7 @@ import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,9 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.
 LAYERS = (
-    ("_C", "errors", "placement", "threads", "version"),
-    ("format",),
+    ("_C", "errors", "format", "placement", "threads", "version"),
     ("ops",),
-    ("rotation",),
-    ("calibration", "nn"),
+    ("calibration", "nn", "rotation"),
     ("models",),
     ("checkpoint",),
     ("methods",),
@@ -98,9 +97,29 @@ def test_the_reader_sees_imports():
     assert "transformers" in lazy
 
 
-def test_every_module_has_a_layer():
-    unknown = {name for name in SOURCES if name != ROOT and layer_of(name) not in RANK}
+def test_layers_and_folders_are_the_same():
+    """And the modules beside them: none without a layer, none that is gone."""
+    there = {name: layer_of(name) for name in SOURCES if name != ROOT}
+    unknown = {name for name, layer in there.items() if layer not in RANK}
     assert not unknown, f"name their layer in {Path(__file__).name}: {sorted(unknown)}"
+    compiled = {path.name.partition(".")[0] for path in PACKAGE.glob("_C*")}
+    assert set(RANK) == {*there.values(), *compiled}
+    folders = {path.parent for path in SOURCES.values()}
+    assert all((folder / "__init__.py") in SOURCES.values() for folder in folders)
+
+
+def test_no_layer_is_one_with_the_layer_below():
+    """Something in each imports something of the next one down: there are no idle ranks."""
+    found = {
+        (layer_of(name), layer_of(other)) for name in SOURCES for other in own(imports_of(name))
+    }
+    for below, above in pairwise(LAYERS):
+        assert {(a, b) for a in above for b in below} & found, f"{above} could stand beside {below}"
+
+
+def test_few_modules_stand_outside_of_folders():
+    """Eight at most: what every layer needs, and the ends of the package."""
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != ROOT])
@@ -125,3 +144,12 @@ def test_hosts_are_imported_where_they_are_used(name):
     roots = {found.split(".")[0] for found in imports_at_import_time(name)} - {ROOT}
     outside = roots - set(sys.stdlib_module_names)
     assert outside <= BASE | HOSTS.get(layer_of(name), set()), f"{name} imports {outside}"
+
+
+@pytest.mark.parametrize(
+    ("layer", "host"), [(layer, host) for layer, hosts in HOSTS.items() for host in sorted(hosts)]
+)
+def test_a_permission_is_used(layer, host):
+    own_modules = [name for name in SOURCES if layer_of(name) == layer]
+    used = {found.split(".")[0] for name in own_modules for found in imports_at_import_time(name)}
+    assert host in used, f"no module of {layer} imports {host} while it is imported"

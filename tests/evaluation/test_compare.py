@@ -396,10 +396,10 @@ def test_a_model_that_was_removed_before_its_evaluation_is_made_again(
 
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        resumed(tiny_llama, "random", work, seeds=[0], progress=stop)
+        resumed(tiny_llama, ["random"], work, seeds=[0], progress=stop)
     (model,) = work.glob("model-*")
     shutil.rmtree(model)
-    assert len(resumed(tiny_llama, "random", work, seeds=[0]).rows) == 2
+    assert len(resumed(tiny_llama, ["random"], work, seeds=[0]).rows) == 2
     assert reports == [("random", 0, 0)] * 2
 
 

@@ -11,7 +11,30 @@ TOKENS = "duqpp/calibration/tokens.py"
 SHARD = "duqpp/checkpoint/shard.py"
 LAYOUT = "duqpp/checkpoint/layout.py"
 CARD = "duqpp/checkpoint/card.py"
+GROUP = "duqpp/methods/group.py"
+INDEPENDENT = "duqpp/methods/independent.py"
+SEQUENTIAL = "duqpp/methods/sequential.py"
+METHOD_SMOOTHING = "duqpp/methods/smoothing.py"
+FIXED = "duqpp/methods/fixed.py"
+OPTIONS = "duqpp/methods/options.py"
+LEARNED = "duqpp/methods/learned.py"
 SCHEDULE = "duqpp/methods/refine/schedule.py"
+LATENT = "duqpp/methods/refine/latent.py"
+REFINE_BLOCKS = "duqpp/methods/refine/blocks.py"
+DISTILL = "duqpp/methods/refine/distill.py"
+JOB = "duqpp/job/quantize.py"
+JOB_BLOCKS = "duqpp/job/blocks.py"
+JOB_CALIBRATION = "duqpp/job/calibration.py"
+JOB_FOLDER = "duqpp/job/folder.py"
+JOB_DISTILLATION = "duqpp/job/distillation.py"
+PERPLEXITY = "duqpp/evaluation/perplexity.py"
+DIVERGENCE = "duqpp/evaluation/divergence.py"
+SCORES = "duqpp/evaluation/scores.py"
+COMPARE = "duqpp/evaluation/compare.py"
+COMPARE_FOLDER = "duqpp/evaluation/folder.py"
+CLI_OPTIONS = "duqpp/cli/options.py"
+TABLES = "duqpp/cli/tables.py"
+PROGRESS = "duqpp/cli/progress.py"
 GENERATE = "duqpp/tools/generate.py"
 INSPECTION = "duqpp/tools/inspection.py"
 
@@ -25,7 +48,22 @@ SHARD_TESTS = "tests/checkpoint/test_shard.py"
 LAYOUT_TESTS = "tests/checkpoint/test_layout.py"
 CARD_TESTS = "tests/integrations/test_saving.py"
 GUARD_TESTS = "tests/integrations/test_guard.py"
+GROUP_TESTS = "tests/methods/test_group.py"
+INDEPENDENT_TESTS = "tests/methods/test_independent.py"
+SEQUENTIAL_TESTS = "tests/methods/test_sequential.py"
+LEARNED_TESTS = "tests/methods/test_learned.py"
 SCHEDULE_TESTS = "tests/methods/refine/test_schedule.py"
+LATENT_TESTS = "tests/methods/refine/test_latent.py"
+REFINE_BLOCKS_TESTS = "tests/methods/refine/test_blocks.py"
+DISTILL_TESTS = "tests/methods/refine/test_distill.py"
+JOB_TESTS = "tests/job/test_quantize.py"
+RESUME_TESTS = "tests/job/test_resume.py"
+PERPLEXITY_TESTS = "tests/evaluation/test_perplexity.py"
+DIVERGENCE_TESTS = "tests/evaluation/test_divergence.py"
+COMPARE_TESTS = "tests/evaluation/test_compare.py"
+OPTIONS_TESTS = "tests/cli/test_options.py"
+TABLES_TESTS = "tests/cli/test_tables.py"
+PROGRESS_TESTS = "tests/cli/test_progress.py"
 
 MUTATIONS = (
     # Calibration.
@@ -215,8 +253,8 @@ MUTATIONS = (
     Mutation(
         "shard: finished blocks are read unverified",
         SHARD,
-        "    verify_shard(path)\n    return load_file(path)",
-        "    return load_file(path)",
+        "    verify_shard(path)\n    tensors:",
+        "    tensors:",
         "tests/job/test_resume.py::test_finished_blocks_are_verified",
     ),
     Mutation(
@@ -236,8 +274,8 @@ MUTATIONS = (
     Mutation(
         "shard: a permutation may name a channel twice",
         SHARD,
-        "if not torch.equal(channels, torch.arange(len(channels), dtype=torch.int32)):",
-        "if channels.numel() and (channels[0] < 0 or channels[-1] >= len(channels)):",
+        "if not torch.equal(channels, torch.arange(len(channels), ",
+        "if torch.equal(channels + len(channels), torch.arange(len(channels), ",
         SHARD_TESTS,
     ),
     Mutation(
@@ -388,5 +426,367 @@ MUTATIONS = (
         "square().mean().sqrt()) if relative",
         "square().mean()) if relative",
         SCHEDULE_TESTS,
+    ),
+    # Methods.
+    Mutation(
+        "group: an error is relative to what was made of it",
+        GROUP,
+        "(value - exact).norm() / exact.norm().clamp(min=1e-30)",
+        "(value - exact).norm() / value.norm().clamp(min=1e-30)",
+        f"{GROUP_TESTS} {INDEPENDENT_TESTS} {SEQUENTIAL_TESTS}",
+    ),
+    Mutation(
+        "group: errors of the first rows alone",
+        GROUP,
+        "return spread.round().long()",
+        "return torch.arange(len(spread), device=HOST)",
+        f"{GROUP_TESTS} {INDEPENDENT_TESTS} {SEQUENTIAL_TESTS}",
+    ),
+    Mutation(
+        "group: the generator of a group does not know the seed",
+        GROUP,
+        'f"{seed}/{name}".encode()',
+        "name.encode()",
+        f"{GROUP_TESTS} {INDEPENDENT_TESTS}",
+    ),
+    Mutation(
+        "group: refinement starts from uncompensated weights",
+        GROUP,
+        "quantized, latent = result.weight, result.compensated",
+        "quantized, latent = result.weight, exact",
+        f"{GROUP_TESTS} {SEQUENTIAL_TESTS} {REFINE_BLOCKS_TESTS}",
+    ),
+    Mutation(
+        "independent: smoothing is left out of the statistics' samples",
+        INDEPENDENT,
+        "x = None if samples is None else samples / plan.scales.float()",
+        "x = samples",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "independent: Hessians of rounded inputs are of inputs as they are",
+        INDEPENDENT,
+        "accumulator.update(dequantize(quantize(rotated, rule=self.options.activation_rule)))",
+        "accumulator.update(rotated)",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "independent: the block with smoothed producers keeps its weights",
+        INDEPENDENT,
+        "linear.weight.data = weight.to(linear.weight.dtype)",
+        "pass",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "independent: a matrix times its scales, not divided by them",
+        INDEPENDENT,
+        "return matrix / scales.view(-1, BLOCK_SIZE, 1)",
+        "return matrix * scales.view(-1, BLOCK_SIZE, 1)",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "smoothing: producers before consumers",
+        METHOD_SMOOTHING,
+        "for plan in reversed(list(plans.values())):",
+        "for plan in list(plans.values()):",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "smoothing: a group of which some linears stay is smoothed",
+        METHOD_SMOOTHING,
+        "if group.producer is None or not group.is_whole:",
+        "if group.producer is None:",
+        f"{INDEPENDENT_TESTS} {JOB_TESTS}",
+    ),
+    Mutation(
+        "random: one matrix for all blocks",
+        FIXED,
+        "count = group.blocks if self.per_block else None",
+        "count = None",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "options: drift with GPTQ turned off",
+        OPTIONS,
+        '            values["drift"] = 0.0',
+        '            values["drift"] = values["drift"]',
+        "tests/test_config.py",
+    ),
+    Mutation(
+        "options: refinement starts from GPTQ",
+        OPTIONS,
+        'values |= {"gptq": False, "block_order": "channels", "drift": 0.0}',
+        'values |= {"block_order": "channels", "drift": 0.0}',
+        "tests/test_config.py",
+    ),
+    Mutation(
+        "duqpp: drift is the float model's inputs themselves",
+        SEQUENTIAL,
+        "change = plan.transform.apply(exact[rows].to(x.device).float()) - rotated",
+        "change = plan.transform.apply(exact[rows].to(x.device).float())",
+        SEQUENTIAL_TESTS,
+    ),
+    Mutation(
+        "duqpp: sums, not means, over tokens",
+        SEQUENTIAL,
+        "sums.mul_(2.0 / len(x))",
+        "sums.mul_(2.0)",
+        SEQUENTIAL_TESTS,
+    ),
+    Mutation(
+        "duqpp: the Hessian of one part of the rows",
+        SEQUENTIAL,
+        "hessian.addmm_(rounded.T, rounded)",
+        "hessian.copy_(rounded.T @ rounded)",
+        SEQUENTIAL_TESTS,
+    ),
+    Mutation(
+        "learned: rounded weights are not rotated",
+        LEARNED,
+        "weight = rotate_blocks(linear.weight.detach().float(), self.rotation())",
+        "weight = linear.weight.detach().float()",
+        LEARNED_TESTS,
+    ),
+    Mutation(
+        "learned: the block keeps its stand-ins",
+        LEARNED,
+        "        module.set_submodule(name, linear)\n    return start",
+        "        pass\n    return start",
+        LEARNED_TESTS,
+    ),
+    Mutation(
+        "latent: an input is kept after its last reader",
+        LATENT,
+        "if self._reads == self._readers:",
+        "if self._reads > self._readers:",
+        LATENT_TESTS,
+    ),
+    Mutation(
+        "latent: linears come back without sharing their input",
+        LATENT,
+        "        share_group(block, group)\n",
+        "",
+        LATENT_TESTS,
+    ),
+    Mutation(
+        "refine: a block's loss is not relative",
+        REFINE_BLOCKS,
+        "error = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-30)",
+        "error = (out - target).square().sum(-1)",
+        REFINE_BLOCKS_TESTS,
+    ),
+    Mutation(
+        "refine: the last state is kept, not the best",
+        REFINE_BLOCKS,
+        "quantize(w, rule=rule) for n, w in stopping.best.items()",
+        "quantize(w.detach(), rule=rule) for n, w in parameters.items()",
+        REFINE_BLOCKS_TESTS,
+    ),
+    Mutation(
+        "distill: the gradient of the reversed divergence",
+        DISTILL,
+        "gradient = logits.float().softmax(-1) - head(other).float().softmax(-1)",
+        "gradient = head(other).float().softmax(-1) - logits.float().softmax(-1)",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "distill: checks that were worse are forgotten",
+        DISTILL,
+        'stopping.stale = int(tensors["stale"])',
+        "stopping.stale = 0",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "distill: the best loss is forgotten",
+        DISTILL,
+        'stopping.least = float(tensors["least"].clone().view(torch.float64))',
+        "stopping.least = stopping.first",
+        DISTILL_TESTS,
+    ),
+    # Jobs.
+    Mutation(
+        "job: the token behind the vocabulary passes",
+        JOB_CALIBRATION,
+        "most >= model_config.vocab_size",
+        "most > model_config.vocab_size",
+        f"{JOB_TESTS}::test_calibration_tokens_are_of_the_vocabulary",
+    ),
+    Mutation(
+        "job: the first sequences calibrate",
+        JOB_CALIBRATION,
+        "chosen = torch.linspace(0, len(tokens) - 1, count, device=HOST).round().long()",
+        "chosen = torch.arange(count, device=HOST)",
+        JOB_TESTS,
+    ),
+    Mutation(
+        "job: a finished block without its report counts",
+        JOB_BLOCKS,
+        '[".safetensors", ".json", *',
+        '[".safetensors", *',
+        f"{RESUME_TESTS}::test_a_damaged_file_is_removed_and_made_again_as_the_line_says",
+    ),
+    Mutation(
+        "job: a shard before its report",
+        JOB_BLOCKS,
+        "        refined = [result.refined.to_dict()] if result.refined else []\n",
+        "        refined = [result.refined.to_dict()] if result.refined else []\n"
+        "        write_block(shard, block.index, block.module)\n",
+        f"{RESUME_TESTS}::test_full_disk_keeps_what_is_finished",
+    ),
+    Mutation(
+        "job: resumed behind the float block",
+        JOB,
+        'if config.next_inputs == "float":',
+        'if config.next_inputs == "quantized":',
+        f"{RESUME_TESTS}::test_resume_gives_the_same_bytes",
+    ),
+    Mutation(
+        "job: the order of tokens is no part of the job",
+        JOB_FOLDER,
+        "data.update(tokens.numpy().tobytes())",
+        "data.update(tokens.sort(-1).values.numpy().tobytes())",
+        f"{RESUME_TESTS}::test_refuses_another_job",
+    ),
+    Mutation(
+        "job: the shape of tokens is no part of the job",
+        JOB_FOLDER,
+        '        data.update(f"{list(tokens.shape)}".encode())\n',
+        "",
+        f"{RESUME_TESTS}::test_the_shape_of_tokens_is_part_of_the_job",
+    ),
+    Mutation(
+        "job: a link is taken for a free output",
+        JOB_FOLDER,
+        "if out.is_symlink() or (out.exists()",
+        "if (out.exists()",
+        "tests/cli/test_bad_input.py",
+    ),
+    Mutation(
+        "job: shards that were trained once stay behind a new one",
+        JOB_DISTILLATION,
+        "    for shard in folder.shards:\n        shard.unlink(missing_ok=True)\n",
+        "",
+        f"{RESUME_TESTS}::test_a_file_damaged_after_distillation_is_made_again",
+    ),
+    # Evaluation.
+    Mutation(
+        "perplexity: every token predicts itself",
+        PERPLEXITY,
+        "_sums(model, hidden, ids[0, 1:], against)",
+        "_sums(model, hidden, ids[0, :-1], against)",
+        PERPLEXITY_TESTS,
+    ),
+    Mutation(
+        "perplexity: a window's mean is over all its tokens",
+        PERPLEXITY,
+        "total / (seq_len - 1) for total in",
+        "total / seq_len for total in",
+        PERPLEXITY_TESTS,
+    ),
+    Mutation(
+        "perplexity: the token behind the vocabulary passes",
+        PERPLEXITY,
+        "most >= model.config.vocab_size",
+        "most > model.config.vocab_size",
+        PERPLEXITY_TESTS,
+    ),
+    Mutation(
+        "divergence: reference and model swapped",
+        PERPLEXITY,
+        "kl_and_agreement(there, logits)",
+        "kl_and_agreement(logits, there)",
+        DIVERGENCE_TESTS,
+    ),
+    Mutation(
+        "divergence: other tokens pass",
+        DIVERGENCE,
+        "if not torch.equal(self.tokens, tokens):",
+        "if self.tokens.shape != tokens.shape:",
+        DIVERGENCE_TESTS,
+    ),
+    Mutation(
+        "scores: the deviation of a population",
+        SCORES,
+        "statistics.stdev(map(value, runs))",
+        "statistics.pstdev(map(value, runs))",
+        f"{COMPARE_TESTS}::test_a_row_says_what_its_runs_say",
+    ),
+    Mutation(
+        "compare: every method runs once per seed",
+        COMPARE,
+        "for seed in (self.seeds if config.needs.seed else self.seeds[:1])",
+        "for seed in self.seeds",
+        f"{COMPARE_TESTS}::test_only_methods_with_randomness_run_once_per_seed",
+    ),
+    Mutation(
+        "compare: each seed's model is kept in one folder",
+        COMPARE,
+        "self.keep.get(name) if seed == self.seeds[0] else None",
+        "self.keep.get(name)",
+        f"{COMPARE_TESTS}::test_kept_models_stay_and_load",
+    ),
+    Mutation(
+        "compare: a model that is gone is taken for evaluated",
+        COMPARE_FOLDER,
+        "if file.exists() and model.exists():",
+        "if file.exists():",
+        f"{COMPARE_TESTS}::test_a_model_that_was_removed_before_its_evaluation_is_made_again",
+    ),
+    Mutation(
+        "compare: the calibration text is no part of a run",
+        COMPARE_FOLDER,
+        'self._calibration if config.needs.inputs else ""',
+        '""',
+        f"{COMPARE_TESTS}::test_another_calibration_text_is_another_run",
+    ),
+    # The command.
+    Mutation(
+        "cli: --no-gptq for gptq=True",
+        CLI_OPTIONS,
+        'flags[name][0 if value == "True" else -1]',
+        'flags[name][-1 if value == "True" else 0]',
+        OPTIONS_TESTS,
+    ),
+    Mutation(
+        "cli: a method named twice",
+        CLI_OPTIONS,
+        "        if spec in configs:",
+        "        if not spec:",
+        OPTIONS_TESTS,
+    ),
+    Mutation(
+        "cli: defaults of a spec hide those of the command",
+        CLI_OPTIONS,
+        'if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"',
+        "if value is not None",
+        OPTIONS_TESTS,
+    ),
+    Mutation(
+        "cli: kilobytes of 1024 bytes",
+        TABLES,
+        '("kB", 10**3)',
+        '("kB", 2**10)',
+        TABLES_TESTS,
+    ),
+    Mutation(
+        "cli: the spread of the agreement is not in percent",
+        TABLES,
+        "None if spread is None else 100 * spread, 1",
+        "spread, 1",
+        TABLES_TESTS,
+    ),
+    Mutation(
+        "cli: a line at every step of a log",
+        PROGRESS,
+        "self._is_long, wait = True, INTERVAL",
+        "self._is_long, wait = True, PATIENCE",
+        PROGRESS_TESTS,
+    ),
+    Mutation(
+        "cli: a stage that an error ends is done",
+        PROGRESS,
+        "if self._is_long and finished:",
+        "if self._is_long:",
+        PROGRESS_TESTS,
     ),
 )
