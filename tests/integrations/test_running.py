@@ -63,11 +63,42 @@ def test_quantized_on_load_to_the_disk(make_tiny, hadamard, tmp_path):
     oracle.assert_same(logits(model), logits(duqpp.from_pretrained(hadamard)), "logits")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_static_cache(dtype, hadamard):
-    model = duqpp.from_pretrained(hadamard, dtype=dtype)
+def forced_logits(model: nn.Module, tokens: torch.Tensor, **options: object) -> torch.Tensor:
+    """Logits of each step of a generation that is made to give these tokens: [steps, batch, V]."""
+    out = model.generate(
+        PROMPT,
+        prefix_allowed_tokens_fn=lambda batch, ids: [int(tokens[batch, len(ids)])],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+        **options,
+    )
+    assert torch.equal(out.sequences, tokens)
+    return torch.stack(out.logits).float()
+
+
+def test_static_cache(hadamard):
+    model = duqpp.from_pretrained(hadamard)
     expected = model.generate(PROMPT, **GREEDY)
     assert torch.equal(model.generate(PROMPT, cache_implementation="static", **GREEDY), expected)
+
+
+def test_static_cache_in_bfloat16(hadamard):
+    """Attention over a padded cache rounds otherwise on some CPUs, and then tokens may differ.
+
+    Its error, against the model in float32, is that of the cache that grows: here a third of the
+    norm, as a difference in the last bit moves codes. Logits of other tokens are off by 1.4 norms.
+    """
+    exact, model = (
+        duqpp.from_pretrained(hadamard, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    tokens = exact.generate(PROMPT, **GREEDY)
+    expected = forced_logits(exact, tokens)
+    growing, static = (
+        (forced_logits(model, tokens, **options) - expected).norm()
+        for options in ({}, {"cache_implementation": "static"})
+    )
+    assert 0 < static <= 2 * growing < expected.norm()
 
 
 def test_compiled_generation_with_a_static_cache(hadamard):
