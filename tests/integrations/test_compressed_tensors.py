@@ -226,7 +226,7 @@ def refuse(error: type[Exception], match: str, model: Path, out: Path) -> None:
 
 def test_a_rotation_per_block(quantized, tmp_path):
     folder = quantized(rotation="per-block")
-    refuse(InputError, "--rotation shared, or .* vLLM plugin", folder, tmp_path / "out")
+    refuse(InputError, "`rotation=shared`, or .* vLLM plugin", folder, tmp_path / "out")
 
 
 def test_a_permutation(quantized, tmp_path):
