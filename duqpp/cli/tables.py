@@ -1,20 +1,15 @@
-"""What the commands print: JSON, lines for people, and tables."""
+"""What several commands print: JSON, numbers for people, and the table of a comparison."""
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from duqpp.evaluation.perplexity import PerplexityResult
 from duqpp.evaluation.scores import Row, Scores
-from duqpp.evaluation.tasks import TaskScore
-from duqpp.tools.inspection import Inspection, layer_and_kind
-from duqpp.tools.selfcheck import Report as SelfcheckReport
 
 _SCORE_WIDTHS = {"perplexity": 16, "ratio to float": 16, "KL, nats": 15, "top-1, %": 13}
 _COST_WIDTHS = {"quantize": 9, "linears": 9, "bits/weight": 11}
@@ -36,31 +31,6 @@ def size(count: int) -> str:
 def percent(error: float | None) -> str:
     """A relative error, for people."""
     return "-" if error is None else f"{100 * error:.2f} %"
-
-
-def perplexity_lines(result: PerplexityResult) -> list[str]:
-    """What `duqpp eval` prints of a text."""
-    lines = [
-        f"perplexity {result.perplexity:.4f} over {result.windows} windows of {result.seq_len} "
-        f"tokens ({result.seconds:.1f} s)"
-    ]
-    if result.divergence:
-        lines.append(
-            f"KL divergence from the reference {result.divergence.kl:.4f} nats per token, top-1 "
-            f"agreement {percent(result.divergence.agreement)}"
-        )
-    return [*lines, f"convention: {result.convention}"]
-
-
-def task_lines(scores: list[TaskScore]) -> list[str]:
-    """A line for each metric; after +-, the standard error over the samples."""
-    lines = []
-    for score in scores:
-        kind = "" if score.filter == "none" else f" ({score.filter})"
-        error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
-        count = "" if score.samples is None else f", {score.samples} samples, {score.shots} shots"
-        lines.append(f"{score.task}: {score.metric}{kind} {score.value:.4f}{error}{count}")
-    return lines
 
 
 class ComparisonTable:
@@ -117,80 +87,3 @@ def _text(text: str) -> str:
 
 def _spread(value: float, spread: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if spread is None else f" +- {spread:.{digits}f}")
-
-
-def inspection_table(inspection: Inspection) -> Table:
-    """A line per linear group."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"{inspection.model}: {inspection.method}",
-        caption="max |x|: largest input magnitude; after: smoothed and rotated\n"
-        "relative errors of inputs x, weights W and outputs y",
-    )
-    table.add_column("layer", justify="right")
-    table.add_column("linears")
-    for head in ("max |x|", "after", "x error", "after", "W error", "y error"):
-        table.add_column(head, justify="right")
-    for group in inspection.groups:
-        layer, kind = layer_and_kind(group)
-        amax = [group.block_amax_before, group.block_amax]
-        errors = (
-            group.activation_error_before,
-            group.activation_error,
-            group.weight_error,
-            group.output_error,
-        )
-        table.add_row(
-            str(layer),
-            kind,
-            *("-" if blocks is None else f"{max(blocks):.4g}" for blocks in amax),
-            *map(percent, errors),
-        )
-    return table
-
-
-def doctor_lines(facts: dict[str, Any]) -> list[str]:
-    """Per op and device, which backend runs it; for each shape, which kernel, and why that one."""
-    lines = []
-    for entry in facts["ops"]:
-        chosen = entry["selected"] or f"none: {entry['error']}"
-        lines.append(f"{entry['op']} on {entry['device']}: {chosen}")
-        for kernel in entry["kernels"]:
-            shape = "{M},{N},{K}".format(**kernel)
-            lines.append(f"  {shape}: {kernel['name'] or 'none'} ({kernel['why']})")
-    return lines
-
-
-def others_lines(facts: dict[str, Any]) -> list[str]:
-    """Why each of the other backends is not taken; once, where all ops have one answer."""
-    answers: dict[tuple[str, str, str], list[str]] = {}
-    for entry in facts["ops"]:
-        for name, reason in entry["others"].items():
-            answers.setdefault((name, entry["device"], reason), []).append(entry["op"])
-    ops = {entry["op"] for entry in facts["ops"]}
-    return [
-        f"not {name} for {'any op' if set(of) == ops else ', '.join(of)} on {device}: {reason}"
-        for (name, device, reason), of in answers.items()
-    ]
-
-
-def selfcheck_table(report: SelfcheckReport) -> Table:
-    """A line per kernel: how many cases, and the first that failed."""
-    table = Table(box=SIMPLE_HEAD)
-    for head in ("backend", "op", "cases", "result"):
-        table.add_column(head)
-    for check in report.checks:
-        result = "\n".join(check.failures) or "equal to the reference"
-        table.add_row(check.backend, check.op, str(check.cases), result)
-    return table
-
-
-def timings_table(report: SelfcheckReport) -> Table:
-    """A line per linear and number of rows: microseconds, and against torch's bfloat16."""
-    table = Table(box=SIMPLE_HEAD)
-    for head in ("linear", "M", "quantize", "gemm", "both, us", "vs bf16"):
-        table.add_column(head, justify="left" if head == "linear" else "right")
-    for t in report.timings:
-        times = (f"{value:.1f}" for value in (t.quantize_us, t.gemm_us, t.linear_us))
-        table.add_row(t.linear, str(t.M), *times, f"{t.bf16_us / t.linear_us:.2f}")
-    return table

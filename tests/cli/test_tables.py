@@ -3,7 +3,8 @@
 import io
 from dataclasses import replace
 
-from duqpp.cli.tables import ComparisonTable, percent, perplexity_lines, size, task_lines
+from duqpp.cli.commands.evaluate import perplexity_lines, task_lines
+from duqpp.cli.tables import ComparisonTable, percent, size
 from duqpp.evaluation.divergence import Divergence
 from duqpp.evaluation.perplexity import PerplexityResult
 from duqpp.evaluation.scores import Row, Run, Scores

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from duqpp.cli.options import JsonOption
-from duqpp.cli.tables import doctor_lines, others_lines, print_json
+from duqpp.cli.tables import print_json
 from duqpp.errors import InputError
 
 
@@ -60,3 +60,28 @@ def _library(facts: dict[str, Any]) -> str:
         return str(facts["error"])
     cuda = facts["cuda_architectures"] or "none"
     return f"CPU kernels for {facts['cpu_isa']}, CUDA kernels for {cuda}"
+
+
+def doctor_lines(facts: dict[str, Any]) -> list[str]:
+    """Per op and device, which backend runs it; for each shape, which kernel, and why that one."""
+    lines = []
+    for entry in facts["ops"]:
+        chosen = entry["selected"] or f"none: {entry['error']}"
+        lines.append(f"{entry['op']} on {entry['device']}: {chosen}")
+        for kernel in entry["kernels"]:
+            shape = "{M},{N},{K}".format(**kernel)
+            lines.append(f"  {shape}: {kernel['name'] or 'none'} ({kernel['why']})")
+    return lines
+
+
+def others_lines(facts: dict[str, Any]) -> list[str]:
+    """Why each of the other backends is not taken; once, where all ops have one answer."""
+    answers: dict[tuple[str, str, str], list[str]] = {}
+    for entry in facts["ops"]:
+        for name, reason in entry["others"].items():
+            answers.setdefault((name, entry["device"], reason), []).append(entry["op"])
+    ops = {entry["op"] for entry in facts["ops"]}
+    return [
+        f"not {name} for {'any op' if set(of) == ops else ', '.join(of)} on {device}: {reason}"
+        for (name, device, reason), of in answers.items()
+    ]

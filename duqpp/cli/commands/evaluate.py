@@ -17,11 +17,11 @@ from duqpp.cli.options import (
     choose_device,
 )
 from duqpp.cli.progress import Bars
-from duqpp.cli.tables import perplexity_lines, print_json, task_lines
+from duqpp.cli.tables import percent, print_json
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
-from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
-from duqpp.evaluation.tasks import Tasks
+from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity_and_reference
+from duqpp.evaluation.tasks import Tasks, TaskScore
 
 
 def evaluate(
@@ -127,3 +127,28 @@ class _TaskEvaluation:
             bars.wait("running the tasks")
         scores = self._tasks.run(model, tokenizer)
         return {"tasks": [score.to_dict() for score in scores]}, task_lines(scores)
+
+
+def perplexity_lines(result: PerplexityResult) -> list[str]:
+    """What `duqpp eval` prints of a text."""
+    lines = [
+        f"perplexity {result.perplexity:.4f} over {result.windows} windows of {result.seq_len} "
+        f"tokens ({result.seconds:.1f} s)"
+    ]
+    if result.divergence:
+        lines.append(
+            f"KL divergence from the reference {result.divergence.kl:.4f} nats per token, top-1 "
+            f"agreement {percent(result.divergence.agreement)}"
+        )
+    return [*lines, f"convention: {result.convention}"]
+
+
+def task_lines(scores: list[TaskScore]) -> list[str]:
+    """A line for each metric; after +-, the standard error over the samples."""
+    lines = []
+    for score in scores:
+        kind = "" if score.filter == "none" else f" ({score.filter})"
+        error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
+        count = "" if score.samples is None else f", {score.samples} samples, {score.shots} shots"
+        lines.append(f"{score.task}: {score.metric}{kind} {score.value:.4f}{error}{count}")
+    return lines

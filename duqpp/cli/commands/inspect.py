@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.options import CalibrationOption, JsonOption, ModelArgument, takes_fields
 from duqpp.cli.progress import Bars
-from duqpp.cli.tables import inspection_table, print_json
+from duqpp.cli.tables import percent, print_json
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
+from duqpp.tools.inspection import Inspection, layer_and_kind
 
 # Not those of whole models, and of what follows a block.
 _FIELDS = [n for n in DESCRIPTIONS if n not in ("drift", "next_inputs", "refine", "refine_samples")]
@@ -54,3 +57,33 @@ def inspect(
         Console().print(inspection_table(found))
     if plot is not None:
         print(f"plot: {plot}", file=sys.stderr)
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """A line per linear group."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{inspection.model}: {inspection.method}",
+        caption="max |x|: largest input magnitude; after: smoothed and rotated\n"
+        "relative errors of inputs x, weights W and outputs y",
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("linears")
+    for head in ("max |x|", "after", "x error", "after", "W error", "y error"):
+        table.add_column(head, justify="right")
+    for group in inspection.groups:
+        layer, kind = layer_and_kind(group)
+        amax = [group.block_amax_before, group.block_amax]
+        errors = (
+            group.activation_error_before,
+            group.activation_error,
+            group.weight_error,
+            group.output_error,
+        )
+        table.add_row(
+            str(layer),
+            kind,
+            *("-" if blocks is None else f"{max(blocks):.4g}" for blocks in amax),
+            *map(percent, errors),
+        )
+    return table

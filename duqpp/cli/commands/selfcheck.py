@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from duqpp.cli.options import JsonOption
 from duqpp.cli.progress import Bars
-from duqpp.cli.tables import print_json, selfcheck_table, timings_table
+from duqpp.cli.tables import print_json
 from duqpp.errors import InputError
+from duqpp.tools.selfcheck import Report
 
 
 def selfcheck(
@@ -44,3 +47,25 @@ def selfcheck(
             print(f"skipped: {line}")
     if not found.passed:
         raise typer.Exit(1)
+
+
+def selfcheck_table(report: Report) -> Table:
+    """A line per kernel: how many cases, and the first that failed."""
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("backend", "op", "cases", "result"):
+        table.add_column(head)
+    for check in report.checks:
+        result = "\n".join(check.failures) or "equal to the reference"
+        table.add_row(check.backend, check.op, str(check.cases), result)
+    return table
+
+
+def timings_table(report: Report) -> Table:
+    """A line per linear and number of rows: microseconds, and against torch's bfloat16."""
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("linear", "M", "quantize", "gemm", "both, us", "vs bf16"):
+        table.add_column(head, justify="left" if head == "linear" else "right")
+    for t in report.timings:
+        times = (f"{value:.1f}" for value in (t.quantize_us, t.gemm_us, t.linear_us))
+        table.add_row(t.linear, str(t.M), *times, f"{t.bf16_us / t.linear_us:.2f}")
+    return table
