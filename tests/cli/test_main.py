@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
 from tests.cuda.library import full_extension
+from tests.forked import Forked, duqpp_command
 
 SMALL = ["--samples", "2", "--seq-len", "64", "--max-steps", "16"]
 NAMES = "auto, " + ", ".join(backend.name for backend in BACKENDS)
@@ -94,18 +94,16 @@ def test_help_of_a_command(command, run, monkeypatch):
     assert "--json" in out
 
 
-def test_version_of_the_module_and_exit_codes_of_the_process():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def process(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "duqpp", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-    version = process("--version")
+def test_version_of_the_module_and_exit_codes_of_the_process(tmp_path):
+    """The one run that starts from nothing, and one that has all imported."""
+    command = [sys.executable, "-m", "duqpp", "--version"]
+    version = subprocess.run(command, capture_output=True, text=True)
     assert (version.returncode, version.stdout) == (0, f"duqpp {duqpp.__version__}\n")
-    wrong = process("eval", "nowhere.gguf")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "error: no such file: nowhere.gguf\n"
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        wrong = Forked(duqpp_command("eval", "nowhere.gguf"), [None, out.fileno(), err.fileno()])
+        assert wrong.wait() == 2
+    assert (tmp_path / "out").read_text() == ""
+    assert (tmp_path / "err").read_text() == "error: no such file: nowhere.gguf\n"
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect"])

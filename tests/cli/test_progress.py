@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import pty
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from duqpp.cli.progress import Bars
 from duqpp.config import QuantizeConfig
 from duqpp.integrations.transformers import load_model
 from duqpp.tools.generate import generate
+from tests.forked import Forked, duqpp_command
 
 PROMPT = "The capital of France is"
 
@@ -179,23 +178,15 @@ def test_nothing_is_written_while_a_loaded_model_generates(console, quantized, r
     assert f"{PROMPT}{text}\n" in console.file.getvalue()
 
 
-RUN = """
-import sys
-from duqpp.cli import main, progress
-progress.PATIENCE = progress.INTERVAL = 0.001
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
-def output_of_a_file(command: list[str], folder: Path) -> str:
+def output_of_a_file(command: Callable[[], object], folder: Path) -> str:
     with open(folder / "both.txt", "w+b") as file:
-        subprocess.run(command, stdout=file, stderr=file, check=True)
+        assert Forked(command, [None, file.fileno(), file.fileno()]).wait() == 0
         return (folder / "both.txt").read_bytes().decode()
 
 
-def output_of_a_terminal(command: list[str], folder: Path) -> str:
+def output_of_a_terminal(command: Callable[[], object], folder: Path) -> str:
     leader, follower = pty.openpty()
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
+    process = Forked(command, [follower] * 3)
     os.close(follower)
     found = b""
     with contextlib.suppress(OSError):  # how the end of a terminal is told on Linux
@@ -208,12 +199,14 @@ def output_of_a_terminal(command: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize("run", [output_of_a_file, output_of_a_terminal])
 def test_the_command_writes_text_and_progress_to_one_place(
-    run: Callable[[list[str], Path], str], quantized, tmp_path
+    run: Callable[[Callable[[], object], Path], str], quantized, tmp_path, monkeypatch
 ):
+    for name in ("PATIENCE", "INTERVAL"):
+        monkeypatch.setattr(progress, name, 0.001)
     model, tokenizer = load_model(str(quantized))
     text = generate(model, tokenizer, PROMPT, max_new_tokens=8).text
     arguments = ["generate", str(quantized), PROMPT, "--max-new-tokens", "8", "--device", "cpu"]
-    output = run([sys.executable, "-c", RUN, *arguments], tmp_path)
+    output = run(duqpp_command(*arguments), tmp_path)
     progress_shown, generated, speed = output.partition(f"{text}\n8 tokens in ")
     assert generated and speed.endswith("tokens/s\n") and speed.count("\n") == 1
     assert "checking the checkpoint's shards" in progress_shown

@@ -312,7 +312,7 @@ def test_resumes_a_model_that_was_moved(model, tmp_path, interrupted):
         ({"calibration": TOKENS[:1]}, "calibration"),
         ({"seed": 1}, "configuration (seed)"),
         ({"gptq": False}, "configuration (gptq)"),
-        ({"method": "hadamard"}, "configuration (method)"),
+        ({"method": "hadamard"}, "configuration (method, smooth_alpha)"),
         ({"next_inputs": "float"}, "configuration (next_inputs)"),
         ({"damping": 0.02}, "configuration (damping)"),
         ({"skip": ("down_proj",)}, "configuration (skip)"),
