@@ -70,13 +70,18 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)  # transformers samples from the global generator
-        output = model.generate(
-            input_ids=encoded["input_ids"].to(model.device),
-            attention_mask=encoded["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **options,
-        )
+        try:
+            output = model.generate(
+                input_ids=encoded["input_ids"].to(model.device),
+                attention_mask=encoded["attention_mask"].to(model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id,
+                **options,
+            )
+        except BaseException:
+            if stream:
+                print(flush=True)  # what is said of it stands below the text
+            raise
     seconds = time.monotonic() - started
     new = output[0, prompt_tokens:]
     text = tokenizer.decode(new, skip_special_tokens=True)

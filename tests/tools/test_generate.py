@@ -66,6 +66,21 @@ def test_streaming_prints_the_text(model, tokenizer, capsys):
     assert capsys.readouterr().out == result.text + "\n"
 
 
+def test_text_that_is_broken_off_ends_its_line(model, tokenizer, capsys, monkeypatch):
+    """An error is printed next, where text and errors may share a terminal."""
+
+    def interrupt(*, streamer, input_ids, **options):
+        streamer.put(input_ids)
+        streamer.put(tokenizer("The capital of Italy is Rome", return_tensors="pt")["input_ids"][0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tokenizer, PROMPT, stream=True)
+    out = capsys.readouterr().out
+    assert out.startswith("The capital") and out.endswith("\n") and "Rome\n" not in out
+
+
 def test_chat_wraps_the_prompt_in_the_template(model, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
@@ -93,5 +108,5 @@ def test_prompt_and_new_tokens_may_just_fill_the_positions(model, tokenizer):
 def test_the_least_of_each_option(option, least, refused, model, tokenizer):
     options = {"max_new_tokens": 1} | {option: least}
     assert generate(model, tokenizer, PROMPT, **options).tokens == 1
-    with pytest.raises(InputError, match=f"^{option} must be .*, got {refused}"):
+    with pytest.raises(InputError, match=f"^`{option}` must be .*, got {refused}"):
         generate(model, tokenizer, PROMPT, **{option: refused})
