@@ -11,6 +11,8 @@ TOKENS = "duqpp/calibration/tokens.py"
 SHARD = "duqpp/checkpoint/shard.py"
 LAYOUT = "duqpp/checkpoint/layout.py"
 CARD = "duqpp/checkpoint/card.py"
+FAMILY = "duqpp/models/family.py"
+STACK = "duqpp/models/stack.py"
 GROUP = "duqpp/methods/group.py"
 INDEPENDENT = "duqpp/methods/independent.py"
 SEQUENTIAL = "duqpp/methods/sequential.py"
@@ -48,6 +50,7 @@ SHARD_TESTS = "tests/checkpoint/test_shard.py"
 LAYOUT_TESTS = "tests/checkpoint/test_layout.py"
 CARD_TESTS = "tests/integrations/test_saving.py"
 GUARD_TESTS = "tests/integrations/test_guard.py"
+FAMILY_TESTS = "tests/models/test_family.py"
 GROUP_TESTS = "tests/methods/test_group.py"
 INDEPENDENT_TESTS = "tests/methods/test_independent.py"
 SEQUENTIAL_TESTS = "tests/methods/test_sequential.py"
@@ -497,6 +500,55 @@ MUTATIONS = (
         "if group.producer is None or not group.is_whole:",
         "if group.producer is None:",
         f"{INDEPENDENT_TESTS} {JOB_TESTS}",
+    ),
+    Mutation(
+        "family: query heads that share a value head are not told apart",
+        FAMILY,
+        "repeats=config.num_attention_heads // config.num_key_value_heads,",
+        "repeats=1,",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "family: a producer's bias keeps its scale",
+        FAMILY,
+        "bias.data = _divided(bias, divisor)",
+        "bias.data = _divided(bias, torch.ones_like(divisor))",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "family: other rows of a fused producer divided",
+        FAMILY,
+        "divisor[rows] = scales",
+        "divisor[: len(scales)] = scales",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "family: a norm divided by scales that it cannot hold",
+        FAMILY,
+        "scales = representable(scales, weight)",
+        "scales = scales.clone()",
+        INDEPENDENT_TESTS,
+    ),
+    Mutation(
+        "family: a group without a skipped linear is whole",
+        FAMILY,
+        "is_whole=kept == group.linears",
+        "is_whole=True",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "family: every block has the groups of the first",
+        FAMILY,
+        "self.groups(int(index)) if",
+        "self.groups(0) if",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "family: the whole of a stored tensor in the place of a part",
+        STACK,
+        "source.tensor(stored.name)[stored.part]",
+        "source.tensor(stored.name)",
+        FAMILY_TESTS,
     ),
     Mutation(
         "random: one matrix for all blocks",
