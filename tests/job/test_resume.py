@@ -25,6 +25,7 @@ from duqpp.nn import MXFP4Linear
 from tests import decoder
 from tests.checkpoint import damage
 from tests.forked import Forked
+from tests.second_device import second_device
 
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 OPTIONS = {"max_steps": 8, "gptq": True}
@@ -407,7 +408,7 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
         raise Stopped
 
     with pytest.raises(Stopped), monkeypatch.context() as patch:
-        patch.setattr("duqpp.job.quantize._finish", stop)
+        patch.setattr("duqpp.job.quantize.write_companions", stop)
         quantize(model, out, **DISTILL)
     expected = {n: digest for n, digest in hashes(work).items() if n.endswith(".safetensors")}
     if name == "a shard":
@@ -585,14 +586,8 @@ def test_the_shape_of_tokens_is_part_of_the_job(model, tmp_path, interrupted):
 
 
 def test_tokens_on_another_device(model, tmp_path, uninterrupted):
-    class OnDevice(torch.Tensor):
-        def numpy(self):
-            raise TypeError("can't convert device type tensor to numpy")
-
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
-    quantize(model, tmp_path / "out", calibration=TOKENS.as_subclass(OnDevice))
+    with second_device() as device:
+        quantize(model, tmp_path / "out", calibration=TOKENS.to(device))
     assert hashes(tmp_path / "out") == uninterrupted()
 
 
