@@ -407,7 +407,7 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
         raise Stopped
 
     with pytest.raises(Stopped), monkeypatch.context() as patch:
-        patch.setattr("duqpp.job.quantize._finish", stop)
+        patch.setattr("duqpp.job.quantize.write_companions", stop)
         quantize(model, out, **DISTILL)
     expected = {n: digest for n, digest in hashes(work).items() if n.endswith(".safetensors")}
     if name == "a shard":

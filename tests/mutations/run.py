@@ -177,10 +177,10 @@ def passes_unchanged(mutations: Collection[Mutation]) -> bool:
         if (done := compile_source(source)).returncode:
             print(f"DOES NOT COMPILE unchanged: {source}\n{done.stdout[-2000:]}")
             return False
-    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
-    # One test by itself, so that it is seen where all of it is skipped; files at once.
-    files = [test for test in tests if "::" not in test]
-    for chosen in [[test] for test in tests if "::" in test] + [files] * bool(files):
+    # A test of kernels by itself, so that it is seen where it is skipped; those of Python at once.
+    alone = {test: [test] for m in mutations if not m.is_python for test in m.tests}
+    at_once = dict.fromkeys(test for m in mutations if m.is_python for test in m.tests)
+    for chosen in [*alone.values(), *([list(at_once)] if at_once else [])]:
         code, output = run_tests(chosen)
         if code != 0 or " passed" not in output:
             print(f"DOES NOT PASS unchanged: {' '.join(chosen)}\n{output[-2000:]}")
