@@ -3,6 +3,7 @@
 What they check is in the programs; here a warning is an error, and so is a read beyond a buffer.
 """
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,16 @@ def run(command: list[str], timeout: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> Path:
-    folder, cmake = tmp_path_factory.mktemp("cpp"), find_tool("cmake")
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DDUQPP_SANITIZE=ON"]
-    run([*configure, f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"], timeout=120)
-    run([cmake, "--build", str(folder), "--target", "duqpp_cpp_tests"], timeout=900)
+def programs() -> Path:
+    """The folder that they are built in. It stays, so that only what changed is built again."""
+    folder, cmake = ROOT / "build" / "sanitized", find_tool("cmake")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["-DDUQPP_SANITIZE=ON", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may build in it
+        configure = [cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+        run([*configure, *options], timeout=120)
+        run([cmake, "--build", str(folder), "--target", "duqpp_cpp_tests"], timeout=900)
     return folder
 
 

@@ -4,10 +4,10 @@ from tests import toolchain
 from tests.cpp.test_rotate_quantize_programs import run_program
 
 
-def test_every_code_and_scale_and_largest_scale(tmp_path):
-    run_program("test_expand", tmp_path)
+def test_every_code_and_scale_and_largest_scale():
+    run_program("test_expand")
 
 
-def test_the_programs_of_the_kernels_equal_the_definition(tmp_path):
+def test_the_programs_of_the_kernels_equal_the_definition():
     source = toolchain.CSRC / "cpu/expand.cpp"
-    run_program("test_expand_warps", tmp_path, source, "-fsanitize=address,undefined")
+    run_program("test_expand_warps", source, "-fsanitize=address,undefined")

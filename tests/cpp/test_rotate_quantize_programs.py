@@ -8,25 +8,25 @@ PROGRAMS = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
 
 
-def run_program(name: str, tmp_path: Path, *flags: str | Path) -> str:
+def run_program(name: str, *flags: str | Path) -> str:
     """Compile tests/cpp/<name>.cpp and run it; its exit code is its verdict."""
-    program = tmp_path / name
     include = ["-I", toolchain.CSRC, "-I", PROGRAMS]
     source = PROGRAMS / f"{name}.cpp"
-    command = [toolchain.cxx(), *FLAGS, *include, *flags, source, "-o", program]
-    toolchain.run(command, timeout=200)
+    program, _ = toolchain.compiled(
+        [toolchain.cxx(), *FLAGS, *include, *flags, source], timeout=200
+    )
     return toolchain.run([program], timeout=80)
 
 
-def test_numerics_over_whole_domains(tmp_path):
-    run_program("test_numerics", tmp_path)
+def test_numerics_over_whole_domains():
+    run_program("test_numerics")
 
 
-def test_warp_program_equals_the_format(tmp_path):
+def test_warp_program_equals_the_format():
     # Reads outside x, up, the weights and the rotation are the sanitizer's to see.
-    run_program("test_warp_program", tmp_path, "-fsanitize=address")
+    run_program("test_warp_program", "-fsanitize=address")
 
 
-def test_layouts_and_conversions_are_those_of_cutlass(tmp_path):
+def test_layouts_and_conversions_are_those_of_cutlass():
     folders = [toolchain.cutlass_include(), *toolchain.cuda_include()]
-    run_program("test_cutlass", tmp_path, *(f"-isystem{folder}" for folder in folders))
+    run_program("test_cutlass", *(f"-isystem{folder}" for folder in folders))

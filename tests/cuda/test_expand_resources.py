@@ -69,15 +69,14 @@ class Variant:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def variants(request, tmp_path_factory) -> list[Variant]:
+def variants(request) -> list[Variant]:
     """Every kernel of expand.cu for an architecture."""
     nvcc = toolchain.nvcc()
     toolchain.cuobjdump()  # or skip before the compiler runs
-    cubin = tmp_path_factory.mktemp("cuda") / f"sm_{request.param}.cubin"
     target = f"arch=compute_{request.param},code=sm_{request.param}"
     source = toolchain.CSRC / "cuda/expand.cu"
     options = ["-I", toolchain.CSRC, "-Xptxas=-v", "-gencode", target, "-cubin"]
-    log = toolchain.run([nvcc, *FLAGS, *options, source, "-o", cubin], timeout=200)
+    cubin, log = toolchain.compiled([nvcc, *FLAGS, *options, source], timeout=200)
     spilled = sass.spilled_bytes(log)
     found = []
     for kernel in sass.read_kernels(cubin):

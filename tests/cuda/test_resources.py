@@ -70,17 +70,16 @@ class Variant:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(request, tmp_path_factory) -> tuple[str, list[Variant]]:
+def compiled(request) -> tuple[str, list[Variant]]:
     """(architecture, every kernel of rotate_quantize.cu for it)."""
     architecture = request.param
     nvcc, cutlass = toolchain.nvcc(), toolchain.cutlass_include()
     toolchain.cuobjdump()  # or skip before the compiler runs
-    cubin = tmp_path_factory.mktemp("cuda") / f"sm_{architecture}.cubin"
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     source = toolchain.CSRC / "cuda/rotate_quantize.cu"
     include = ["-isystem", cutlass, "-I", toolchain.CSRC]
     options = ["-Xptxas=-v", "-gencode", target, "-cubin"]
-    log = toolchain.run([nvcc, *FLAGS, *include, *options, source, "-o", cubin], timeout=250)
+    cubin, log = toolchain.compiled([nvcc, *FLAGS, *include, *options, source], timeout=250)
     variants = []
     spilled = sass.spilled_bytes(log)
     for kernel in sass.read_kernels(cubin):

@@ -16,7 +16,7 @@ import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
-from duqpp.job.calibration import _spread_first
+from duqpp.job.calibration import calibration_tokens
 from duqpp.models.family import is_skipped
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
@@ -498,9 +498,16 @@ def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, mon
     assert source.blocks_alive() == set()
 
 
-def test_sequences_that_calibrate_are_spread_over_those_that_refine():
+def test_sequences_that_calibrate_are_spread_over_those_that_refine(tiny_llama):
+    source = open_source(str(tiny_llama))
     tokens = torch.arange(9)[:, None].expand(-1, 4)
-    found = _spread_first(tokens, 3)[:, 0].tolist()
-    assert found == [0, 4, 8, 1, 2, 3, 5, 6, 7]
+
+    def first_tokens(**options) -> list[int]:
+        refining = QuantizeConfig(method="duqpp", refine="blocks", refine_samples=99, **options)
+        found, _, _ = calibration_tokens(source.config, None, refining, tokens)
+        return found[:, 0].tolist()
+
+    assert first_tokens(samples=3) == [0, 4, 8, 1, 2, 3, 5, 6, 7]
+    assert first_tokens(samples=8)[:8] == [0, 1, 2, 3, 5, 6, 7, 8]
     with pytest.raises(InputError, match="more than 9 calibration sequences"):
-        _spread_first(tokens, 9)
+        first_tokens(samples=9)

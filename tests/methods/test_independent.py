@@ -362,6 +362,14 @@ def test_stored_tensors_own_their_memory(run):
         assert size == tensor.numel() * tensor.element_size(), name
 
 
+def test_each_block_has_a_random_matrix_of_its_own(run):
+    """One per block of 32 channels; the shared one is the same for all of them."""
+    job = run("llama", method="random", rotation="per-block")
+    for name in LINEARS:
+        matrices = job.quantized.get_submodule(name).rotation
+        assert len(matrices) == len(matrices.flatten(1).unique(dim=0)) > 1
+
+
 @pytest.mark.parametrize("method", SINGLE)
 def test_seeded(method, run):
     first, again, other = (run(method=method, seed=seed) for seed in (1, 1, 2))

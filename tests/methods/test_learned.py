@@ -11,9 +11,11 @@ import duqpp
 import duqpp.methods.learned as module
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.format import ScaleRule, dequantize, quantize
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.learned import learn_rotations
 from duqpp.methods.refine.blocks import block_loss
+from duqpp.methods.refine.latent import RoundedInput
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear
@@ -90,6 +92,25 @@ def test_rotations_are_orthogonal_and_lower_the_error_that_they_were_not_trained
         errors[epochs] = output_error(rounded, exact, block_inputs, [len(exact) - 1])
     if scope == "shared":  # with one per block, 12 steps gain nothing on a random model
         assert errors[4] < errors[0]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (3, 32, 32)], ids=["shared", "per-block"])
+def test_a_linear_in_training_computes_what_it_will_when_quantized(shape):
+    """y = Q(x R) Q(W R).T + b, where R is orthogonal, so that its inverse is its transpose."""
+    x, linear = inputs.gaussian(40, 96, 1), torch.nn.Linear(96, 48)
+    start = torch.linalg.qr(inputs.gaussian(math.prod(shape[:-1]), 32, 2).view(shape)).Q
+    rotation = module.Rotation(start)
+    rounded_input = RoundedInput(rotation, ScaleRule.EVEN, 1)
+    stand_in = module.RotatedLinear(linear, rotation, rounded_input, ScaleRule.MSE)
+    matrix = torch.block_diag(*start.expand(3, 32, 32))
+    rounded_x = dequantize(quantize(x @ matrix, rule=ScaleRule.EVEN))
+    weight = dequantize(quantize(linear.weight.detach() @ matrix, rule=ScaleRule.MSE))
+    expected = rounded_x @ weight.T + linear.bias.detach()
+    found = stand_in(x).detach()
+    # A value at a midpoint may round to the other side: few do, by a step of one block each.
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    exact = x @ linear.weight.detach().T + linear.bias.detach()
+    assert 0.02 * exact.norm() < (found - exact).norm() < 0.3 * exact.norm()
 
 
 def test_the_start_is_a_hadamard_with_random_signs(job, monkeypatch):

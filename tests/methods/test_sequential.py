@@ -80,7 +80,11 @@ def test_the_error_is_that_of_four_bits(family, gptq, run):
 
 
 def test_each_group_is_calibrated_on_what_it_will_read(run, monkeypatch):
-    """Moments and Hessians are of the block's inputs behind the groups quantized before."""
+    """Moments and Hessians are of the block's inputs behind the groups quantized before.
+
+    Of 288 rows, which the Hessian takes in part by part.
+    """
+    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 100)
     seen, hessians = [], []
     monkeypatch.setattr(
         module,

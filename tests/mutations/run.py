@@ -125,15 +125,15 @@ def compile_source(source: str) -> subprocess.CompletedProcess[str]:
     return run(["cmake", "--build", str(build), "--target", target], timeout=900)
 
 
-def run_tests(tests: list[str]) -> tuple[int | None, str]:
+def run_tests(tests: list[str], *options: str) -> tuple[int | None, str]:
     """pytest's exit code, None where it did not end in time, and what it wrote.
 
-    It runs up to the first failure, in a child of this process, which has the libraries loaded.
+    It runs in a child of this process, which has the libraries loaded.
     """
     load_libraries()
     child = os.fork()
     if child == 0:
-        become_pytest(tests)
+        become_pytest([*options, *tests])
     code, deadline = None, time.monotonic() + TEST_LIMIT
     while code is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -151,7 +151,7 @@ def load_libraries() -> None:
         importlib.import_module(name)
 
 
-def become_pytest(tests: list[str]) -> NoReturn:
+def become_pytest(arguments: list[str]) -> NoReturn:
     """End this process, a child, as `python -m pytest` does in the copy."""
     os.setsid()
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -165,7 +165,7 @@ def become_pytest(tests: list[str]) -> NoReturn:
         del sys.modules[name]
     code = 3  # pytest's, of an error inside of it
     try:
-        code = int(importlib.import_module("pytest").main(["-qx", "-pno:cacheprovider", *tests]))
+        code = int(importlib.import_module("pytest").main(["-q", "-pno:cacheprovider", *arguments]))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -177,10 +177,10 @@ def passes_unchanged(mutations: Collection[Mutation]) -> bool:
         if (done := compile_source(source)).returncode:
             print(f"DOES NOT COMPILE unchanged: {source}\n{done.stdout[-2000:]}")
             return False
-    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests)
-    # One test by itself, so that it is seen where all of it is skipped; files at once.
-    files = [test for test in tests if "::" not in test]
-    for chosen in [[test] for test in tests if "::" in test] + [files] * bool(files):
+    # A test of kernels by itself, so that it is seen where it is skipped; those of Python at once.
+    alone = {test: [test] for m in mutations if not m.is_python for test in m.tests}
+    at_once = dict.fromkeys(test for m in mutations if m.is_python for test in m.tests)
+    for chosen in [*alone.values(), *([list(at_once)] if at_once else [])]:
         code, output = run_tests(chosen)
         if code != 0 or " passed" not in output:
             print(f"DOES NOT PASS unchanged: {' '.join(chosen)}\n{output[-2000:]}")
@@ -197,7 +197,7 @@ def verdict(mutation: Mutation) -> tuple[bool, str]:
             return failed, mutation.source if failed else "SURVIVED"
         if mutation.library:
             build_library()
-        code, output = run_tests(mutation.tests)
+        code, output = run_tests(mutation.tests, "-x")
     if code is None:
         return True, f"no end in {TEST_LIMIT:g} s"
     # pytest exits 0 when all passed or skipped, 1 when a test failed, 2 when one could not be read.
