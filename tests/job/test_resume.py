@@ -311,6 +311,7 @@ def test_resumes_a_model_that_was_moved(model, tmp_path, interrupted):
     [
         ({"calibration": TOKENS.roll(1)}, "calibration"),
         ({"calibration": TOKENS[:1]}, "calibration"),
+        ({"calibration": TOKENS.flip(1)}, "calibration"),
         ({"seed": 1}, "configuration (seed)"),
         ({"gptq": False}, "configuration (gptq)"),
         ({"method": "hadamard"}, "configuration (method, smooth_alpha)"),
@@ -420,6 +421,8 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
     with pytest.raises(duqpp.CheckpointError, match=f"{file.name}.*; remove that file"):
         quantize(model, out, resume=True, **DISTILL)
     file.unlink()
+    with pytest.raises(Stopped):  # trained blocks of before must not count as finished then
+        quantize(model, out, resume=True, progress=stop_in_block(2), **DISTILL)
     quantize(model, out, resume=True, **DISTILL)
     assert expected.items() <= hashes(out).items()
 
