@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import duqpp.methods.sequential as module
+from duqpp.calibration.gptq import gptq
 from duqpp.calibration.statistics import draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
@@ -229,6 +230,23 @@ def test_the_input_is_let_go_of_before_gptq(run, monkeypatch):
     )
     run("llama")
     assert [entry for entry in alive if isinstance(entry, bool)] == [False] * 4
+
+
+def test_refinement_starts_from_what_gptq_has_rounded(make_tiny, monkeypatch):
+    compensated = []
+    monkeypatch.setattr(
+        "duqpp.methods.group.gptq",
+        lambda *arguments, **options: (
+            compensated.append(gptq(*arguments, **options)) or compensated[-1]
+        ),
+    )
+    stack = DecoderStack(open_source(str(make_tiny("llama"))))
+    first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
+    block = Block.of(stack.block(0), 0, (), stack.family)
+    _, latents = QuantizeConfig(method="duqpp").build_method().quantize_groups(block, first)
+    for group, result in zip(GROUPS, compensated, strict=True):
+        found = torch.cat([latents[name] for name in group.linears])
+        oracle.assert_same(found, result.compensated, group.name)
 
 
 def test_gptq_lowers_the_output_error(run):

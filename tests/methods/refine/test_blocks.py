@@ -12,7 +12,7 @@ import duqpp.methods.refine.blocks as module
 from duqpp.calibration.tokens import tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.format import ScaleRule
+from duqpp.format import ScaleRule, quantize
 from duqpp.methods.base import Block
 from duqpp.methods.refine.blocks import refine_block
 from duqpp.models.source import open_source
@@ -91,6 +91,28 @@ def test_what_does_not_help_is_not_kept(job, monkeypatch):
     assert all(torch.equal(v, before[n]) for n, v in block.module.state_dict().items())
 
 
+def test_the_codes_of_the_best_check_are_kept(job, monkeypatch):
+    """Of three checks: the first, or the last."""
+
+    def kept(values: list[float]) -> list[torch.Tensor]:
+        def measured(*arguments, real=module_loss):
+            loss, found = real(*arguments), iter(values)
+            return lambda b: loss(b) if torch.is_grad_enabled() else torch.tensor(next(found))
+
+        monkeypatch.setattr(module, "block_loss", measured)
+        block, *rest = job()
+        report, latents = refine_block(block, *rest, MSE, inputs.generator(0))
+        assert (report.loss_after, report.steps) == (pytest.approx(min(values)), 5)
+        codes = [block.module.get_submodule(name).weight.codes for name in LINEARS]
+        for name, found in zip(LINEARS, codes, strict=True):
+            assert torch.equal(found, quantize(latents[name], rule=MSE).codes)
+        return codes
+
+    module_loss = module.block_loss
+    first, last = kept([1.0, 0.4, 0.43, 0.42]), kept([1.0, 0.9, 0.8, 0.7])
+    assert any(not torch.equal(*codes) for codes in zip(first, last, strict=True))
+
+
 def test_skipped_linears_are_not_trained(job):
     config = QuantizeConfig(
         method="duqpp", refine="blocks", samples=1, refine_samples=2, skip=("k_proj", "down_proj")
@@ -166,5 +188,5 @@ def test_short_text_refines_with_all_of_it(tiny_llama, tmp_path):
     assert all(block.steps > 0 for block in report.refined)
     assert f"text.txt, {tokens // 32} x 32 tokens" in (tmp_path / "out" / "README.md").read_text()
     too_many = replace(config, refine_samples=tokens // 32 + 1)
-    with pytest.raises(InputError, match="--refine-samples"):
+    with pytest.raises(InputError, match="`refine_samples`"):
         duqpp.quantize_model(str(tiny_llama), tmp_path / "no", too_many, calibration=str(text))
