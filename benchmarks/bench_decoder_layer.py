@@ -5,7 +5,7 @@ Random weights, made on the device. Decode: M sequences, one token each, over a 
 tokens. Cold layers are copied and used in turn, as a model's layers are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from timing import Call, alternate, clock_for, copied, in_turn
 from torch import Tensor, nn
 
 from duqpp.checkpoint.layout import Layout, convert_block
+from duqpp.models.family import LinearGroup, family_of
 from duqpp.nn import MXFP4Linear
 from duqpp.ops.dispatch import select
 from duqpp.rotation.block_rotation import BlockRotation
@@ -73,6 +74,7 @@ class Layers:
             attn_implementation="sdpa",
         )
         self.model = model
+        groups = family_of(config).quantized_groups(0, LAYOUT.skip)
 
         def empty() -> nn.Module:
             with torch.device("meta"):
@@ -81,7 +83,7 @@ class Layers:
         torch.manual_seed(seed)
         with torch.device(device):
             weights = {name: _random(t.shape) for name, t in empty().state_dict().items()}
-        quantized = dict(_quantized(weights, empty()))
+        quantized = dict(_quantized(weights, empty(), groups))
 
         def float_layer() -> nn.Module:
             layer = empty()
@@ -90,7 +92,7 @@ class Layers:
 
         def quantized_layer() -> nn.Module:
             layer = empty()
-            convert_block(layer, 0, LAYOUT)
+            convert_block(layer, groups, LAYOUT)
             layer.load_state_dict({n: t.clone() for n, t in quantized.items()}, assign=True)
             for module in layer.modules():
                 if isinstance(module, MXFP4Linear):
@@ -138,9 +140,11 @@ def _random(shape: torch.Size) -> Tensor:
     return scaled.bfloat16()
 
 
-def _quantized(weights: dict[str, Tensor], empty: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _quantized(
+    weights: dict[str, Tensor], empty: nn.Module, groups: Sequence[LinearGroup]
+) -> Iterator[tuple[str, Tensor]]:
     """The state of the converted layer: `weights`, the linears' folded and quantized."""
-    convert_block(empty, 0, LAYOUT)
+    convert_block(empty, groups, LAYOUT)
     linears = {n for n, module in empty.named_modules() if isinstance(module, MXFP4Linear)}
     for name, values in weights.items():
         linear = name.removesuffix(".weight")

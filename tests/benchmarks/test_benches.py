@@ -306,11 +306,15 @@ def test_the_quantized_weights_are_folded(layers):
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*.json")), ids=lambda f: f.stem)
 def test_committed_results_name_their_machine(file):
+    """Those that a benchmark wrote name the processor; those kept by hand say it in words, or that
+    their figures were computed."""
     result = json.loads(file.read_text())
-    assert result["environment"]["cpu"]
-    assert result["environment"]["commit"]
-    assert "/" not in result["environment"]["commit"]
-    assert result["rows"]
+    environment = result["environment"]
+    if not environment.get("computed"):
+        assert any(environment.get(name) for name in ("cpu", "gpus", "machine"))
+        assert environment["commit"]
+    assert "/" not in environment.get("commit", "")
+    assert result.get("rows") or result["tables"]
+    assert result.get("complete", True), "measured in part"
     if result.get("device") == "cuda":
-        assert result["environment"]["gpus"] and result["environment"]["driver"]
-        assert result["complete"], "measured in part"
+        assert environment["gpus"] and environment["driver"]
