@@ -170,8 +170,15 @@ def test_nothing_is_written_while_a_loaded_model_generates(console, quantized, r
     """Text and progress on one stream, inside `Bars`: a stage must not outlive its last step."""
     console = request.getfixturevalue(console)
     with Bars(console) as bars, contextlib.redirect_stdout(console.file):
-        model, tokenizer = load_model(str(quantized), progress=bars)
-        wait_for("checking the checkpoint's shards", console)
+
+        def shown(stage: str, done: int, total: int) -> None:
+            """Each stage lasts until it is on the console."""
+            bars(stage, done, total)
+            if stage == "verify" and done < total:
+                wait_for("checking the checkpoint's shards", console)
+
+        model, tokenizer = load_model(str(quantized), progress=shown)
+        assert "checking the checkpoint's shards" in console.file.getvalue()
         print(PROMPT, end="")
         time.sleep(0.3)
         text = generate(model, tokenizer, PROMPT, max_new_tokens=8, stream=True).text
