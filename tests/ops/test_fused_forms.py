@@ -139,10 +139,10 @@ def test_a_row_does_not_depend_on_its_batch(backend):
     x = inputs.outliers(40, K, seed=9).bfloat16()
     rotation = ROTATIONS["per block"]
     options = {"epsilon": 1e-5, "rule": ScaleRule.MSE, "backend": backend}
-    together = rmsnorm_rotate_quantize(x, x[0], rotation, **options)
-    alone = rmsnorm_rotate_quantize(x[37:38], x[0], rotation, **options)
     if backend == "reference":
         pytest.skip("reference: the order of a float32 mean is torch's")
+    together = rmsnorm_rotate_quantize(x, x[0], rotation, **options)
+    alone = rmsnorm_rotate_quantize(x[37:38], x[0], rotation, **options)
     oracle.assert_same(alone.codes[0], together.codes[37], "codes")
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from duqpp.format import ScaleRule, quantize
-from duqpp.ops.reference import rotate_blocks
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from tests import inputs, oracle
 from tests.ops.backends import QUANTIZERS, rotate_quantize, row_major_scales
@@ -263,11 +262,3 @@ def test_rotation_must_be_bfloat16(backend):
 def test_unknown_rule(backend):
     with pytest.raises(ValueError, match="nearest"):
         rotate_quantize(torch.zeros(1, 32), None, rule="nearest", backend=backend)
-
-
-@pytest.mark.parametrize("shape", [(32,), (5, 96), (2, 3, 64), (0, 32)])
-def test_rotate_blocks_of_any_shape(shape, backend):
-    x = torch.randint(-8, 9, shape, generator=inputs.generator(0)).double()
-    for rotation in (integer_hadamard(shape[-1], 0), integers_per_block(shape[-1], 1)):
-        expected = rotate_in_float64(x.reshape(-1, shape[-1]), rotation).reshape(shape)
-        oracle.assert_same(rotate_blocks(x, rotation.double()), expected, f"x R, {shape}")
