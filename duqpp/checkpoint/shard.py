@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
+from duqpp.files import read_json_object, require_regular
 from duqpp.format.e8m0 import NAN_SCALE
 from duqpp.placement import HOST
 from duqpp.rotation.block_rotation import check_invertible
@@ -90,14 +91,11 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises: CheckpointError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return values
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
 def shard_name(number: int, total: int) -> str:
@@ -222,7 +220,7 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file, checked, and the offset where its data begin."""
     try:
-        size = path.stat().st_size
+        size = require_regular(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             raw = file.read(length) if 2 <= length <= min(size - 8, _HEADER_LIMIT) else None

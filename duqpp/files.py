@@ -1,0 +1,53 @@
+"""Small files that come from elsewhere: only regular ones are read, and only up to a size."""
+
+import errno
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+LIMIT = 2**28  # bytes; the largest tokenizer.json and index that are released have some 2**25
+
+
+def require_regular(path: Path) -> int:
+    """The size in bytes of a regular file, or of one that `path` links to.
+
+    Whatever else can be opened may have no end: a pipe without a writer, a device.
+
+    Raises: OSError.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return status.st_size
+
+
+def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
+    """The contents of a regular file. Raises: OSError; ValueError for more than `limit` bytes."""
+    size = require_regular(path)
+    if size > limit:
+        raise ValueError(f"it has {size} bytes, and at most {limit} are read")
+    with open(path, "rb") as file:
+        return file.read(limit)
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises: ValueError, whose message never quotes the content."""
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError("it must hold a JSON object")
+    return values
+
+
+def read_json_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
+    """A JSON object from a regular file. Raises: OSError, ValueError as above."""
+    return parse_json_object(read_bytes(path, limit))
