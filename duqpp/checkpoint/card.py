@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.checkpoint.layout import is_duqpp
+from duqpp.checkpoint.manifest import MODEL_FILES, write_manifest
 from duqpp.checkpoint.shard import linear_storage, read_json, settle_metadata, write_json
 
 CARD = "README.md"
@@ -27,8 +28,9 @@ GUARD = (
 def finish_folder(folder: Path, repository: str | None = None) -> None:
     """Complete what transformers' `save_pretrained` has written.
 
-    Guards config.json, orders the shards' metadata, and writes the model card, unless there is one
-    by someone else. Does nothing to a folder that holds no duqpp checkpoint, such as an adapter's.
+    Guards config.json, orders the shards' metadata, writes the model card, unless there is one by
+    someone else, and the manifest of the model's files. Does nothing to a folder that holds no
+    duqpp checkpoint, such as an adapter's.
 
     Args: repository: its name on the hub, for the card.
     """
@@ -40,6 +42,7 @@ def finish_folder(folder: Path, repository: str | None = None) -> None:
     for shard in sorted(folder.glob("model*.safetensors")):
         settle_metadata(shard)
     write_card(folder, repository)
+    write_manifest(folder, MODEL_FILES)
 
 
 def write_card(folder: Path, repository: str | None = None) -> None:

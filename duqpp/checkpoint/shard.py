@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
-from duqpp.files import read_json_object, require_regular
+from duqpp.files import parse_json_object, read_json_object, require_regular
 from duqpp.format.e8m0 import NAN_SCALE
 from duqpp.placement import HOST
 from duqpp.rotation.block_rotation import check_invertible
@@ -74,7 +75,12 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file completely or not at all, as `write_shard` does."""
-    _write(path, [(json.dumps(values, indent=2) + "\n").encode()])
+    _write(path, [json_bytes(values)])
+
+
+def json_bytes(values: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -181,13 +187,16 @@ def verify_checkpoint(
     for done, shard in enumerate(shards):
         if progress:
             progress("verify", done, len(shards))
-        for name, entry in verify_shard(shard).items():
+        header, _ = _read_header(shard)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():  # before any value is read
             if name in found:
                 raise CheckpointError(f"{name} is in both {found[name].name} and {shard.name}")
             if name not in expected:
                 raise CheckpointError(f"{shard}: {name} does not belong to this model")
             found[name] = shard
             _check_entry(shard, name, entry, expected[name])
+        verify_shard(shard)
     if progress:
         progress("verify", len(shards), len(shards))
     if missing := sorted(set(expected) - set(found)):
@@ -205,6 +214,11 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
     """
     header, start = _read_header(path)
     checksums = _checksums(path, header.pop("__metadata__", {}))
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the safetensors library cannot read it: {error}") from error
     # transformers calls this in a context where tensors are made on the meta device.
     with open(path, "rb") as file, HOST:
         for name, entry in header.items():
@@ -217,21 +231,29 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, checked, and the offset where its data begin."""
+def header_bytes(path: Path) -> bytes:
+    """The beginning of a safetensors file, up to its data. Raises: CheckpointError."""
     try:
         size = require_regular(path)
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
             raw = file.read(length) if 2 <= length <= min(size - 8, _HEADER_LIMIT) else None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if raw is None:
         raise CheckpointError(f"{path} is truncated or not a safetensors file")
+    return prefix + raw
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, checked, and the offset where its data begin."""
+    content = header_bytes(path)
     try:
-        header = json.loads(raw)
+        header = parse_json_object(content[8:])
+        _check_metadata(header.get("__metadata__", {}))
         entries = [(n, _sizes(e), e) for n, e in header.items() if n != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is not one of safetensors") from error
     position = 0
     for name, (begin, end, count), entry in sorted(entries, key=lambda item: item[1]):
@@ -240,11 +262,18 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         if begin != position or end - begin != count * _DTYPES[entry["dtype"]].itemsize:
             raise CheckpointError(f"{path}: the header's offsets of {name} are wrong")
         position = end
-    if size != 8 + length + position:
+    size, expected = path.stat().st_size, len(content) + position
+    if size != expected:
         raise CheckpointError(
-            f"{path} is truncated or altered: {size} bytes, its header says {8 + length + position}"
+            f"{path} is truncated or altered: {size} bytes, its header says {expected}"
         )
-    return header, 8 + length
+    return header, len(content)
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raise ValueError unless these are metadata that the safetensors library reads."""
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("metadata are an object of strings")
 
 
 def _sizes(entry: dict[str, Any]) -> tuple[int, int, int]:

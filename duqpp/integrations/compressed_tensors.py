@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from duqpp.checkpoint.card import GUARD_FIELD
-from duqpp.checkpoint.layout import Layout, checkpoint_family, quantization_of
+from duqpp.checkpoint.layout import Layout, checkpoint_family, is_duqpp, quantization_of
+from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import (
     INDEX_FILE,
     Progress,
@@ -75,6 +76,8 @@ def export_compressed_tensors(
     folder, out = Path(model).expanduser(), Path(out)
     folder = folder if folder.exists() else download(str(model))
     config = read_json(folder / "config.json")
+    if is_duqpp(config):
+        verify_manifest(folder)
     layout = _exportable_layout(folder, config)
     groups, skipped = _groups(checkpoint_family(config), layout)
     conversion = _Conversion(frozenset(name for group in groups for name in group))

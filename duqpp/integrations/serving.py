@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import INDEX_FILE, read_json, shard_files, verify_shard
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
@@ -28,11 +29,12 @@ def served_layout(values: dict[str, Any]) -> Layout:
 
 
 def verify_folder(folder: Path) -> int:
-    """Check each shard of a checkpoint by itself, and its index.
+    """Check a checkpoint's files against its manifest, each shard by itself, and the index.
 
     Returns: the number of shards.
     Raises: CheckpointError naming the file and the tensor.
     """
+    verify_manifest(folder)
     files = shard_files(folder)
     check_index(folder, {name: file.name for file in files for name in verify_shard(file)})
     return len(files)

@@ -24,6 +24,7 @@ from duqpp.checkpoint.layout import (
     quantization_of,
     share_inputs,
 )
+from duqpp.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError, first_line
@@ -154,6 +155,7 @@ class DuqppQuantizer(HfQuantizer):
         if len({file.parent for file in files}) > 1:
             raise CheckpointError(f"the index names a shard that is not in {files[0].parent}")
         if _verified.get() != {file.resolve() for file in files}:
+            verify_manifest(_with_manifest(model.config.name_or_path, files[0].parent))
             _verify(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -210,6 +212,22 @@ class DuqppQuantizer(HfQuantizer):
         return True
 
 
+def _with_manifest(name: str, folder: Path) -> Path:
+    """The folder of a model's files; one in the hub's cache with its manifest, if it has one."""
+    if folder.parent.name == "snapshots":
+        from transformers.utils.hub import cached_file
+
+        cached_file(
+            name,
+            MANIFEST_FILE,
+            revision=folder.name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return folder
+
+
 def _without_guard(config: Any) -> Any:
     """A configuration whose weights are looked for as usual: duqpp is there to read them."""
     file = getattr(config, GUARD_FIELD, None)
@@ -243,6 +261,7 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         folder = download(str(model), check=_layout, **hub)
     layout = _layout(folder)
+    verify_manifest(folder)
     files = shard_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN
+from duqpp.checkpoint.manifest import write_manifest
 from duqpp.checkpoint.shard import Progress, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
@@ -33,6 +34,9 @@ from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import ON_HOST, Placement
+
+# Patterns of what is only needed to resume a job, besides its own file.
+LEFTOVERS = ("model-*.json", "*" + LATENTS)
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,9 @@ def quantize_model(
             stack = DecoderStack(source, placement=placement)
             results = _quantize_blocks(stack, config, tokens, folder, progress)
             write_companions(companions, layout, stack.dtype, work, results)
+            write_manifest(work, leftovers=(*LEFTOVERS, JOB_FILE))
             weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-        give_name(work, out, leftovers=("model-*.json", "*" + LATENTS))
+        give_name(work, out, leftovers=LEFTOVERS)
     seconds = time.monotonic() - started
     return QuantizeReport(
         out,

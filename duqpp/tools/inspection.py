@@ -6,6 +6,7 @@ from typing import Any
 
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.layout import Layout, checkpoint_family, is_duqpp, quantization_of
+from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
@@ -129,6 +130,7 @@ def _read_checkpoint(folder: Path) -> Inspection | None:
     config = read_json(folder / "config.json")
     if not is_duqpp(config):
         return None
+    verify_manifest(folder)
     layout = Layout.from_dict(quantization_of(config))
     kinds = checkpoint_family(config).kinds()
     file = folder / REPORT_FILE

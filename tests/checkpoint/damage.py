@@ -13,13 +13,18 @@ from torch import Tensor
 
 CHECKSUMS = "duqpp.crc32"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "duqpp-manifest.json"
 
 Tensors = dict[str, Tensor]
 
 
 def copy_of(folder: Path, target: Path) -> Path:
-    """A copy of `folder` at `target`, which must not exist."""
+    """A copy of `folder` at `target`, which must not exist; without its manifest.
+
+    With that, no damage would get as far as the other checks.
+    """
     shutil.copytree(folder, target)
+    (target / MANIFEST).unlink(missing_ok=True)
     return target
 
 

@@ -261,7 +261,8 @@ def test_what_is_uploaded_is_a_whole_checkpoint(upload, hadamard, hub, tmp_path)
     ((repository, contents),) = hub.uploads
     assert repository == "me/model-mxfp4"
     assert set(contents) == {
-        *("README.md", "config.json", "generation_config.json", "model.safetensors")
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        "duqpp-manifest.json",
     }
     assert json.loads(contents["config.json"])[GUARD_FIELD] == GUARD
     card = ModelCard(contents["README.md"].decode())

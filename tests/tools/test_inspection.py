@@ -1,7 +1,6 @@
 """inspect: reports of checkpoints and of float models, and the plot."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from duqpp.job.finish import REPORT_FILE
 from duqpp.job.quantize import quantize_model
 from duqpp.methods.reports import GroupReport
 from duqpp.tools.inspection import inspect_model, layer_and_kind, mean_errors
+from tests.checkpoint import damage
 
 SMALL = {"samples": 2, "seq_len": 64, "max_steps": 16}
 NAMES = [
@@ -98,7 +98,7 @@ def test_mean_errors_skip_what_is_not_there():
 )
 def test_a_report_that_is_missing_or_wrong(change, message, quantized, tmp_path):
     folder = tmp_path / "damaged"
-    shutil.copytree(quantized, folder)
+    damage.copy_of(quantized, folder)
     change(folder / REPORT_FILE)
     with pytest.raises(CheckpointError, match=message):
         inspect_model(str(folder))
@@ -107,7 +107,7 @@ def test_a_report_that_is_missing_or_wrong(change, message, quantized, tmp_path)
 @pytest.mark.parametrize("provenance", [{}, {"configuration": {"method": "later"}}])
 def test_a_checkpoint_without_its_options_is_still_inspected(provenance, quantized, tmp_path):
     folder = tmp_path / "other"
-    shutil.copytree(quantized, folder)
+    damage.copy_of(quantized, folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["provenance"] = provenance
     (folder / "config.json").write_text(json.dumps(config))
