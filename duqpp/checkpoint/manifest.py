@@ -10,6 +10,7 @@ belong to it, though it is undamaged.
 import hashlib
 import json
 import logging
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -67,7 +68,7 @@ def verify_manifest(folder: Path) -> None:
 
     Raises: CheckpointError naming the file, and the field of a JSON object.
     """
-    if not (folder / MANIFEST_FILE).exists():
+    if not os.path.lexists(folder / MANIFEST_FILE):
         logger.warning(
             "%s has no %s: its tensors are verified, but not its configuration and its tokenizer",
             folder,
