@@ -10,6 +10,7 @@ DRIFT = "duqpp/calibration/drift.py"
 TOKENS = "duqpp/calibration/tokens.py"
 SHARD = "duqpp/checkpoint/shard.py"
 LAYOUT = "duqpp/checkpoint/layout.py"
+MANIFEST = "duqpp/checkpoint/manifest.py"
 CARD = "duqpp/checkpoint/card.py"
 FAMILY = "duqpp/models/family.py"
 STACK = "duqpp/models/stack.py"
@@ -48,6 +49,7 @@ DRIFT_TESTS = "tests/calibration/test_drift.py"
 TOKENS_TESTS = "tests/calibration/test_tokens.py"
 SHARD_TESTS = "tests/checkpoint/test_shard.py"
 LAYOUT_TESTS = "tests/checkpoint/test_layout.py"
+MANIFEST_TESTS = "tests/checkpoint/test_manifest.py"
 CARD_TESTS = "tests/integrations/test_saving.py"
 GUARD_TESTS = "tests/integrations/test_guard.py"
 FAMILY_TESTS = "tests/models/test_family.py"
@@ -301,6 +303,41 @@ MUTATIONS = (
         "if Path(shard).name != shard or not",
         "if not",
         SHARD_TESTS,
+    ),
+    Mutation(
+        "manifest: a shard by its length alone",
+        MANIFEST,
+        "hashlib.sha256(header_bytes(path))",
+        "hashlib.sha256(header_bytes(path)[:8])",
+        MANIFEST_TESTS,
+    ),
+    Mutation(
+        "manifest: a missing file is none of its concern",
+        MANIFEST,
+        'None if is_partial else "it is missing"',
+        "None",
+        MANIFEST_TESTS,
+    ),
+    Mutation(
+        "manifest: added files are not looked for",
+        MANIFEST,
+        "present - set(files)",
+        "set(files) - set(files)",
+        MANIFEST_TESTS,
+    ),
+    Mutation(
+        "manifest: its own digest is not checked",
+        MANIFEST,
+        "digest != _own_digest(values) or content",
+        "content",
+        MANIFEST_TESTS,
+    ),
+    Mutation(
+        "manifest: a saved model's covers the tokenizer beside it",
+        CARD,
+        "write_manifest(folder, MODEL_FILES)",
+        "write_manifest(folder)",
+        MANIFEST_TESTS,
     ),
     Mutation(
         "shard: a saved shard keeps the checksums of the others",
