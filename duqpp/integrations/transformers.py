@@ -1,6 +1,7 @@
 """transformers: `from_pretrained` of quantized and float models, once duqpp is imported."""
 
 import copy
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from duqpp.integrations.saving import complete_on_save, forget_on_save, state_an
 from duqpp.job.finish import provenance
 from duqpp.models.family import family_of
 from duqpp.models.gguf import is_gguf, load_gguf
-from duqpp.models.hub import download
+from duqpp.models.hub import base_model, download
 from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.placement import HOST
 
@@ -155,7 +156,7 @@ class DuqppQuantizer(HfQuantizer):
         if len({file.parent for file in files}) > 1:
             raise CheckpointError(f"the index names a shard that is not in {files[0].parent}")
         if _verified.get() != {file.resolve() for file in files}:
-            verify_manifest(_with_manifest(model.config.name_or_path, files[0].parent))
+            verify_manifest(_with_manifest(files[0].parent))
             _verify(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -212,19 +213,18 @@ class DuqppQuantizer(HfQuantizer):
         return True
 
 
-def _with_manifest(name: str, folder: Path) -> Path:
-    """The folder of a model's files; one in the hub's cache with its manifest, if it has one."""
-    if folder.parent.name == "snapshots":
-        from transformers.utils.hub import cached_file
+def _with_manifest(folder: Path) -> Path:
+    """The folder of a model's files; one in the hub's cache with its manifest, if it has one.
 
-        cached_file(
-            name,
-            MANIFEST_FILE,
-            revision=folder.name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+    transformers fetches the files that it needs, and the manifest is none of them.
+    """
+    if folder.parent.name == "snapshots":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        place = {"revision": folder.name, "cache_dir": folder.parents[2]}
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            hf_hub_download(base_model(str(folder)), MANIFEST_FILE, **place)
     return folder
 
 

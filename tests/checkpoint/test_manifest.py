@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import duqpp
 from duqpp.checkpoint.manifest import MANIFEST_FILE, MODEL_FILES, verify_manifest, write_manifest
@@ -145,3 +146,34 @@ def test_every_bit_of_the_manifest_counts(folder):
         assert "duqpp-manifest.json" in refusal(folder), bit
         file.write_bytes(content)
     verify_manifest(folder)
+
+
+@pytest.mark.parametrize("is_altered", [False, True])
+def test_a_model_of_the_hub_s_cache_is_compared_with_its_manifest(
+    is_altered, folder, tmp_path, monkeypatch, caplog
+):
+    """transformers fetches what it reads, and the manifest is none of that."""
+    cache, commit = tmp_path / "cache", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cache / "models--me--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        shutil.copy(file, snapshot)
+    shutil.copy(folder / "config.json", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    if is_altered:
+        damage.edit_json(snapshot / "config.json", lambda c: c.update(rms_norm_eps=0.5))
+
+    def download(repository, name, *, revision, cache_dir):
+        assert (repository, name) == ("me/model", MANIFEST_FILE)
+        assert (revision, cache_dir) == (commit, cache)
+        shutil.copy(folder / name, snapshot)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    options = {"cache_dir": cache, "local_files_only": True}
+    if is_altered:
+        with pytest.raises(CheckpointError, match="the field rms_norm_eps differs"):
+            AutoModelForCausalLM.from_pretrained("me/model", **options)
+    else:
+        AutoModelForCausalLM.from_pretrained("me/model", **options)
+        assert not caplog.records
