@@ -43,14 +43,15 @@ class Description:
         elif self.least is not None and self.most is not None:
             inside = self.least <= value <= self.most
             if not inside or (self.is_open and value in (self.least, self.most)):
-                bounds = (
-                    f"({self.least:g}, {self.most:g})"
-                    if self.is_open
-                    else (f"[{self.least:g}, {self.most:g}]")
-                )
+                bounds = ", ".join(map(_number, (self.least, self.most)))
+                bounds = f"({bounds})" if self.is_open else f"[{bounds}]"
                 raise InputError(f"`{name}` must lie in {bounds}, got {value}")
         elif self.least is not None and value < self.least:
             raise InputError(f"`{name}` must be at least {self.least:g}, got {value}")
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _described(flag: str, help: str, **limits: Any) -> dict[str, Description]:
@@ -216,7 +217,12 @@ class QuantizeConfig:
     )
     seed: int = field(
         default=0,
-        metadata=_described("--seed", "Of calibration sampling and of every random matrix."),
+        metadata=_described(
+            "--seed",
+            "Of calibration sampling and of every random matrix.",
+            least=-(2**63),  # what torch's generators take
+            most=2**64 - 1,
+        ),
     )
     skip: tuple[str, ...] = field(
         default=(),

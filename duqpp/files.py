@@ -1,12 +1,24 @@
-"""Small files that come from elsewhere: only regular ones are read, and only up to a size."""
+"""Paths and small files that come from elsewhere.
+
+Of the files only regular ones are read, and only up to a size.
+"""
 
 import errno
 import json
 import stat
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from duqpp.errors import InputError, refusing
+
 LIMIT = 2**28  # bytes; the largest tokenizer.json and index that are released have some 2**25
+# What transformers reads from a model's folder, besides weights.
+_COMPANIONS = (
+    *("config.json", "generation_config.json", "*.index.json", "special_tokens_map.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "tekken.json", "*.model"),
+    "chat_template*",
+)
 
 
 def require_regular(path: Path) -> int:
@@ -51,3 +63,43 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
 def read_json_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
     """A JSON object from a regular file. Raises: OSError, ValueError as above."""
     return parse_json_object(read_bytes(path, limit))
+
+
+def local_path(name: str) -> Path:
+    """The path that a user has written, which may or may not be there.
+
+    Raises: InputError for what can be none, such as "~nobody/model" without a user of that name,
+        and for what cannot be looked at.
+    """
+    if not name:
+        raise InputError("a model or text has no name: got an empty string")
+    with refusing(f"no such folder or file: {name}"):
+        path = Path(name).expanduser()
+        path.exists()
+    return path
+
+
+def model_path(name: str | Path) -> Path:
+    """`local_path` for a model, in whose folder nothing is without an end that a library reads.
+
+    It would wait for a named pipe, and a file of 1 TB that is read whole ends the process.
+    """
+    folder = local_path(str(name))
+    with refusing(f"cannot read {folder}"):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            is_companion = any(fnmatch(file.name, pattern) for pattern in _COMPANIONS)
+            if is_companion or file.suffix == ".safetensors":
+                _check_end(file, LIMIT if is_companion else None)
+    return folder
+
+
+def _check_end(file: Path, limit: int | None) -> None:
+    """Raise InputError for what is there, and is neither a folder nor a file of a bounded size."""
+    if file.is_dir() or not file.exists():
+        return
+    try:
+        size = require_regular(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    if limit is not None and size > limit:
+        raise InputError(f"cannot read {file}: it has {size} bytes, and at most {limit} are read")

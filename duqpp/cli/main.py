@@ -1,9 +1,11 @@
 """The `duqpp` command: parse, call, print."""
 
+import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.main import get_command
@@ -17,11 +19,12 @@ from duqpp.cli.commands.inspect import inspect
 from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
 from duqpp.cli.options import ResumableError, in_options
-from duqpp.errors import DuqppError
+from duqpp.errors import DuqppError, first_line
 from duqpp.models.quiet import quiet_libraries
 from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE, likewise
 
 app = typer.Typer(
     name="duqpp",
@@ -39,37 +42,89 @@ app.command()(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns: exit code 0; 2 after an error, 130 after Ctrl-C, each in one line.
+    """Run the command: the outermost boundary, behind which only duqpp's own mistakes are shown.
+
+    Returns: exit code 0; 2 after an error and 130 after Ctrl-C, each in one line on stderr; 141
+        without a word where the reader of the output has gone, as `head` does.
 
     Args: arguments: of the command line, without the program's name; None is sys.argv's.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _make_printable()
+    code, message = _outcome(list(sys.argv[1:] if arguments is None else arguments))
     try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if not message and code != BROKEN_PIPE:
+            code, message = _outcome_of(error)
+    try:
+        if message:
+            print(" ".join(message.split()), file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:  # nobody reads it: the exit code is left
+        _discard(sys.stderr)
+    return code
+
+
+def _outcome(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of a command line, and what is to be said of it."""
+    try:
+        if any("\0" in argument for argument in arguments):
+            return 2, "error: an argument has a NUL character"
         code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except ResumableError:
         again = [argument for argument in arguments if argument != "--resume"]
         command = shlex.join(["duqpp", *again, "--resume"])
-        return _fail(f"interrupted: go on at the last whole block with {command}", INTERRUPTED)
+        return INTERRUPTED, f"interrupted: go on at the last whole block with {command}"
     except DuqppError as error:
-        return _fail(f"error: {in_options(str(error), _command(arguments))}", 2)
+        return 2, f"error: {in_options(str(error), _command(arguments))}"
     except typer.TyperException as error:
-        return _fail(f"error: {error.format_message()}", 2)
+        return 2, f"error: {error.format_message()}"
+    except OSError as error:
+        return _outcome_of(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return 2, f"error: out of memory: {first_line(error)}"
     if code == INTERRUPTED:  # typer answers Ctrl-C with this exit code
-        return _fail("interrupted: nothing is left to resume", INTERRUPTED)
-    return code
+        return code, "interrupted: nothing is left to resume"
+    return code, ""
+
+
+def _outcome_of(error: OSError) -> tuple[int, str]:
+    """Of what the system refuses, such as a folder without permission or a full disk."""
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE, ""
+    where = f"{error.filename}: " if error.filename else ""
+    return 2, f"error: {where}{error.strerror or first_line(error)}"
+
+
+def _make_printable() -> None:
+    """Let everything be printed: what the terminal's encoding has not, as \\u escapes.
+
+    A stream that is closed, as by `>&-`, takes what comes and forgets it.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard(stream: TextIO) -> None:
+    """Lead a stream that cannot be written to nowhere: the end of the process flushes it again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _command(arguments: Sequence[str]) -> Any:
     """The command that a command line names, or None."""
     commands = vars(get_command(app))["commands"]
     return next((commands[word] for word in arguments if word in commands), None)
-
-
-def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
-    return code
 
 
 @app.callback(invoke_without_command=True)

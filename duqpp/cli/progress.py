@@ -3,7 +3,6 @@
 import sys
 import threading
 from datetime import timedelta
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from duqpp.cli.tables import console as data_console
+from duqpp.files import local_path
 from duqpp.models.gguf import is_gguf
 
 STAGES = {
@@ -42,7 +43,7 @@ class Bars:
 
     def __init__(self, console: Console | None = None) -> None:
         # The stream itself: `sys.stderr` may be redirected while a library is kept quiet.
-        self.console = console or Console(file=sys.stderr)
+        self.console = console or data_console(sys.stderr)
         self._stage = ""
         self._bar = Progress(disable=True)
         self._log: _Log | None = None
@@ -74,7 +75,7 @@ class Bars:
 
     def open(self, model: str, what: str = "model") -> None:
         """`wait` for a model that is opened; the hub shows its own bars of what it downloads."""
-        if not self.console.is_terminal or is_gguf(model) or Path(model).expanduser().exists():
+        if not self.console.is_terminal or is_gguf(model) or local_path(model).exists():
             self.wait(f"opening the {what}")
         else:
             self.stop()

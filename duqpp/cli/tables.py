@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from duqpp.evaluation.scores import Row, Scores
@@ -33,6 +32,14 @@ def percent(error: float | None) -> str:
     return "-" if error is None else f"{100 * error:.2f} %"
 
 
+def console(stream: IO[str] | None = None, **options: Any) -> Console:
+    """A console, on stdout by default, that prints names as they are.
+
+    Brackets in the name of a model would be markup, and ":b:" an emoji.
+    """
+    return Console(file=stream, markup=False, emoji=False, **options)
+
+
 class ComparisonTable:
     """A comparison on a stream, each row as soon as it is complete.
 
@@ -47,9 +54,7 @@ class ComparisonTable:
         names = ["method", "float", *methods, *map(_text, texts[1:])]
         self._widths = {"method": max(map(len, names)), **_SCORE_WIDTHS, **_COST_WIDTHS}
         # Wide enough for every row: on a narrow terminal lines are broken, and nothing is cut.
-        self._console = Console(
-            file=stream, width=sum(self._widths.values()) + 2 * len(self._widths)
-        )
+        self._console = console(stream, width=sum(self._widths.values()) + 2 * len(self._widths))
         self._is_new = True
 
     def print(self, row: Row) -> None:
@@ -63,9 +68,9 @@ class ComparisonTable:
             size(row.weight_bytes),
             f"{row.bits_per_weight:.2f}",
         )
-        table.add_row(escape(row.method), *_scores(row.headline), *cost)
+        table.add_row(row.method, *_scores(row.headline), *cost)
         for scores in row.texts[1:]:
-            table.add_row(escape(_text(scores.text)), *_scores(scores))
+            table.add_row(_text(scores.text), *_scores(scores))
         self._console.print(table)
 
 

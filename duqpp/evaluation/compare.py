@@ -10,13 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.calibration.tokens import BUILTIN, is_stream, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
-from duqpp.config import QuantizeConfig
+from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
 from duqpp.evaluation.folder import ComparisonFolder, Finished, comparison_job
-from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity_and_reference
+from duqpp.evaluation.perplexity import (
+    PerplexityResult,
+    check_windowing,
+    perplexity,
+    perplexity_and_reference,
+)
 from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
@@ -65,6 +70,9 @@ class Plan:
             raise InputError("compare needs at least one method, one seed and one text")
         if len(set(self.texts)) < len(self.texts):
             raise InputError(f"an evaluation text is named twice: {', '.join(self.texts)}")
+        check_windowing(self.seq_len, self.windows)
+        for seed in self.seeds:
+            DESCRIPTIONS["seed"].check("seeds", seed)
 
     @property
     def windowing(self) -> dict[str, Any]:
@@ -123,6 +131,7 @@ def compare(
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
             work = Path(scratch, "work")
+        plan = _with_calibration_file(plan, calibration, stack)
         progress("fingerprint", 0, 1)
         job = comparison_job(source, tokens, plan.windowing)
         folder = stack.enter_context(ComparisonFolder(work, job, calibration, resume=resume))
@@ -197,6 +206,16 @@ class _Runner:
 def _staged(progress: Progress, title: str) -> Progress:
     """Progress of one run: its title goes before each stage."""
     return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
+
+
+def _with_calibration_file(plan: Plan, text: str, stack: ExitStack) -> Plan:
+    """The plan, with its calibration text in a temporary file where a pipe has given it: once."""
+    if not is_stream(plan.calibration):
+        return plan
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-calibration-"))
+    file = Path(folder, Path(plan.calibration).name)
+    file.write_text(text, encoding="utf-8")
+    return replace(plan, calibration=str(file))
 
 
 def _calibration_text(tokenizer: Any, plan: Plan) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
-from duqpp.errors import InputError
+from duqpp.errors import CheckpointError, InputError
 from duqpp.evaluation.scores import Run
 from duqpp.job.lock import locked
 from duqpp.models.source import Source, fingerprint
@@ -78,14 +78,11 @@ class ComparisonFolder:
     def finished(self, config: QuantizeConfig) -> Finished | None:
         """What was recorded, if this run was finished."""
         for file in sorted(self._folder.glob(f"run-{config.method}-*.json")):
-            values = read_json(file)
             # A file is found by what it says, not by its name alone: an earlier version may have
             # written a default in another way, and that is no other configuration.
-            written = values["configuration"]
-            is_same = QuantizeConfig.from_dict(written) == config
-            if is_same and file == self._file(config, written):
-                runs = {text: Run(**run) for text, run in values["runs"].items()}
-                return Finished(runs, values["weight_bytes"], values["weights"])
+            written, result = _read_run(file)
+            if QuantizeConfig.from_dict(written) == config and file == self._file(config, written):
+                return result
         return None
 
     def quantized(self, config: QuantizeConfig, model: Path) -> float | None:
@@ -135,6 +132,17 @@ def comparison_job(
         "windows": settings,
         "version": __version__,
     }
+
+
+def _read_run(file: Path) -> tuple[dict[str, Any], Finished]:
+    """The configuration of a finished run, as it was written, and its result."""
+    values = read_json(file)
+    try:
+        runs = {text: Run(**run) for text, run in values["runs"].items()}
+        result = Finished(runs, int(values["weight_bytes"]), int(values["weights"]))
+        return dict(values["configuration"]), result
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is no result of a comparison; remove it") from error
 
 
 def _check_same(folder: Path, file: Path, job: dict[str, Any], resume: bool) -> None:

@@ -40,6 +40,14 @@ class PerplexityResult:
         return asdict(self)
 
 
+def check_windowing(seq_len: int, windows: int | None) -> None:
+    """Raise InputError for numbers that suit no model, before one is loaded."""
+    if seq_len < 2:
+        raise InputError(f"`seq_len` must be at least 2, got {seq_len}")
+    if windows is not None and windows < 1:
+        raise InputError(f"`windows` must be at least 1, got {windows}")
+
+
 def perplexity(
     model: Any,
     tokens: Tensor,
@@ -89,8 +97,7 @@ def perplexity_and_reference(
 
 def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> Tensor:
     """The windows to evaluate: [windows, seq_len]. Raises: InputError, as `perplexity` says."""
-    if seq_len < 2:
-        raise InputError(f"`seq_len` must be at least 2, got {seq_len}")
+    check_windowing(seq_len, windows)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise InputError(
@@ -103,8 +110,6 @@ def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> T
             "lower `seq_len`, or give more text"
         )
     count = available if windows is None else min(windows, available)
-    if count < 1:
-        raise InputError(f"`windows` must be at least 1, got {windows}")
     least, most = (int(token) for token in tokens.aminmax())
     if least < 0 or most >= model.config.vocab_size:
         raise InputError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from duqpp.errors import InputError, first_line
+from duqpp.errors import InputError, refusing
 from duqpp.models.quiet import quiet_libraries
 
 
@@ -69,18 +69,14 @@ class Tasks:
         lm_eval = _imported()
         if tasks_dir is not None and not Path(tasks_dir).is_dir():
             raise InputError(f"`tasks_dir`: {tasks_dir} is no folder")
-        with _quiet():
+        with _quiet(), refusing(f"lm-eval cannot load {', '.join(tasks)}"):
             manager = lm_eval.TaskManager(
                 include_path=None if tasks_dir is None else str(tasks_dir),
                 include_defaults=not all(map(_is_file_name, tasks)),
             )
             self.names = [name for task in tasks for name in _names(manager, task)]
             lm_eval.seed()
-            try:
-                self._loaded = manager.load(self.names)
-            except Exception as error:  # datasets, YAML and a task's own code: of any kind
-                names = ", ".join(self.names)
-                raise InputError(f"lm-eval cannot load {names}: {first_line(error)}") from error
+            self._loaded = manager.load(self.names)  # which runs datasets, YAML and tasks' code
         # As `lm_eval.simple_evaluate` has it, which also runs git, and looks up what is installed.
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=lm_eval.fewshot_seed)
@@ -95,11 +91,9 @@ class Tasks:
         lm_eval = _imported()
         with _quiet():
             lm_eval.seed()
-            try:
+            with refusing("lm-eval"):  # a task's own code
                 lm = lm_eval.HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32")
                 found = lm_eval.evaluate(lm, self._loaded, limit=self._limit, log_samples=False)
-            except Exception as error:  # a task's own code: of any kind
-                raise InputError(f"lm-eval: {first_line(error)}") from error
         return _scores(found)
 
 

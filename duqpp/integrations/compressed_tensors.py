@@ -31,6 +31,7 @@ from duqpp.checkpoint.shard import (
     write_shard,
 )
 from duqpp.errors import CheckpointError, InputError
+from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
 from duqpp.job.folder import check_output
@@ -73,7 +74,7 @@ def export_compressed_tensors(
         block, DuQuant's permutation, a bias behind a rotation, a fused linear that is quantized in
         part. CheckpointError for a damaged checkpoint.
     """
-    folder, out = Path(model).expanduser(), Path(out)
+    folder, out = model_path(model), Path(out)
     folder = folder if folder.exists() else download(str(model))
     config = read_json(folder / "config.json")
     if is_duqpp(config):

@@ -28,14 +28,15 @@ from duqpp.checkpoint.layout import (
 from duqpp.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
 from duqpp.config import QuantizeConfig
-from duqpp.errors import CheckpointError, DuqppError, InputError, first_line
+from duqpp.errors import CheckpointError, InputError, first_line, refusing
+from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.job.finish import provenance
 from duqpp.models.family import family_of
 from duqpp.models.gguf import is_gguf, load_gguf
-from duqpp.models.hub import base_model, download
+from duqpp.models.hub import base_model, download, load_generation_config
 from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.placement import HOST
 
@@ -256,23 +257,18 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(model).expanduser()
+    folder = model_path(model)
     if not folder.exists():
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         folder = download(str(model), check=_layout, **hub)
     layout = _layout(folder)
     verify_manifest(folder)
     files = shard_files(folder)
-    try:
+    with refusing(str(folder / "config.json"), CheckpointError), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(folder))
         family_of(config).check(())
         del config.quantization_config
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except InputError:
-        raise
-    except Exception as error:  # transformers: of any kind
-        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        skeleton = AutoModelForCausalLM.from_config(config)
     convert_model(skeleton, layout)
     _verify(skeleton, files, progress)
     token = _verified.set(frozenset(file.resolve() for file in files))
@@ -319,21 +315,18 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
     """`load_model` for the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(model).expanduser()
+    folder = model_path(model)
     if is_gguf(model):
         return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
     quantized = is_duqpp(read_json(folder / "config.json"))
-    try:
+    with refusing(f"cannot load {model}"):
         if quantized:
             loaded = from_pretrained(folder, progress=progress)
         else:
+            load_generation_config(folder)  # transformers would do without a damaged one
             loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         return loaded.eval(), AutoTokenizer.from_pretrained(str(folder))
-    except DuqppError:
-        raise
-    except Exception as error:  # transformers and tokenizers: of any kind
-        raise InputError(f"cannot load {model}: {first_line(error)}") from error
 
 
 def _verify(model: Any, files: list[Path], progress: Progress | None = None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duqpp.errors import InputError, first_line
+from duqpp.errors import InputError, refusing
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # The weights a second time, for other programs: Mistral's, Meta's, and those of an ONNX runtime.
@@ -35,15 +35,9 @@ def download(model: str, *, check: Callable[[Path], object] | None = None, **opt
 
 def _snapshot(model: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with refusing(f"{model} is no local folder or .gguf file, and the hub has not given it"):
         return Path(snapshot_download(model, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{model} is no local folder or .gguf file, and the hub has not given it: "
-            f"{first_line(error)}"
-        ) from error
 
 
 def base_model(name_or_path: str) -> str:
@@ -58,7 +52,14 @@ def base_model(name_or_path: str) -> str:
 
 def load_pretrained(cls: Any, folder: Path, what: str, **options: Any) -> Any:
     """`cls.from_pretrained(folder)` with the errors of a bad model as InputError."""
-    try:
+    with refusing(f"cannot load the {what} of {folder}"):  # struct.error, or a panic of tokenizers
         return cls.from_pretrained(str(folder), **options)
-    except Exception as error:  # of any kind: struct.error, or bare from the tokenizers library
-        raise InputError(f"cannot load the {what} of {folder}: {first_line(error)}") from error
+
+
+def load_generation_config(folder: Path) -> Any | None:
+    """A model's transformers generation configuration, if it has one. Raises: InputError."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").exists():
+        return None
+    return load_pretrained(GenerationConfig, folder, "generation configuration")

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.files import model_path
 from duqpp.models.family import family_of
 from duqpp.models.gguf import GgufSource, is_gguf
-from duqpp.models.hub import download, load_pretrained
+from duqpp.models.hub import download, load_generation_config, load_pretrained
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +43,7 @@ def open_source(model: str) -> Source:
 
     Raises: InputError when there is no such model, or it is not a float safetensors or GGUF model.
     """
-    path = Path(model).expanduser()
+    path = model_path(model)
     if path.is_dir():
         return SafetensorsSource(path)
     if is_gguf(model):
@@ -112,11 +113,7 @@ class SafetensorsSource:
         return load_pretrained(AutoTokenizer, self._folder, "tokenizer")
 
     def generation_config(self) -> Any | None:
-        from transformers import GenerationConfig
-
-        if not (self._folder / "generation_config.json").exists():
-            return None
-        return load_pretrained(GenerationConfig, self._folder, "generation configuration")
+        return load_generation_config(self._folder)
 
     def _reader(self, shard: Path) -> Any:
         if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time

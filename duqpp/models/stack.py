@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duqpp.errors import InputError, first_line
+from duqpp.errors import InputError, refusing
 from duqpp.models.family import Family, family_of
 from duqpp.models.source import Source
 from duqpp.placement import ON_HOST, Placement
@@ -40,11 +40,8 @@ class DecoderStack:
         self.family = family_of(self.config)
         embedding = _stored(source, self.family, f"{self.family.body}.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
-        try:
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        except Exception as error:  # transformers: of any kind
-            raise InputError(f"config.json describes no model: {first_line(error)}") from error
+        with refusing("config.json describes no model"), torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         tied = getattr(skeleton, "all_tied_weights_keys", {})
         self._rest = {
             name: tensor.shape

@@ -1,12 +1,16 @@
 """generate: continue a prompt, greedily or by sampling."""
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from duqpp.errors import InputError
+from duqpp.config import DESCRIPTIONS
+from duqpp.errors import InputError, refusing
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise InputError(f"`temperature` must be 0 (greedy) or above, got {temperature}")
+    DESCRIPTIONS["seed"].check("seed", seed)
     encoded = _encode(tokenizer, prompt, chat)
     prompt_tokens = encoded["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -70,7 +75,7 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)  # transformers samples from the global generator
-        try:
+        with refusing("the model cannot continue the prompt"), _own_line(stream):
             output = model.generate(
                 input_ids=encoded["input_ids"].to(model.device),
                 attention_mask=encoded["attention_mask"].to(model.device),
@@ -78,31 +83,44 @@ def generate(
                 pad_token_id=tokenizer.eos_token_id,
                 **options,
             )
-        except BaseException:
-            if stream:
-                print(flush=True)  # what is said of it stands below the text
-            raise
+            new = output[0, prompt_tokens:]
+            text = tokenizer.decode(new, skip_special_tokens=True)
     seconds = time.monotonic() - started
-    new = output[0, prompt_tokens:]
-    text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(text, prompt_tokens, new.numel(), seconds)
+
+
+@contextmanager
+def _own_line(streamed: bool) -> Iterator[None]:
+    """What is said of an error stands below the text that was printed before it."""
+    try:
+        yield
+    except BaseException:
+        if streamed:
+            print(flush=True)
+        raise
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     """input_ids and attention_mask, int64 [1, tokens]."""
     if not chat:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        with refusing("the model's tokenizer cannot read the prompt"):
+            encoded = tokenizer(prompt, return_tensors="pt")
         if encoded["input_ids"].numel() == 0:
             raise InputError("the prompt is empty")
         return encoded
-    if not tokenizer.chat_template:
+    # Some have no such attribute, and templates nevertheless: those of mistral-common.
+    if not getattr(tokenizer, "chat_template", True):
         raise InputError("the model's tokenizer has no chat template: leave out `chat`")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    with refusing("the model's chat template cannot take the prompt"):
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    if encoded["input_ids"].numel() == 0:
+        raise InputError("the model's chat template makes nothing of the prompt")
+    return encoded
 
 
 def _streamer(tokenizer: Any) -> Any:

@@ -10,6 +10,7 @@ from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
+from duqpp.files import model_path
 from duqpp.job.finish import REPORT_FILE
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
@@ -68,7 +69,7 @@ def inspect_model(
     """
     if layers is not None and layers < 1:
         raise InputError(f"`layers` must be at least 1, got {layers}")
-    path = Path(model).expanduser()
+    path = model_path(model)
     if not path.exists() and not is_gguf(model):
         path = download(model, check=_check_inspectable)
     if path.is_dir() and (found := _read_checkpoint(path)):

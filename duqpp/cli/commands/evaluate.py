@@ -20,7 +20,12 @@ from duqpp.cli.progress import Bars
 from duqpp.cli.tables import percent, print_json
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
-from duqpp.evaluation.perplexity import PerplexityResult, perplexity, perplexity_and_reference
+from duqpp.evaluation.perplexity import (
+    PerplexityResult,
+    check_windowing,
+    perplexity,
+    perplexity_and_reference,
+)
 from duqpp.evaluation.tasks import Tasks, TaskScore
 
 
@@ -79,6 +84,7 @@ class _TextEvaluation:
     """Perplexity on a text, and divergence from a reference model, if one is named."""
 
     def __init__(self, text: str, seq_len: int, windows: int | None, reference: str | None) -> None:
+        check_windowing(seq_len, windows)
         self._text, self._content = text, read_text(text, part="evaluation")
         self._windowing: dict[str, Any] = {"seq_len": seq_len, "windows": windows}
         self._reference = reference

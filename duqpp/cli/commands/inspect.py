@@ -6,13 +6,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.options import CalibrationOption, JsonOption, ModelArgument, takes_fields
 from duqpp.cli.progress import Bars
-from duqpp.cli.tables import percent, print_json
+from duqpp.cli.tables import console, percent, print_json
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.tools.inspection import Inspection, layer_and_kind
 
@@ -54,7 +53,7 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(inspection_table(found))
+        console().print(inspection_table(found))
     if plot is not None:
         print(f"plot: {plot}", file=sys.stderr)
 

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from duqpp.cli.options import JsonOption
 from duqpp.cli.progress import Bars
-from duqpp.cli.tables import print_json
+from duqpp.cli.tables import console, print_json
 from duqpp.errors import InputError
 from duqpp.tools.selfcheck import Report
 
@@ -40,9 +39,9 @@ def selfcheck(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(selfcheck_table(found))
+        console().print(selfcheck_table(found))
         if found.timings:
-            Console().print(timings_table(found))
+            console().print(timings_table(found))
         for line in found.skipped:
             print(f"skipped: {line}")
     if not found.passed:
