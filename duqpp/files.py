@@ -6,19 +6,13 @@ Of the files only regular ones are read, and only up to a size.
 import errno
 import json
 import stat
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from duqpp.errors import InputError, refusing
 
 LIMIT = 2**28  # bytes; the largest tokenizer.json and index that are released have some 2**25
-# What transformers reads from a model's folder, besides weights.
-_COMPANIONS = (
-    *("config.json", "generation_config.json", "*.index.json", "special_tokens_map.json"),
-    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "tekken.json", "*.model"),
-    "chat_template*",
-)
+_TEXT = (".jinja", ".json", ".model", ".txt")  # files of this kind are read whole
 
 
 def require_regular(path: Path) -> int:
@@ -87,19 +81,17 @@ def model_path(name: str | Path) -> Path:
     folder = local_path(str(name))
     with refusing(f"cannot read {folder}"):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            is_companion = any(fnmatch(file.name, pattern) for pattern in _COMPANIONS)
-            if is_companion or file.suffix == ".safetensors":
-                _check_end(file, LIMIT if is_companion else None)
+            _check_end(file)
     return folder
 
 
-def _check_end(file: Path, limit: int | None) -> None:
-    """Raise InputError for what is there, and is neither a folder nor a file of a bounded size."""
-    if file.is_dir() or not file.exists():
-        return
+def _check_end(file: Path) -> None:
+    """Raise InputError for what is neither a folder nor a file of a bounded size."""
+    if not file.exists() or file.is_dir():
+        return  # a link to nothing is as good as no file
     try:
         size = require_regular(file)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    if limit is not None and size > limit:
-        raise InputError(f"cannot read {file}: it has {size} bytes, and at most {limit} are read")
+    if file.suffix in _TEXT and size > LIMIT:
+        raise InputError(f"cannot read {file}: it has {size} bytes, and at most {LIMIT} are read")

@@ -93,7 +93,7 @@ def test_the_reader_sees_imports():
     assert "duqpp.format.e8m0" in imports_of("duqpp.format.mxfp4")
     assert "duqpp.format" in imports_of("duqpp.config")
     assert "duqpp.ops.library" in imports_of("duqpp.ops"), "a module named in `from package import`"
-    lazy = imports_of("duqpp.models.stack") - imports_at_import_time("duqpp.models.stack")
+    lazy = imports_of("duqpp.models.weights") - imports_at_import_time("duqpp.models.weights")
     assert "transformers" in lazy
 
 

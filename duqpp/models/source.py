@@ -7,16 +7,15 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duqpp.errors import InputError
 from duqpp.files import model_path
 from duqpp.models.family import family_of
+from duqpp.models.folder import check_float_folder
 from duqpp.models.gguf import GgufSource, is_gguf
 from duqpp.models.hub import download, load_generation_config, load_pretrained
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from duqpp.models.weights import FolderWeights
 
 
 class Source(Protocol):
@@ -29,7 +28,10 @@ class Source(Protocol):
     names: frozenset[str]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its stored dtype. Raises: InputError when it is missing or unreadable."""
+        """One tensor, in the dtype that it has in the model.
+
+        Raises: InputError when it is missing or unreadable.
+        """
 
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
@@ -84,28 +86,22 @@ def _fingerprint(source: Source) -> str:
 
 
 class SafetensorsSource:
-    """A folder with config.json and one or more safetensors shards, mapped into memory."""
+    """A folder with config.json and safetensors, mapped into memory, as transformers reads them.
+
+    Its `config` has the dtype of the tensors, and says whether lm_head is tied in fact.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.config = _float_config(folder)
-        self._shard_of = _shards(folder)
-        self.names = frozenset(self._shard_of)
-        self._open: tuple[Path, Any] | None = None
+        family_of(self.config)  # an error for what duqpp does not know
+        self._weights = FolderWeights(folder, self.config)
+        self.names = self._weights.names
+        self.config.dtype = self._weights.dtype
+        self.config.tie_word_embeddings = self._weights.is_tied
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._shard_of:
-            raise InputError(f"{self._folder} has no tensor {name}")
-        try:
-            tensor = self._reader(self._shard_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{self._shard_of[name]}: cannot read {name}: {error}") from error
-        if tensor.dtype not in _FLOATS and name.endswith((".weight", ".bias")):
-            raise InputError(
-                f"{self._folder}: {name} is {tensor.dtype}; duqpp quantizes float32, bfloat16 "
-                "and float16 models"
-            )
-        return tensor
+        return self._weights.tensor(name)
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -115,53 +111,17 @@ class SafetensorsSource:
     def generation_config(self) -> Any | None:
         return load_generation_config(self._folder)
 
-    def _reader(self, shard: Path) -> Any:
-        if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time
-            self._open = (shard, _open_shard(shard))
-        return self._open[1]
-
 
 def _float_config(folder: Path) -> Any:
     """A float model's transformers configuration. Raises: InputError, of a quantized one too."""
     from transformers import AutoConfig
 
+    check_float_folder(folder)
     config = load_pretrained(AutoConfig, folder, "configuration")
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method")
         raise InputError(f"{folder} is quantized already ({method}); quantize the float model")
     return config
-
-
-def _shards(folder: Path) -> dict[str, Path]:
-    """Tensor name to shard, from the index or the single file; every shard is opened once."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = {name: folder / file for name, file in weight_map.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index: {error!r}") from error
-        if outside := sorted(str(s) for s in shards.values() if s.parent != folder):
-            raise InputError(f"{index} names the shard {outside[0]}, which is not in {folder}")
-        for shard in sorted(set(shards.values())):
-            present = set(_open_shard(shard).keys())
-            missing = [n for n, s in shards.items() if s == shard and n not in present]
-            if missing:
-                raise InputError(f"{shard} lacks the tensor {missing[0]} that the index names")
-        return shards
-    if single.exists():
-        return dict.fromkeys(_open_shard(single).keys(), single)
-    raise InputError(
-        f"{folder} has no model.safetensors and no model.safetensors.index.json; "
-        "duqpp reads safetensors only (pickled .bin weights can run code)"
-    )
-
-
-def _open_shard(shard: Path) -> Any:
-    try:
-        return safe_open(shard, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {shard}: {error}") from error
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

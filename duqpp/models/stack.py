@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duqpp.errors import InputError, refusing
+from duqpp.errors import InputError
 from duqpp.models.family import Family, family_of
 from duqpp.models.source import Source
+from duqpp.models.weights import empty_model
 from duqpp.placement import ON_HOST, Placement
 
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
@@ -24,7 +25,7 @@ class DecoderStack:
 
     Args:
         source: the float model.
-        dtype: None is the dtype of the embedding as stored.
+        dtype: None is the dtype of the embedding.
     Raises: InputError when there is no such model, or the source lacks its embedding.
     """
 
@@ -34,14 +35,11 @@ class DecoderStack:
         dtype: torch.dtype | None = None,
         placement: Placement = ON_HOST,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.source, self.config, self.placement = source, source.config, placement
         self.family = family_of(self.config)
         embedding = _stored(source, self.family, f"{self.family.body}.embed_tokens.weight")
         self.dtype = dtype or embedding.dtype
-        with refusing("config.json describes no model"), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        skeleton: Any = empty_model(self.config, self.dtype)
         tied = getattr(skeleton, "all_tied_weights_keys", {})
         self._rest = {
             name: tensor.shape
@@ -129,17 +127,15 @@ class DecoderStack:
         return inputs
 
 
-def float_model(source: Source) -> nn.Module:
+def float_model(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
     """The source as a whole transformers model, in eval mode; it shares the source's tensors.
 
+    Args: dtype: None is the dtype of the embedding.
     Raises: InputError when the source lacks a tensor.
     """
-    from transformers import AutoModelForCausalLM
-
     family = family_of(source.config)
-    dtype = _stored(source, family, f"{family.body}.embed_tokens.weight").dtype
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    dtype = dtype or _stored(source, family, f"{family.body}.embed_tokens.weight").dtype
+    model: Any = empty_model(source.config, dtype)
     names = [n for n in model.state_dict() if family.stored(n).name in source.names]
     weights = {name: _stored(source, family, name).to(dtype) for name in names}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -150,7 +146,8 @@ def float_model(source: Source) -> nn.Module:
     body = model.get_submodule(family.body)
     # Its buffers are computed, not stored, and on the meta device they were not.
     body.rotary_emb = type(body.rotary_emb)(config=source.config)
-    return model.eval()
+    evaluated: nn.Module = model.eval()
+    return evaluated
 
 
 def _stored(source: Source, family: Family, name: str) -> Tensor:

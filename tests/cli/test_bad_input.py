@@ -108,7 +108,7 @@ def test_config_that_is_no_configuration(content, model, out):
 
 def test_missing_config(model, out):
     (model / "config.json").unlink()
-    assert_refuses(model, out, "cannot load the configuration of .*model")
+    assert_refuses(model, out, "model has no config.json, so it is no model of transformers")
 
 
 def test_missing_folder_is_asked_from_the_hub(out, tmp_path, monkeypatch):
@@ -222,11 +222,11 @@ def test_activations_that_are_not_a_number(model, out):
 )
 @pytest.mark.parametrize("config", [RTN, CONFIG], ids=["rtn", "duquant++"])
 def test_missing_tensor(name, config, model, out):
-    """Whether the index says so, or the shard lacks what the index names."""
+    """Whether the index says so, or the shard lacks what the index names: before any block."""
     damage.edit_tensors(model, name, lambda tensors: tensors.pop(name))
-    assert_refuses(model, out, f"lacks the tensor {name} that the index names", config)
+    assert_refuses(model, out, f"has no tensor {name}", config)
     damage.edit_json(model / damage.INDEX, lambda index: index["weight_map"].pop(name))
-    assert_refuses(model, out, f"no tensor {name}", config, finished=blocks_before(name))
+    assert_refuses(model, out, f"has no tensor {name}", config)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +242,22 @@ def test_missing_tensor(name, config, model, out):
 def test_misshapen_tensor(name, shape, config, model, out):
     damage.set_tensor(model, name, torch.rand(shape))
     message = rf"{name} must be \[.*\], got \[{shape[0]}"
-    assert_refuses(model, out, message, config, finished=blocks_before(name))
+    assert_refuses(model, out, message, config)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
-def test_weights_of_another_kind(dtype, model, out):
+@pytest.mark.parametrize(
+    ("dtype", "called"),
+    [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.bool, "BOOL")],
+)
+def test_weights_of_another_kind(dtype, called, model, out):
     damage.set_tensor(model, UP, torch.ones(96, 64).to(dtype))
-    assert_refuses(model, out, f"{UP} is {dtype}; duqpp quantizes float32", RTN)
+    assert_refuses(model, out, f"{UP} is {called}; duqpp quantizes float32", RTN)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn"])
+def test_dtype_that_no_model_is_quantized_in(dtype, model, out):
+    damage.edit_json(model / "config.json", lambda c: c.update(dtype=dtype))
+    assert_refuses(model, out, f"the model's dtype is torch.{dtype}; duqpp quantizes float32", RTN)
 
 
 def test_tensors_that_the_model_does_not_need_are_left_out(model, out):
@@ -269,7 +278,7 @@ def test_tensors_that_the_model_does_not_need_are_left_out(model, out):
 def test_single_file_of_weights(make_tiny, out, tmp_path):
     model = damage.copy_of(make_tiny("llama"), tmp_path / "model")
     damage.edit_tensors(model, UP, lambda tensors: tensors.pop(UP))
-    assert_refuses(model, out, f"no tensor {UP}", finished=1)
+    assert_refuses(model, out, f"no tensor {UP}")
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, 5000, -1])
