@@ -27,7 +27,10 @@ class Source(Protocol):
     names: frozenset[str]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype that it has in the model. Raises: InputError when it is missing or unreadable."""
+        """One tensor, in the dtype that it has in the model.
+
+        Raises: InputError when it is missing or unreadable.
+        """
 
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from duqpp.errors import InputError
+from duqpp.models.positions import positions
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def generate(
         raise InputError(f"`temperature` must be 0 (greedy) or above, got {temperature}")
     encoded = _encode(tokenizer, prompt, chat)
     prompt_tokens = encoded["input_ids"].shape[1]
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise InputError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that exceeds "
