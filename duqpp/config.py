@@ -3,7 +3,9 @@
 import math
 from collections.abc import Collection
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from duqpp.calibration.gptq import BlockOrder
 from duqpp.errors import InputError
@@ -11,6 +13,8 @@ from duqpp.format import ScaleRule
 from duqpp.methods import METHODS
 from duqpp.methods.base import Method, Needs
 from duqpp.methods.options import Refine, RotationScope, Stream
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 _REFINE_SAMPLES = 72
 _RULES = tuple(str(rule) for rule in ScaleRule)
@@ -101,6 +105,8 @@ class QuantizeConfig:
         a shorter calibration text has (see `for_text`).
     seed: of calibration sampling and of every random matrix.
     skip: modules that stay in floating point like lm_head, by whole components of their names.
+    dtype: what the model is cast to when it is read: what its blocks compute in, and what is not
+        quantized is saved in. None is the model's own.
     """
 
     method: str = field(
@@ -231,6 +237,15 @@ class QuantizeConfig:
         ),
     )
 
+    dtype: Dtype | None = field(
+        default=None,
+        metadata=_described(
+            "--dtype",
+            "Compute in it and save in it what is not quantized; the model's own by default.",
+            choices=_choices(Dtype),
+        ),
+    )
+
     def __post_init__(self) -> None:
         for name, value in _resolved(self).items():
             object.__setattr__(self, name, value)
@@ -250,6 +265,11 @@ class QuantizeConfig:
         method = METHODS[self.method]
         names = [each.name for each in fields(method.Options)]
         return method(method.Options(**{name: getattr(self, name) for name in names}))
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype) if self.dtype else None
 
     @property
     def needs(self) -> Needs:

@@ -44,10 +44,10 @@ class InputStatistics:
 
         Raises: InputError when x has a NaN or an infinity.
         """
-        x = x.flatten(0, -2).float()
+        dtype, x = x.dtype, x.flatten(0, -2).float()
         amax = x.abs().amax(0)  # NaN wins over any number
         if not torch.isfinite(amax).all():
-            raise InputError(f"the input of {self.name} has NaN or infinite values in calibration")
+            raise overflow_of_input(self.name, dtype)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
         local = self._sample[(self._sample >= self.tokens) & (self._sample < self.tokens + len(x))]
@@ -71,6 +71,12 @@ class InputStatistics:
     def samples(self) -> Tensor:
         """The sampled rows and the rows of channel peaks: float32 [n, K]."""
         return torch.cat((*self._sampled, self._peaks))
+
+
+def overflow_of_input(name: str, dtype: torch.dtype) -> InputError:
+    """The error of a linear whose input, of that dtype, is not finite."""
+    hint = ": float16 ends at 65504; compute in `dtype=float32`" if dtype == torch.float16 else ""
+    return InputError(f"the input of {name} has NaN or infinite values in calibration{hint}")
 
 
 def draw_sample(tokens: int, count: int, seed: int) -> Tensor:

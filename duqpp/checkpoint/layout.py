@@ -128,10 +128,13 @@ def is_duqpp(config: dict[str, Any]) -> bool:
     return quantization_of(config).get("quant_method") == QUANT_METHOD
 
 
-def checkpoint_family(config: dict[str, Any]) -> Family:
-    """The family of the model that a checkpoint's config.json describes. Raises: InputError."""
+def checkpoint_family(config: dict[str, Any], skip: Sequence[str]) -> Family:
+    """The family of the model that a checkpoint's config.json describes. Raises: InputError.
+
+    Args: skip: what is not quantized in it.
+    """
     family = family_of(SimpleNamespace(**config))
-    family.check(())
+    family.check_sizes(skip)
     return family
 
 

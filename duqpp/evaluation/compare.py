@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN, is_stream, read_text, sample_sequences, tokenize
@@ -26,6 +27,7 @@ from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.quantize import quantize_model
 from duqpp.models.family import family_of
+from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source
 from duqpp.models.stack import float_model
 
@@ -79,6 +81,12 @@ class Plan:
         """How the texts are cut, as arguments of `perplexity`."""
         return {"seq_len": self.seq_len, "windows": self.windows}
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the float model computes in: as all methods do, or None for its own."""
+        dtypes = {config.torch_dtype for config in self.methods.values()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def runs(self, name: str) -> list[PlannedRun]:
         """What a method is run with: once per seed, if it uses any."""
         config = self.methods[name]
@@ -122,6 +130,9 @@ def compare(
     on_row = on_row or (lambda row: None)
     for config in plan.methods.values():
         family_of(source.config).check(config.skip)
+        if config.needs.inputs:
+            check_seq_len(source.config, config.seq_len, "calibration sequences")
+    check_seq_len(source.config, plan.seq_len, "windows")
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
     calibration = _calibration_text(tokenizer, plan)
@@ -133,7 +144,7 @@ def compare(
             work = Path(scratch, "work")
         plan = _with_calibration_file(plan, calibration, stack)
         progress("fingerprint", 0, 1)
-        job = comparison_job(source, tokens, plan.windowing)
+        job = comparison_job(source, tokens, plan.windowing) | {"dtype": str(plan.dtype)}
         folder = stack.enter_context(ComparisonFolder(work, job, calibration, resume=resume))
         row, references = _float_row(source, plan, tokens, _staged(progress, FLOAT))
         rows = [row]
@@ -241,7 +252,7 @@ def _float_row(
 
     Its size is that of the linears that some method quantizes.
     """
-    model, scores, references = float_model(source), [], {}
+    model, scores, references = float_model(source, plan.dtype), [], {}
     for text, own in tokens.items():
         result, references[text] = perplexity_and_reference(
             model, own, **plan.windowing, progress=progress

@@ -12,6 +12,7 @@ from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Divergence, Reference
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
+from duqpp.models.positions import check_seq_len
 from duqpp.placement import HOST
 
 CONVENTION = (
@@ -98,11 +99,7 @@ def perplexity_and_reference(
 def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> Tensor:
     """The windows to evaluate: [windows, seq_len]. Raises: InputError, as `perplexity` says."""
     check_windowing(seq_len, windows)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise InputError(
-            f"windows of {seq_len} tokens exceed the model's {limit} positions: lower `seq_len`"
-        )
+    check_seq_len(model.config, seq_len, "windows")
     available = tokens.numel() // seq_len
     if available == 0:
         raise InputError(

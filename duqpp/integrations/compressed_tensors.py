@@ -80,7 +80,7 @@ def export_compressed_tensors(
     if is_duqpp(config):
         verify_manifest(folder)
     layout = _exportable_layout(folder, config)
-    groups, skipped = _groups(checkpoint_family(config), layout)
+    groups, skipped = _groups(checkpoint_family(config, layout.skip), layout)
     conversion = _Conversion(frozenset(name for group in groups for name in group))
     with _new_folder(out) as work:
         size = _write_shards(

@@ -35,8 +35,15 @@ from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.job.finish import provenance
 from duqpp.models.family import family_of
+from duqpp.models.folder import check_float_folder, check_folder
 from duqpp.models.gguf import is_gguf, load_gguf
-from duqpp.models.hub import base_model, download, load_generation_config
+from duqpp.models.hub import (
+    base_model,
+    download,
+    load_generation_config,
+    load_whole_model,
+)
+from duqpp.models.weights import check_files
 from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.placement import HOST
 
@@ -85,6 +92,8 @@ def _options(values: dict[str, Any]) -> QuantizeConfig:
             raise InputError("DuqppConfig: modules_to_not_convert and skip are the same: give one")
         values["skip"] = tuple(skip)
     options = QuantizeConfig.from_dict({"method": "hadamard"} | values)
+    if options.dtype is not None:
+        raise InputError("DuqppConfig: give dtype to from_pretrained instead")
     if options.needs.inputs:
         raise InputError(
             "DuqppConfig: these options need calibration, which a model that loads does not get; "
@@ -137,7 +146,10 @@ class DuqppQuantizer(HfQuantizer):
     ) -> None:
         options, layout = self.quantization_config.options, self.quantization_config.layout
         family = family_of(model.config)
-        family.check(options.skip if options else ())
+        if options is None:
+            family.check_sizes(layout.skip)
+        else:
+            family.check(options.skip)
         if not any(name == family.blocks for name, _ in model.named_modules()):
             raise InputError(
                 "duqpp loads a model with its head (AutoModelForCausalLM), not "
@@ -266,7 +278,7 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     files = shard_files(folder)
     with refusing(str(folder / "config.json"), CheckpointError), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(folder))
-        family_of(config).check(())
+        family_of(config).check_sizes(layout.skip)
         del config.quantization_config
         skeleton = AutoModelForCausalLM.from_config(config)
     convert_model(skeleton, layout)
@@ -319,13 +331,19 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
     if is_gguf(model):
         return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
+    check_folder(folder)
     quantized = is_duqpp(read_json(folder / "config.json"))
     with refusing(f"cannot load {model}"):
         if quantized:
             loaded = from_pretrained(folder, progress=progress)
         else:
+            check_float_folder(folder)
             load_generation_config(folder)  # transformers would do without a damaged one
-            loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+            try:
+                loaded = load_whole_model(AutoModelForCausalLM, folder, "model", dtype="auto")
+            except InputError:
+                check_files(folder)  # whose error says which
+                raise
         return loaded.eval(), AutoTokenizer.from_pretrained(str(folder))
 
 

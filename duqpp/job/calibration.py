@@ -10,6 +10,7 @@ from duqpp.calibration.tokens import read_text, sample_sequences, tokenize
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods.base import Streams
+from duqpp.models.positions import check_seq_len
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import HOST
 
@@ -30,8 +31,10 @@ def calibration_tokens(
                 "calibration tokens must be int64 [samples, seq_len], "
                 f"got {tokens.dtype} {list(tokens.shape)}"
             )
+        check_seq_len(model_config, tokens.shape[1], "calibration sequences")
         tokens = tokens.to(HOST)
     else:
+        check_seq_len(model_config, config.seq_len, "calibration sequences")
         text = tokenize(tokenizer, read_text(calibration))
         config = config.for_text(text.numel())
         tokens = sample_sequences(

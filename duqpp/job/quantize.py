@@ -113,7 +113,7 @@ def quantize_model(
             check_same_job(work, job)
         with _saying_how_to_go_on(folder, is_new):
             write_json(work / JOB_FILE, job)
-            stack = DecoderStack(source, placement=placement)
+            stack = DecoderStack(source, config.torch_dtype, placement)
             results = _quantize_blocks(stack, config, tokens, folder, progress)
             write_companions(companions, layout, stack.dtype, work, results)
             write_manifest(work, leftovers=(*LEFTOVERS, JOB_FILE))
@@ -186,7 +186,7 @@ def _quantize_blocks(
         stack.release(index)
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
-        again = DecoderStack(stack.source, placement=stack.placement)
+        again = DecoderStack(stack.source, stack.dtype, stack.placement)
         first = first_streams(again, tokens, config)
         results.distilled = train_shards(method, again, folder, first, streams.exact, progress)
     return results

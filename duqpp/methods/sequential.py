@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from duqpp.calibration.statistics import draw_sample
+from duqpp.calibration.statistics import draw_sample, overflow_of_input
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.format import dequantize
@@ -175,9 +175,7 @@ def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     with observed(reader, update):
         inputs.run_up_to(block.module, block.index, reader)
     if not torch.isfinite(torch.stack(x.aminmax())).all():
-        raise InputError(
-            f"the input of {block.name}.{name} has NaN or infinite values in calibration"
-        )
+        raise overflow_of_input(f"{block.name}.{name}", reader.weight.dtype)
     return x
 
 

@@ -91,6 +91,7 @@ class LinearGroup:
     producer: of the input; None where nothing can take up a scale for each channel.
     repeats, width: the input is the producer's channels, each run of `width` of them `repeats`
         times, as several query heads read one value head.
+    reads: what the configuration calls the number of the input's channels, as in `Family.widths`.
     expert: of a mixture, the one that the linears belong to: they see only the tokens that are sent
         there, perhaps none. None for linears that see every token.
     is_whole: whether all linears that read the input are among `linears`: only then can they
@@ -103,6 +104,7 @@ class LinearGroup:
     repeats: int = 1
     width: int = 1
     expert: int | None = None
+    reads: str = ""
     is_whole: bool = True
 
     @property
@@ -207,18 +209,27 @@ class Family(ABC):
         blocks = range(self.config.num_hidden_layers)
         return {group.name: group.label for index in blocks for group in self.groups(index)}
 
-    def check(self, skip: Sequence[str]) -> None:
+    def check_sizes(self, skip: Sequence[str]) -> None:
         """Raise InputError unless the sizes are positive, and each K is a multiple of 32.
 
-        Args: skip: must name linears of the model, and leave some.
+        Args: skip: of the linears, those that are not quantized and may have any K.
         """
         for name in _SIZES:
             value = getattr(self.config, name, None)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a positive integer, got {value!r}")
+        blocks = range(self.config.num_hidden_layers)
+        read = {group.reads for index in blocks for group in self.quantized_groups(index, skip)}
         for name, width in self.widths().items():
-            if width % BLOCK_SIZE:
-                raise InputError(f"{name} is {width}; MXFP4 needs a multiple of {BLOCK_SIZE}")
+            if name in read and width % BLOCK_SIZE:
+                raise InputError(
+                    f"{name} is {width}; MXFP4 needs a multiple of {BLOCK_SIZE} (`skip` leaves out "
+                    "the linears that read it)"
+                )
+
+    def check(self, skip: Sequence[str]) -> None:
+        """`check_sizes`, and that a skip list names linears of the model, and leaves some."""
+        self.check_sizes(skip)
         linears = list(self.quantized_linears(()))
         for entry in skip:
             if entry != "lm_head" and not any(is_skipped(name, (entry,)) for name in linears):
@@ -249,6 +260,7 @@ class Llama(Family):
                 "qkv",
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 Norm("input_layernorm"),
+                reads="hidden_size",
             ),
             LinearGroup(
                 "o",
@@ -256,11 +268,15 @@ class Llama(Family):
                 Rows("self_attn.v_proj"),
                 repeats=config.num_attention_heads // config.num_key_value_heads,
                 width=self.head_dim,
+                reads="num_attention_heads * head_dim",
             ),
             LinearGroup(
-                "gate_up", ("mlp.gate_proj", "mlp.up_proj"), Norm("post_attention_layernorm")
+                "gate_up",
+                ("mlp.gate_proj", "mlp.up_proj"),
+                Norm("post_attention_layernorm"),
+                reads="hidden_size",
             ),
-            LinearGroup("down", ("mlp.down_proj",), Rows("mlp.up_proj")),
+            LinearGroup("down", ("mlp.down_proj",), Rows("mlp.up_proj"), reads="intermediate_size"),
         )
 
     def widths(self) -> dict[str, int]:

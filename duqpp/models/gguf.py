@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duqpp.errors import InputError
-from duqpp.models.hub import load_pretrained
+from duqpp.models.hub import load_pretrained, load_whole_model
 from duqpp.models.quiet import quiet_libraries
 
 
@@ -55,18 +55,14 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of transformers' switch.
     hidden = contextlib.redirect_stderr(io.StringIO())
     with quiet_libraries(), hidden, _parsed_once():
-        model, keys = load_pretrained(
+        model = load_whole_model(
             transformers.AutoModelForCausalLM,
             file.parent,
             "GGUF model",
             gguf_file=file.name,
             dtype=torch.float32,
-            output_loading_info=True,
             **options,
         )
-        for kind in ("missing_keys", "mismatched_keys"):  # transformers makes such weights up
-            if keys[kind]:
-                raise InputError(f"{file} lacks the tensor {min(map(str, keys[kind]))}")
         tokenizer = load_pretrained(
             transformers.AutoTokenizer, file.parent, "GGUF tokenizer", gguf_file=file.name
         )

@@ -27,7 +27,7 @@ def download(model: str, *, check: Callable[[Path], object] | None = None, **opt
         if not (folder / "config.json").exists():
             raise InputError(
                 f"{model} has no config.json on the hub; of a repository of GGUF files, download "
-                "one and give its path"
+                "one and give its path, and merge an adapter into its base model first"
             )
         check(folder)
     return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
@@ -63,3 +63,18 @@ def load_generation_config(folder: Path) -> Any | None:
     if not (folder / "generation_config.json").exists():
         return None
     return load_pretrained(GenerationConfig, folder, "generation configuration")
+
+
+def load_whole_model(cls: Any, folder: Path, what: str, **options: Any) -> Any:
+    """`load_pretrained` of a model, of which transformers has made up no tensor.
+
+    Raises: InputError, for a missing or misshapen tensor too.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, keys = load_pretrained(cls, folder, what, **options)
+    if misshapen := sorted(keys["mismatched_keys"]):
+        name, found, expected = misshapen[0]
+        raise InputError(f"{folder}: {name} must be {list(expected)}, got {list(found)}")
+    if missing := sorted(keys["missing_keys"]):
+        raise InputError(f"{folder} has no tensor {missing[0]}")
+    return model

@@ -115,6 +115,17 @@ class FolderWeights:
         return True
 
 
+def check_files(folder: Path) -> None:
+    """Raise InputError for a file that may be why a folder does not load: the first that is bad."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        files += _indexed_files(folder, index)[0]
+    for file in files:
+        _opened(file)
+    if not files and any(folder.glob("*.gguf")):
+        raise InputError(f"{folder} has no {_SINGLE}; {_instead(folder)}")
+
+
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that a configuration describes, on the meta device. Raises: InputError."""
     from transformers import AutoModelForCausalLM
@@ -136,7 +147,7 @@ def _weight_files(folder: Path, config: Any) -> tuple[list[Path], dict[str, Any]
         chosen = next((name for name in (_SINGLE, _INDEX) if (folder / name).is_file()), None)
     if chosen is None:
         raise InputError(f"{folder} has no {_SINGLE} and no {_INDEX}; {_instead(folder)}")
-    if not isinstance(chosen, str) or not _is_inside(chosen):
+    if not _is_inside(chosen):
         raise InputError(f"config.json: transformers_weights names no file in {folder}")
     if not chosen.endswith(".index.json"):
         return [folder / chosen], {}
@@ -147,28 +158,39 @@ def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Any
     """`_weight_files` of an index: its shards, whatever it says of the tensors in them."""
     try:
         values = read_json_object(index)
-        names = sorted(set(values["weight_map"].values()))
-        metadata = dict(values["metadata"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not a safetensors index: {first_line(error)}") from error
-    if not names:
-        raise InputError(f"{index} is not a safetensors index: it names no shard")
-    for name in names:
-        if not isinstance(name, str) or not _is_inside(name):
-            raise InputError(f"{index} names the shard {name}, which is not in {folder}")
-    return [folder / name for name in names], metadata
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} is not a safetensors index: {_reason(error)}") from error
+    shard_of, metadata = values.get("weight_map"), values.get("metadata")
+    if not isinstance(shard_of, dict) or not isinstance(metadata, dict) or not shard_of:
+        raise InputError(
+            f"{index} is not a safetensors index: it lacks the object weight_map or metadata"
+        )
+    for name in shard_of.values():
+        if not _is_inside(name):
+            raise InputError(f"{index} names the shard {name!r}, which is not in {folder}")
+    return [folder / name for name in sorted(set(shard_of.values()))], metadata
 
 
-def _is_inside(name: str) -> bool:
-    """Whether the path of a file, relative to a folder, stays in that folder."""
-    return not os.path.isabs(name) and not os.path.normpath(name).startswith("..")
+def _is_inside(name: Any) -> bool:
+    """Whether this is the path of a file, relative to a folder, that stays in that folder."""
+    if not isinstance(name, str) or not name.isprintable() or os.path.isabs(name):
+        return False
+    return not os.path.normpath(name).startswith("..")
 
 
 def _instead(folder: Path) -> str:
     """What to do about a folder that has weights of another kind, or none."""
     if found := sorted(folder.glob("*.gguf")):
         return f"of GGUF files, give the path of one: {found[0]}"
-    return "duqpp reads safetensors only (pickled .bin weights can run code)"
+    pickled = "duqpp reads safetensors only (pickled .bin weights can run code)"
+    if any(folder.glob("*.bin")):
+        pickled += ": load them in transformers where you trust them, and save by save_pretrained"
+    return pickled
+
+
+def _reason(error: Exception) -> str:
+    """An error in few words, without the path of the file."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _contents(file: Path) -> list[Stored]:
@@ -185,7 +207,7 @@ def _opened(file: Path) -> Any:
             raise ValueError("duqpp reads safetensors only (pickled weights can run code)")
         return safe_open(file, framework="pt")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
 
 
 def _dtype(config: Any, metadata: Mapping[str, Any], first: Sequence[Stored]) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 
 from duqpp.config import DESCRIPTIONS
 from duqpp.errors import InputError, refusing
+from duqpp.models.positions import positions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def generate(
     DESCRIPTIONS["seed"].check("seed", seed)
     encoded = _encode(tokenizer, prompt, chat)
     prompt_tokens = encoded["input_ids"].shape[1]
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise InputError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that exceeds "

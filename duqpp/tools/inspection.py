@@ -15,8 +15,10 @@ from duqpp.job.finish import REPORT_FILE
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
 from duqpp.models.family import family_of
+from duqpp.models.folder import check_folder
 from duqpp.models.gguf import is_gguf
 from duqpp.models.hub import download
+from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source, check_float_model, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import ON_HOST, Placement
@@ -97,12 +99,13 @@ def inspect_source(
     """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
     family = family_of(source.config)
     family.check(config.skip)
+    check_seq_len(source.config, config.seq_len, "calibration sequences")
     config = replace(config, next_inputs="float")
     tokens = tokenize(source.tokenizer(), read_text(calibration))
     sequences = sample_sequences(
         tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
     )
-    stack = DecoderStack(source, placement=placement)
+    stack = DecoderStack(source, config.torch_dtype, placement)
     method, streams = config.build_method(), Streams(stack.first_inputs(sequences))
     count = min(layers or len(stack), len(stack))
     groups: list[GroupReport] = []
@@ -128,12 +131,13 @@ def _check_inspectable(folder: Path) -> None:
 
 def _read_checkpoint(folder: Path) -> Inspection | None:
     """What a duqpp checkpoint reports; None for a folder that is not one."""
+    check_folder(folder)
     config = read_json(folder / "config.json")
     if not is_duqpp(config):
         return None
     verify_manifest(folder)
     layout = Layout.from_dict(quantization_of(config))
-    kinds = checkpoint_family(config).kinds()
+    kinds = checkpoint_family(config, layout.skip).kinds()
     file = folder / REPORT_FILE
     if not file.exists():
         raise CheckpointError(f"{folder} has no {REPORT_FILE}; inspect the float model instead")

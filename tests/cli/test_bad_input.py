@@ -17,6 +17,7 @@ from tests.checkpoint import damage
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 UP = "model.layers.1.mlp.up_proj.weight"
 CONFIG = QuantizeConfig(max_steps=4)
+SHORT = QuantizeConfig(seq_len=128)
 RTN = QuantizeConfig(method="rtn")
 DUQPP = QuantizeConfig(method="duqpp")
 GPTQ = QuantizeConfig(method="hadamard", gptq=True)
@@ -103,7 +104,7 @@ def test_configuration_without_sense(field, value, model, out):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}', "\x00\xff"])
 def test_config_that_is_no_configuration(content, model, out):
     (model / "config.json").write_text(content)
-    assert_refuses(model, out, "cannot load the configuration of .*model")
+    assert_refuses(model, out, "cannot (read|load the configuration of) .*model")
 
 
 def test_missing_config(model, out):
@@ -310,7 +311,7 @@ def test_index_that_names_a_file_outside_the_folder(model, out, tmp_path):
     for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
         change = {UP: name}
         damage.edit_json(model / damage.INDEX, lambda i, c=change: i["weight_map"].update(c))
-        assert_refuses(model, out, "names the shard .*elsewhere.safetensors, which is not in")
+        assert_refuses(model, out, "names the shard .*elsewhere.safetensors', which is not in")
 
 
 # Calibration.
@@ -327,11 +328,13 @@ def test_too_little_calibration_text(model, out, tmp_path):
 @pytest.mark.parametrize("content", [b"", b" \n\t", b"\xff\xfe\x00text"])
 def test_calibration_file_without_text(content, model, out, tmp_path):
     (tmp_path / "text.txt").write_bytes(content)
-    assert_refuses(model, out, "text.txt is", calibration=str(tmp_path / "text.txt"))
+    assert_refuses(model, out, "text.txt is", SHORT, calibration=str(tmp_path / "text.txt"))
 
 
 def test_missing_calibration_file(model, out, tmp_path):
-    assert_refuses(model, out, "cannot read text file", calibration=str(tmp_path / "none.txt"))
+    assert_refuses(
+        model, out, "cannot read text file", SHORT, calibration=str(tmp_path / "none.txt")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Families: linear groups, what makes their inputs, names, and the skip list."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import duqpp
 from duqpp.checkpoint.layout import Layout, convert_block
+from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.integrations.transformers import DuqppConfig
 from duqpp.models import family as registry
 from duqpp.models.family import (
     Family,
@@ -23,6 +27,7 @@ from duqpp.models.family import (
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack, float_model
 from duqpp.nn import MXFP4Linear
+from duqpp.tools.inspection import inspect_model
 from tests.families import FAMILIES, LLAMA
 
 TOKENS = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -193,11 +198,13 @@ class Mixture(Family):
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         if index == 0:
-            return (LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), Norm("norm")),)
+            names = ("mlp.gate_proj", "mlp.up_proj")
+            return (LinearGroup("gate_up", names, Norm("norm"), reads="hidden_size"),)
         return tuple(
             LinearGroup(
                 f"expert{expert}",
                 (f"mlp.{expert}.gate_proj", f"mlp.{expert}.up_proj"),
+                reads="hidden_size",
                 expert=expert,
             )
             for expert in range(2)
@@ -309,6 +316,33 @@ def test_architecture_names_what_is_wrong(make_tiny):
     config.hidden_size = 72
     with pytest.raises(InputError, match="hidden_size is 72; MXFP4 needs a multiple of 32"):
         family_of(config).check(())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "skip"),
+    [
+        ("intermediate_size", 100, ("down_proj",)),
+        ("head_dim", 10, ("o_proj",)),
+        ("hidden_size", 80, ("q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj")),
+    ],
+)
+def test_a_width_matters_only_to_what_is_quantized(field, value, skip, make_tiny, tmp_path):
+    """And that of a checkpoint to what is quantized in it, for each of its readers."""
+    model, out = make_tiny("llama", **{field: value}), tmp_path / "out"
+    config = QuantizeConfig(method="hadamard", skip=skip, samples=2, seq_len=32)
+    for fewer in ((), skip[1:]):
+        with pytest.raises(InputError, match=r"; MXFP4 needs a multiple of 32 \(`skip` leaves out"):
+            duqpp.quantize_model(str(model), out, replace(config, skip=fewer))
+        with pytest.raises(InputError, match="MXFP4 needs a multiple of 32"):
+            inspect_model(str(model), replace(config, skip=fewer))
+    inspect_model(str(model), config)
+    duqpp.quantize_model(str(model), out, config)
+    assert inspect_model(str(out)).groups
+    saved, tokens = duqpp.from_pretrained(out), torch.arange(2, 34)[None]
+    on_load = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=DuqppConfig(method="hadamard", skip=skip)
+    )
+    assert torch.equal(saved(tokens).logits, on_load(tokens).logits)
 
 
 def test_head_dim_has_a_default(make_tiny):

@@ -26,7 +26,7 @@ from duqpp.errors import InputError
 _METHODS = ["rtn", "hadamard", "duquant++", "duquant++ --gptq"]
 
 
-@takes_fields("samples", "max_steps", "damping", "skip")
+@takes_fields("samples", "max_steps", "damping", "skip", "dtype")
 def compare(
     model: ModelArgument,
     *,
