@@ -170,9 +170,6 @@ class DuqppQuantizer(HfQuantizer):
             if isinstance(module, MXFP4Linear):
                 module.requires_grad_(False)
                 module.prepare()
-            # What is offloaded is in memory only inside the linear's own forward.
-            elif any(parameter.is_meta for parameter in module.parameters()):
-                unshare_input(module)
         complete_on_save(model)
 
     def _check_quantized(self, model: Any, failures: list[InputError]) -> None:
