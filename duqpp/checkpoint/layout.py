@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from duqpp.checkpoint.shard import read_shard
+from duqpp.checkpoint.transforms import verify_transforms
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
 from duqpp.models.family import Family, LinearGroup, family_of
@@ -20,6 +21,8 @@ QUANT_METHOD = "duqpp"
 FORMAT_VERSION = 1
 _ROTATIONS = ("none", "shared", "per_block")
 _RULES = tuple(str(rule) for rule in ScaleRule)
+_PROVENANCE = {"base_model": str, "configuration": dict, "calibration": str}
+_PROVENANCE |= {"versions": dict, "mean_errors": dict}
 _JSON = {str: "string", bool: "boolean", list: "array", dict: "object"}
 
 
@@ -91,7 +94,7 @@ class Layout:
             weight_rule=_rule(rules, "weights"),
             activation_rule=_rule(rules, "activations"),
             skip=tuple(skip),
-            provenance=_field({"provenance": {}} | values, "provenance", dict),
+            provenance=_provenance(_field({"provenance": {}} | values, "provenance", dict)),
         )
 
     def rotation_shape(self, columns: int) -> tuple[int, ...] | None:
@@ -148,6 +151,17 @@ def _field(
     return values[name]
 
 
+def _provenance(values: dict[str, Any]) -> dict[str, Any]:
+    """Provenance whose fields, where they are there, are what the model card makes text of."""
+    for name, kind in _PROVENANCE.items():
+        if name in values:
+            _field(values, name, kind, "provenance")
+    for name, error in values.get("mean_errors", {}).items():
+        if error is not None and type(error) not in (int, float):
+            raise CheckpointError(f"mean_errors.{name} must be a number or null, got {error!r}")
+    return values
+
+
 def _rule(rules: dict[str, Any], name: str) -> ScaleRule:
     rule = _field(rules, name, str, "scale_rule")
     if rule not in list(ScaleRule):
@@ -202,11 +216,12 @@ def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path
 
     Raises: CheckpointError.
     """
-    block = stack.skeleton(index)
-    convert_block(block, stack.family.quantized_groups(index, layout.skip), layout)
-    prefix = stack.family.block_name(index) + "."
-    device = stack.placement.compute
-    tensors = {n.removeprefix(prefix): t.to(device) for n, t in read_shard(shard).items()}
+    block, groups = stack.skeleton(index), stack.family.quantized_groups(index, layout.skip)
+    convert_block(block, groups, layout)
+    name = stack.family.block_name(index)
+    device, stored = stack.placement.compute, read_shard(shard)
+    verify_transforms([(name, group) for group in groups], stored, stored.__getitem__)
+    tensors = {n.removeprefix(f"{name}."): t.to(device) for n, t in stored.items()}
     block.load_state_dict(tensors, assign=True)
     for module in block.modules():
         if isinstance(module, MXFP4Linear):

@@ -206,6 +206,20 @@ def verify_checkpoint(
         )
 
 
+def verify_tensor(where: str, name: str, tensor: Tensor, expected: Tensor) -> None:
+    """Check a tensor that is to be written as `verify_checkpoint` will check it in its shard.
+
+    Args: where: it is, in words.
+    Raises: CheckpointError naming the tensor.
+    """
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise CheckpointError(f"{where}: {name} has the dtype {tensor.dtype}")
+    entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+    _check_entry(where, name, entry, expected)
+    if name.rpartition(".")[2] in _LINEAR:
+        _check_values(where, name, entry, bytes(_bytes(tensor)))
+
+
 def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
     """Check one shard by itself: header, size, checksums, scale bytes, rotations.
 
@@ -302,7 +316,7 @@ def _checksums(path: Path, metadata: Any) -> dict[str, str]:
     return checksums
 
 
-def _check_values(path: Path, name: str, entry: dict[str, Any], data: bytes) -> None:
+def _check_values(path: Path | str, name: str, entry: dict[str, Any], data: bytes) -> None:
     """What no model may hold: scale bytes of 255, singular rotations, bad permutations."""
     if name.endswith(".weight_scale") and NAN_SCALE in data:
         raise CheckpointError(f"{path}: {name} has a scale byte of 255 (NaN)")
@@ -317,7 +331,7 @@ def _check_values(path: Path, name: str, entry: dict[str, Any], data: bytes) -> 
             raise CheckpointError(f"{path}: {name} does not name every channel once")
 
 
-def _check_entry(path: Path, name: str, entry: dict[str, Any], expected: Tensor) -> None:
+def _check_entry(path: Path | str, name: str, entry: dict[str, Any], expected: Tensor) -> None:
     if list(entry["shape"]) != list(expected.shape):
         raise CheckpointError(
             f"{path}: {name} must be {list(expected.shape)}, got {list(entry['shape'])}"

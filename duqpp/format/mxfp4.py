@@ -28,6 +28,16 @@ class MXFP4Tensor:
         """The logical shape [..., K]."""
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 2))
 
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored: uint8."""
+        return self.codes.dtype
+
 
 def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     """Round each block of 32 values along the last dimension to MXFP4.

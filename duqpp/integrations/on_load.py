@@ -52,9 +52,9 @@ class QuantizeOnLoad(ConversionOps):
         quantized.bias = linear.bias  # loaded already, or still to be
         model.set_submodule(name, quantized)
         missing_keys.discard(full_layer_name)
+        if transform.rotation is not None:  # not to be offloaded: a buffer
+            quantized.rotation = transform.rotation.matrix.to(weight.device, copy=True)
         tensors = {"weight_packed": packed.codes.clone(), "weight_scale": packed.scales.clone()}
-        if transform.rotation is not None:
-            tensors["rotation"] = transform.rotation.matrix.clone()
         return {f"{name}.{kind}": tensor.to(weight.device) for kind, tensor in tensors.items()}
 
     def _quantize(self, name: str, weight: Tensor) -> tuple[MXFP4Tensor, InputTransform]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from duqpp.checkpoint.layout import Layout
+from duqpp.checkpoint.layout import Layout, checkpoint_family, quantization_of
 from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import INDEX_FILE, read_json, shard_files, verify_shard
+from duqpp.checkpoint.transforms import verify_transforms_of
 from duqpp.errors import CheckpointError, InputError
 from duqpp.format import BLOCK_SIZE
 from duqpp.models.family import Family, is_skipped
@@ -29,7 +30,7 @@ def served_layout(values: dict[str, Any]) -> Layout:
 
 
 def verify_folder(folder: Path) -> int:
-    """Check a checkpoint's files against its manifest, each shard by itself, and the index.
+    """Check a checkpoint: its files against its manifest, its shards, its index, its linear groups.
 
     Returns: the number of shards.
     Raises: CheckpointError naming the file and the tensor.
@@ -37,6 +38,9 @@ def verify_folder(folder: Path) -> int:
     verify_manifest(folder)
     files = shard_files(folder)
     check_index(folder, {name: file.name for file in files for name in verify_shard(file)})
+    config = read_json(folder / "config.json")
+    skip = Layout.from_dict(quantization_of(config)).skip
+    verify_transforms_of(files, checkpoint_family(config), skip)
     return len(files)
 
 

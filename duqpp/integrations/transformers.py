@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -27,12 +28,19 @@ from duqpp.checkpoint.layout import (
 )
 from duqpp.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
+from duqpp.checkpoint.transforms import verify_transforms_of
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError, first_line, refusing
 from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
-from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
+from duqpp.integrations.saving import (
+    complete_on_save,
+    expected_tensors,
+    forget_on_save,
+    state_to_save,
+    tensors_of,
+)
 from duqpp.job.finish import provenance
 from duqpp.models.family import family_of
 from duqpp.models.folder import check_float_folder, check_folder
@@ -170,7 +178,7 @@ class DuqppQuantizer(HfQuantizer):
             raise CheckpointError(f"the index names a shard that is not in {files[0].parent}")
         if _verified.get() != {file.resolve() for file in files}:
             verify_manifest(_with_manifest(files[0].parent))
-            _verify(model, files)
+            _verify(tensors_of(model), files, model.config, layout)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._on_load is not None:
@@ -182,9 +190,6 @@ class DuqppQuantizer(HfQuantizer):
             if isinstance(module, MXFP4Linear):
                 module.requires_grad_(False)
                 module.prepare()
-            # What is offloaded is in memory only inside the linear's own forward.
-            elif any(parameter.is_meta for parameter in module.parameters()):
-                unshare_input(module)
         complete_on_save(model)
 
     def _check_quantized(self, model: Any, failures: list[InputError]) -> None:
@@ -212,14 +217,14 @@ class DuqppQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        return state_and_checksums(model)
+        return state_to_save(model)
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters: gradients pass through the quantized linears
 
     @property
     def is_compileable(self) -> bool:
@@ -276,13 +281,11 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
     layout = _layout(folder)
     verify_manifest(folder)
     files = shard_files(folder)
-    with refusing(str(folder / "config.json"), CheckpointError), torch.device("meta"):
+    with refusing(str(folder / "config.json"), CheckpointError):
         config = AutoConfig.from_pretrained(str(folder))
-        family_of(config).check_sizes(layout.skip)
         del config.quantization_config
-        skeleton = AutoModelForCausalLM.from_config(config)
-    convert_model(skeleton, layout)
-    _verify(skeleton, files, progress)
+        expected = expected_tensors(config, layout)
+    _verify(expected, files, config, layout, progress)
     token = _verified.set(frozenset(file.resolve() for file in files))
     try:
         return AutoModelForCausalLM.from_pretrained(str(folder), **options)
@@ -347,9 +350,13 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
         return loaded.eval(), AutoTokenizer.from_pretrained(str(folder))
 
 
-def _verify(model: Any, files: list[Path], progress: Progress | None = None) -> None:
-    """`verify_checkpoint` for the tensors of a converted model that is still on the meta device."""
-    expected = dict(model.state_dict())
-    for tied in getattr(model, "all_tied_weights_keys", {}):
-        expected.pop(tied, None)
+def _verify(
+    expected: dict[str, Tensor],
+    files: list[Path],
+    config: Any,
+    layout: Layout,
+    progress: Progress | None = None,
+) -> None:
+    """Check the shards of a checkpoint: each tensor, and the linear groups."""
     verify_checkpoint(files, expected, progress)
+    verify_transforms_of(files, family_of(config), layout.skip)

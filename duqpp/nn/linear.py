@@ -1,13 +1,13 @@
-"""MXFP4Linear, and the input that several of them share."""
+"""MXFP4Linear: a linear with a quantized weight that quantizes its input."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
+from duqpp.nn.shared_input import SharedInput
 from duqpp.ops import (
     mxfp4_gemm,
     mxfp4_linear,
@@ -21,31 +21,25 @@ from duqpp.ops.reference import rotate_blocks
 _MATRICES = ("rotation", "pre_rotation")
 
 
-@dataclass(frozen=True)
-class SharedInput:
-    """An activation that is already rotated and quantized, in the place of the tensor it came from.
-
-    quantized: MXFP4Tensor [M, K] from `rotate_quantize`.
-    shape, dtype: of the tensor it stands for, [..., K]; M is the product of the leading ones.
-    """
-
-    quantized: MXFP4Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 class MXFP4Linear(nn.Module):
     """A linear whose weight is MXFP4 and whose input is rotated and quantized to MXFP4.
 
     ``y = dequantize(quantize(x R)) @ dequantize(weight).T + bias`` with weight = quantized W R^-T.
 
+    Gradients reach x and the bias: rounding counts as the identity (straight-through). Under
+    autocast, as with `nn.Linear`, x is taken in autocast's dtype, and so is what is returned.
+
     Parameters, none of them trained:
         weight_packed: uint8 [N, K/2]; weight_scale: uint8 [N, K/32]. Row-major until `prepare`, and
             always in a state dict; `weight` reads them in either state.
+        bias: [N] or None.
+    Buffers, in the state dict too: the weight is folded with them, so that what casts all
+    parameters must not reach them, while offloading must reach the weight.
         rotation: bfloat16 [32, 32] or [K/32, 32, 32]; None is the identity.
         pre_rotation, permutation: DuQuant's first rotation, and its channel order int32 [K]; they
             act on x before `rotation` does. None in every other method.
-        bias: [N] or None.
+    Attributes:
+        shared_input: of the linears that read one input, `duqpp.nn.share_input`; None without.
 
     Args:
         in_features, out_features: K, a multiple of 32, and N.
@@ -77,19 +71,23 @@ class MXFP4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.rule, self.backend = ScaleRule(rule), backend
         self._prepared_for: tuple[str, str] | None = None  # backend and device type
+        self.shared_input: SharedInput | None = None
+
+        def zeros(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
 
         def parameter(shape: tuple[int, ...], kind: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=False)
+            return nn.Parameter(zeros(shape, kind), requires_grad=False)
 
-        def optional(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Parameter | None:
-            return None if shape is None else parameter(shape, kind)
+        def buffer(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Buffer | None:
+            return None if shape is None else nn.Buffer(zeros(shape, kind))
 
         self.weight_packed = parameter((out_features, in_features // 2), torch.uint8)
         self.weight_scale = parameter((out_features, in_features // BLOCK_SIZE), torch.uint8)
-        self.rotation = optional(rotation, torch.bfloat16)
-        self.pre_rotation = optional(pre_rotation, torch.bfloat16)
-        self.permutation = optional((in_features,) if permutation else None, torch.int32)
-        self.bias = optional((out_features,) if bias else None, dtype)
+        self.bias = parameter((out_features,), dtype) if bias else None
+        self.rotation = buffer(rotation, torch.bfloat16)
+        self.pre_rotation = buffer(pre_rotation, torch.bfloat16)
+        self.permutation = buffer((in_features,) if permutation else None, torch.int32)
 
     @property
     def weight(self) -> MXFP4Tensor:
@@ -163,19 +161,21 @@ class MXFP4Linear(nn.Module):
             return stored, self._prepared_for[0]
         return prepare_weight(self.weight, backend=self.backend), self.backend
 
-    def quantize_input(self, x: Tensor) -> SharedInput:
-        """Rotate and quantize x [..., K] once, for this linear and those that share its input."""
-        backend = self.backend if self._prepared_for is None else self._prepared_for[0]
-        quantized = rotate_quantize(
-            self._transform(x), self.rotation, rule=self.rule, backend=backend
-        )
-        return SharedInput(quantized, x.shape, x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N] in the dtype of x."""
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._forward(x, x)
+        with torch.autocast(kind, enabled=False):  # what is below chooses its own dtypes
+            return self._forward(x.to(torch.get_autocast_dtype(kind)), x)
 
-    def forward(self, x: Tensor | SharedInput) -> Tensor:
-        """x [..., K], or an input that is quantized already, to [..., N] in the dtype of x."""
+    def _forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """`forward` of x; source: the tensor that it was made of, which others may share."""
         weight, backend = self._operand()
-        if isinstance(x, SharedInput):
-            y = mxfp4_gemm(x.quantized, weight, self.bias, out_dtype=x.dtype, backend=backend)
+        shared = self.shared_input
+        if shared is not None and shared.is_open(source):
+            a = shared.read(source, backend, self._quantize, x)
+            y = mxfp4_gemm(a, weight, self.bias, out_dtype=x.dtype, backend=backend)
             return y.view(*x.shape[:-1], self.out_features)
         return mxfp4_linear(
             self._transform(x),
@@ -185,6 +185,9 @@ class MXFP4Linear(nn.Module):
             rule=self.rule,
             backend=backend,
         ).to(x.dtype)
+
+    def _quantize(self, x: Tensor, backend: str) -> MXFP4Tensor:
+        return rotate_quantize(self._transform(x), self.rotation, rule=self.rule, backend=backend)
 
     def _transform(self, x: Tensor) -> Tensor:
         """What DuQuant does before the aligned rotation, in float32: rotate, then permute."""
@@ -209,6 +212,20 @@ class MXFP4Linear(nn.Module):
             self.prepare()
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # accelerate offloads: its hook has put the weight on the meta device, and gives that of the
+        # state dict for each call.
+        if name == "_hf_hook" and self.weight_packed.is_meta:
+            self._forget_layout()
+
+    def _forget_layout(self) -> None:
+        """Take the weight, which is on the meta device, for one that is still to be loaded."""
+        rows, columns = self.out_features, self.in_features
+        self.weight_packed.data = self.weight_packed.new_empty((rows, columns // 2))
+        self.weight_scale.data = self.weight_scale.new_empty((rows, columns // BLOCK_SIZE))
+        self._prepared_for = None
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -229,49 +246,3 @@ class MXFP4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rule={self.rule}, rotation={rotation}"
         )
-
-
-class _QuantizeOnce:
-    """The hook of `share_input`.
-
-    An object, not a function that remembers a linear: copied or pickled with its module, it goes
-    with the linear of the copy.
-    """
-
-    def __init__(self, linear: MXFP4Linear) -> None:
-        self._linear = linear
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = args[0] if args else kwargs["hidden_states"]
-        if isinstance(x, SharedInput) or (torch.is_grad_enabled() and x.requires_grad):
-            return args, kwargs
-        shared = self._linear.quantize_input(x)
-        if args:
-            return (shared, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": shared}
-
-
-def share_input(owner: nn.Module, linears: list[MXFP4Linear]) -> None:
-    """Quantize the input of `owner` once for all linears that read it.
-
-    Args:
-        owner: a module whose forward hands its hidden states, and uses them for nothing else, to
-            each of `linears`; they arrive as the first argument or as `hidden_states`.
-        linears: members of one linear group: equal rotation and scale rule.
-
-    When gradients are asked for, the tensor passes untouched and each linear quantizes it for
-    itself, with the same result, because integer codes carry no gradient.
-    """
-
-    unshare_input(owner)
-    hook = _QuantizeOnce(linears[0])
-    owner.shared_input_hook = owner.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def unshare_input(owner: nn.Module) -> None:
-    """Undo `share_input`, if it was called."""
-    if (hook := getattr(owner, "shared_input_hook", None)) is not None:
-        hook.remove()
-        owner.shared_input_hook = None

@@ -71,8 +71,8 @@ def test_equals_quantize(case, make_tiny, tmp_path):
     assert_same_state(model, expected)
     names = [n for n, m in model.named_modules() if isinstance(m, MXFP4Linear)]
     assert names == [n for n, m in expected.named_modules() if isinstance(m, MXFP4Linear)]
-    hooks = [n for n, m in model.named_modules() if getattr(m, "shared_input_hook", None)]
-    assert hooks == [n for n, m in expected.named_modules() if getattr(m, "shared_input_hook", 0)]
+    owners = [n for n, m in model.named_modules() if hasattr(m, "shared_input_hooks")]
+    assert owners == [n for n, m in expected.named_modules() if hasattr(m, "shared_input_hooks")]
     assert not any(p.requires_grad for n in names for p in model.get_submodule(n).parameters())
     oracle.assert_same(logits(model), logits(expected), "logits")
 

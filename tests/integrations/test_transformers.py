@@ -127,7 +127,7 @@ def test_dtype_is_that_of_the_float_tensors_alone(
         for name in decoder.Checkpoint(folder).data:
             if name.endswith("rotation"):
                 stored = decoder.Checkpoint(folder).floats(name)
-                oracle.assert_same(model.get_parameter(name).double(), stored, name)
+                oracle.assert_same(model.get_buffer(name).double(), stored, name)
         assert logits(model).dtype == dtype and torch.isfinite(logits(model)).all()
 
 

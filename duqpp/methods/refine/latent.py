@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duqpp.checkpoint.layout import share_group
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize
 from duqpp.models.family import LinearGroup
-from duqpp.nn import MXFP4Linear, unshare_input
+from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.ops.reference import rotate_blocks
 
@@ -120,7 +119,6 @@ def to_latents(
             linear = LatentLinear(block.get_submodule(name), latents[name], rounded_input, rule)
             block.set_submodule(name, linear)
             parameters[name] = linear.latent
-        unshare_input(block.get_submodule(group.owner))
     return parameters
 
 
@@ -137,4 +135,3 @@ def to_codes(
             if weights is not None:
                 latent.linear.replace_weight(weights[name])
             block.set_submodule(name, latent.linear)
-        share_group(block, group)
