@@ -21,7 +21,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Source(Protocol):
     """A float model, one tensor at a time.
 
-    config: transformers configuration. names: of all tensors, as transformers names them.
+    config: transformers configuration. names: of all tensors, as transformers names them. A source
+    that is a folder has it as `folder`: a checkpoint gets copies of the files beside the weights.
     """
 
     config: Any
@@ -86,7 +87,7 @@ class SafetensorsSource:
     """A folder with config.json and one or more safetensors shards, mapped into memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.config = _float_config(folder)
         self._shard_of = _shards(folder)
         self.names = frozenset(self._shard_of)
@@ -94,14 +95,14 @@ class SafetensorsSource:
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._shard_of:
-            raise InputError(f"{self._folder} has no tensor {name}")
+            raise InputError(f"{self.folder} has no tensor {name}")
         try:
             tensor = self._reader(self._shard_of[name]).get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{self._shard_of[name]}: cannot read {name}: {error}") from error
         if tensor.dtype not in _FLOATS and name.endswith((".weight", ".bias")):
             raise InputError(
-                f"{self._folder}: {name} is {tensor.dtype}; duqpp quantizes float32, bfloat16 "
+                f"{self.folder}: {name} is {tensor.dtype}; duqpp quantizes float32, bfloat16 "
                 "and float16 models"
             )
         return tensor
@@ -109,14 +110,14 @@ class SafetensorsSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return load_pretrained(AutoTokenizer, self._folder, "tokenizer")
+        return load_pretrained(AutoTokenizer, self.folder, "tokenizer", trust_remote_code=False)
 
     def generation_config(self) -> Any | None:
         from transformers import GenerationConfig
 
-        if not (self._folder / "generation_config.json").exists():
+        if not (self.folder / "generation_config.json").exists():
             return None
-        return load_pretrained(GenerationConfig, self._folder, "generation configuration")
+        return load_pretrained(GenerationConfig, self.folder, "generation configuration")
 
     def _reader(self, shard: Path) -> Any:
         if self._open is None or self._open[0] != shard:  # layers are read in order: one at a time
