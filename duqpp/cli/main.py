@@ -1,5 +1,6 @@
 """The `duqpp` command: parse, call, print."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from duqpp.cli.commands.generate import generate
 from duqpp.cli.commands.inspect import inspect
 from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
+from duqpp.cli.interruption import interruptible
 from duqpp.cli.options import ResumableError, in_options
 from duqpp.errors import DuqppError
 from duqpp.models.quiet import quiet_libraries
 from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")  # of `str.splitlines`
 
 app = typer.Typer(
     name="duqpp",
@@ -45,13 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
+        with interruptible():
+            code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except ResumableError:
         again = [argument for argument in arguments if argument != "--resume"]
-        command = shlex.join(["duqpp", *again, "--resume"])
-        return _fail(f"interrupted: go on at the last whole block with {command}", INTERRUPTED)
+        end = again.index("--") if "--" in again else len(again)  # behind it, no options
+        # To be pasted: not a space is changed.
+        command = shlex.join(["duqpp", *again[:end], "--resume", *again[end:]])
+        print(f"interrupted: go on at the last whole block with {command}", file=sys.stderr)
+        return INTERRUPTED
     except DuqppError as error:
         return _fail(f"error: {in_options(str(error), _command(arguments))}", 2)
     except typer.TyperException as error:
@@ -68,7 +75,7 @@ def _command(arguments: Sequence[str]) -> Any:
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(_LINE_BREAKS.sub(" ", message.strip()), file=sys.stderr)
     return code
 
 
