@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,14 +48,14 @@ _READ_BY_TOKENIZERS = (
 
 
 def write_manifest(
-    folder: Path, patterns: Iterable[str] = ("*",), *, leftovers: Iterable[str] = ()
+    folder: Path, patterns: Iterable[str] = ("*",), *, leftovers: Collection[str] = ()
 ) -> None:
     """Write the manifest of the files in a folder, as they are now.
 
-    Args: patterns: of the names of files to take in. leftovers: of those to leave out.
+    Args: patterns: of the names of files to take in. leftovers: names of those to leave out.
     """
     names = sorted(n for n in _names(folder) if _matches(n, patterns))
-    files = {name: _entry(folder / name) for name in names if not _matches(name, leftovers)}
+    files = {name: _entry(folder / name) for name in names if name not in leftovers}
     values = {"format_version": FORMAT_VERSION, "files": files}
     write_json(folder / MANIFEST_FILE, values | {"sha256": _own_digest(values)})
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from duqpp.cli.commands.generate import generate
 from duqpp.cli.commands.inspect import inspect
 from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
+from duqpp.cli.interruption import interruptible
 from duqpp.cli.options import ResumableError, in_options
 from duqpp.errors import DuqppError, first_line
 from duqpp.models.quiet import quiet_libraries
@@ -25,6 +27,7 @@ from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE, likewise
+_LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")  # of `str.splitlines`
 
 app = typer.Typer(
     name="duqpp",
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = _outcome_of(error)
     try:
         if message:
-            print(" ".join(message.split()), file=sys.stderr)
+            print(message, file=sys.stderr)
         sys.stderr.flush()
     except OSError:  # nobody reads it: the exit code is left
         _discard(sys.stderr)
@@ -71,17 +74,20 @@ def _outcome(arguments: list[str]) -> tuple[int, str]:
     try:
         if any("\0" in argument for argument in arguments):
             return 2, "error: an argument has a NUL character"
-        code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
+        with interruptible():
+            code = app(arguments, prog_name="duqpp", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except ResumableError:
         again = [argument for argument in arguments if argument != "--resume"]
-        command = shlex.join(["duqpp", *again, "--resume"])
+        end = again.index("--") if "--" in again else len(again)  # behind it, no options
+        # To be pasted: not a space is changed.
+        command = shlex.join(["duqpp", *again[:end], "--resume", *again[end:]])
         return INTERRUPTED, f"interrupted: go on at the last whole block with {command}"
     except DuqppError as error:
-        return 2, f"error: {in_options(str(error), _command(arguments))}"
+        return 2, _one_line(f"error: {in_options(str(error), _command(arguments))}")
     except typer.TyperException as error:
-        return 2, f"error: {error.format_message()}"
+        return 2, _one_line(f"error: {error.format_message()}")
     except OSError as error:
         return _outcome_of(error)
     except (MemoryError, RuntimeError) as error:
@@ -98,7 +104,7 @@ def _outcome_of(error: OSError) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, ""
     where = f"{error.filename}: " if error.filename else ""
-    return 2, f"error: {where}{error.strerror or first_line(error)}"
+    return 2, _one_line(f"error: {where}{error.strerror or first_line(error)}")
 
 
 def _make_printable() -> None:
@@ -125,6 +131,10 @@ def _command(arguments: Sequence[str]) -> Any:
     """The command that a command line names, or None."""
     commands = vars(get_command(app))["commands"]
     return next((commands[word] for word in arguments if word in commands), None)
+
+
+def _one_line(message: str) -> str:
+    return _LINE_BREAKS.sub(" ", message.strip())
 
 
 @app.callback(invoke_without_command=True)

@@ -20,6 +20,7 @@ import typer
 from typer.main import get_command
 
 from duqpp.calibration.tokens import BUILTIN, read_text
+from duqpp.cli.interruption import interruptible
 from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -211,7 +212,8 @@ class ResumableError(Exception):
 def resumable(kept: Path | None) -> Iterator[None]:
     """Tell a Ctrl-C that leaves a job to resume, with `kept` on disk, from one that leaves none."""
     try:
-        yield
+        with interruptible():
+            yield
     except KeyboardInterrupt:
         if kept is not None and kept.exists():
             raise ResumableError from None

@@ -7,7 +7,6 @@ engine, which rotates activations in the model's dtype and scales them by a rule
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,13 +33,13 @@ from duqpp.errors import CheckpointError, InputError
 from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.serving import check_index, is_quantized, served_layout
-from duqpp.job.folder import check_output
+from duqpp.job.companions import copy_companions
+from duqpp.job.folder import Output
 from duqpp.job.lock import locked
 from duqpp.models.family import Family
 from duqpp.models.hub import download
 from duqpp.version import __version__
 
-_NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
 # transformers quotes it in its error (see `duqpp.checkpoint.card`); vLLM does not know the field.
 _GUARD = "it is an export of duqpp for vLLM, whose rotations transformers would ignore"
 
@@ -64,7 +63,8 @@ def export_compressed_tensors(
     """Write a duqpp checkpoint as compressed-tensors `mxfp4-pack-quantized`, for vLLM.
 
     An export with rotations is guarded against transformers, which would ignore them. Works in
-    `OUT.partial` and renames it: `out` is either absent or whole.
+    `OUT.partial` and renames it: `out` is either absent or whole. An empty folder that is there is
+    filled in the end, as by `duqpp.quantize_model`.
 
     Args:
         model: duqpp checkpoint: local folder, or hub name.
@@ -83,13 +83,13 @@ def export_compressed_tensors(
     groups, skipped = _groups(checkpoint_family(config, layout.skip), layout)
     conversion = _Conversion(frozenset(name for group in groups for name in group))
     with _new_folder(out) as work:
+        copy_companions(folder, work)
         size = _write_shards(
             folder, work, conversion, progress or (lambda stage, done, total: None)
         )
         schemes = conversion.schemes(groups) if layout.rotation == "shared" else {}
         write_json(work / "config.json", _config(config, skipped, schemes))
         (work / "README.md").write_text(_card(out.name, layout), encoding="utf-8")
-        _copy_companions(folder, work)
     return ExportReport(out, size, len(schemes), _remarks(layout))
 
 
@@ -109,24 +109,20 @@ def _exportable_layout(folder: Path, config: dict[str, Any]) -> Layout:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """`OUT.partial`, to be filled: it becomes `out` then, or is removed where that fails.
+    """A folder to be filled: it becomes `out` then, or is removed where that fails.
 
     Raises: InputError where it or `out` is in the way, or cannot be written.
     """
-    work = out.with_name(out.name + ".partial")
-    check_output(out)
-    if work.is_dir():
-        with locked(work):  # nobody else works in it, so that the advice below is sound
-            pass
+    output = Output.at(out)
+    work = output.work
+    output.check(resume=True)
     if work.exists():
         raise InputError(f"{work} is in the way: something was interrupted there; remove it")
     try:
-        work.mkdir(parents=True)
+        output.make()
         with locked(work), _removed_on_failure(work):
             yield work
-            if out.exists():
-                out.rmdir()  # empty, as `check_output` has seen
-            os.replace(work, out)
+            output.finish()
     except OSError as error:
         raise InputError(f"cannot write to {work}: {error.strerror or error}") from error
 
@@ -166,14 +162,6 @@ def _config(
     values = config | {"quantization_config": _quantization_config(skipped, schemes)}
     values.pop(GUARD_FIELD, None)  # the checkpoint's own: duqpp does not read an export
     return values | ({GUARD_FIELD: _GUARD} if schemes else {})
-
-
-def _copy_companions(folder: Path, work: Path) -> None:
-    """Copy the files beside the shards that are right for an export too, such as the tokenizer."""
-    left_out = {*_NOT_COPIED, *(file.name for file in shard_files(folder))}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in left_out:
-            shutil.copyfile(file, work / file.name)
 
 
 @dataclass

@@ -40,7 +40,7 @@ def verify_folder(folder: Path) -> int:
     check_index(folder, {name: file.name for file in files for name in verify_shard(file)})
     config = read_json(folder / "config.json")
     skip = Layout.from_dict(quantization_of(config)).skip
-    verify_transforms_of(files, checkpoint_family(config), skip)
+    verify_transforms_of(files, checkpoint_family(config, skip), skip)
     return len(files)
 
 

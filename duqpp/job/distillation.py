@@ -1,17 +1,15 @@
 """Training of a whole model whose blocks are quantized, in the folder of its job."""
 
 import os
-from pathlib import Path
 
-from duqpp.checkpoint.shard import Progress, read_json, write_block, write_json
-from duqpp.errors import CheckpointError
+from duqpp.checkpoint.shard import Progress, write_block
 from duqpp.job.blocks import LATENTS, BlockFolder
+from duqpp.job.records import check_files, read_record, write_record
 from duqpp.methods.base import Method, QuantizedModel, Streams
 from duqpp.methods.reports import DistillReport
 from duqpp.models.stack import BlockInputs, DecoderStack
 
 _DISTILLED = ".distilled"  # suffix of a new shard, until all are written
-_REPORT_FILE = "model-distilled.json"  # once it is there, the new shards are whole
 _STATE_FILE = "distill-state" + LATENTS
 
 
@@ -30,7 +28,7 @@ def train_shards(
         first: what enters block 0. exact: what leaves the float model's last block.
     Raises: CheckpointError for a damaged file.
     """
-    shards, report_file = folder.shards, folder.work / _REPORT_FILE
+    shards, record = folder.shards, folder.training_record
     if not is_trained(folder) and first.inputs is not None:
         indices = range(len(shards))
         model = QuantizedModel(
@@ -41,18 +39,23 @@ def train_shards(
             stack.head(),
         )
         report = method.train(model, folder.work / _STATE_FILE, progress)
-        for shard, block in zip(shards, model.blocks, strict=True):
-            write_block(shard.with_suffix(_DISTILLED), block.name, block.module)
-        write_json(report_file, report.to_dict())
+        new = {shard.name: shard.with_suffix(_DISTILLED) for shard in shards}
+        for file, block in zip(new.values(), model.blocks, strict=True):
+            write_block(file, block.name, block.module)
+        for shard in shards:
+            folder.allow(shard, new[shard.name])
+        write_record(record, folder.job, {"report": report.to_dict()}, new)
     for shard in shards:
-        if (new := shard.with_suffix(_DISTILLED)).exists():
-            os.replace(new, shard)
-    return _read_report(report_file)
+        if (file := shard.with_suffix(_DISTILLED)).exists():
+            os.replace(file, shard)
+    values = read_record(record, folder.job)
+    check_files(record, values)
+    return DistillReport(**values["report"])
 
 
 def is_trained(folder: BlockFolder) -> bool:
     """Whether some of a folder's shards, or all, hold codes of the training."""
-    return (folder.work / _REPORT_FILE).exists()
+    return folder.training_record.exists()
 
 
 def forget_training(folder: BlockFolder) -> None:
@@ -63,12 +66,4 @@ def forget_training(folder: BlockFolder) -> None:
     """
     for shard in folder.shards:
         shard.unlink(missing_ok=True)
-    (folder.work / _REPORT_FILE).unlink()
-
-
-def _read_report(path: Path) -> DistillReport:
-    values = read_json(path)
-    try:
-        return DistillReport(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{path} is not the report of a distillation: {error}") from error
+    folder.training_record.unlink()

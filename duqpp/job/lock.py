@@ -1,5 +1,6 @@
 """A folder that a job works in until it is done: one process at a time, and safe on the disk."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from duqpp.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of folders: some network file systems
 
 
 @contextmanager
@@ -39,9 +42,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names of a folder's files on the disk; their contents are synced as written."""
+    """Put the names of a folder's files on the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Put all that is in a folder on the disk: contents first, then the names of what has them."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            sync_tree(entry)
+        else:
+            descriptor = os.open(entry, os.O_RDWR)  # Windows syncs no file opened to be read
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)

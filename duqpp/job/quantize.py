@@ -11,22 +11,23 @@ from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.checkpoint.manifest import write_manifest
-from duqpp.checkpoint.shard import Progress, write_json
+from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
-from duqpp.job.blocks import LATENTS, BlockFolder, Results
+from duqpp.job.blocks import BlockFolder, Results
 from duqpp.job.calibration import calibration_tokens, first_streams
+from duqpp.job.companions import REPORT_FILE, Companions
 from duqpp.job.distillation import forget_training, is_trained, train_shards
-from duqpp.job.finish import companions_of, provenance, write_companions
+from duqpp.job.finish import provenance, stage_companions, write_companions
 from duqpp.job.folder import (
     JOB_FILE,
-    check_folders,
+    Output,
     check_same_job,
     describe_job,
-    give_name,
-    make_folder,
+    is_whole,
 )
 from duqpp.job.lock import locked
+from duqpp.job.records import digest_of, write_record
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import family_of
@@ -34,9 +35,6 @@ from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import ON_HOST, Placement
-
-# Patterns of what is only needed to resume a job, besides its own file.
-LEFTOVERS = ("model-*.json", "*" + LATENTS)
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,9 @@ def quantize_model(
     """Quantize a model of a known family to MXFP4 W4A4 and save it as a duqpp checkpoint.
 
     Works in `OUT.partial` beside `out`, one shard per decoder block, and renames it when complete:
-    `out` is either absent or whole. After an interruption, `resume` continues at the last finished
-    block and gives the same bytes as an uninterrupted run.
+    `out` is either absent or whole. An empty folder that is there, such as a mount point, is filled
+    in the end, config.json last: until then it has `.partial` in it. After an interruption,
+    `resume` continues at the last finished block and gives the same bytes as an uninterrupted run.
 
     Args:
         model: local folder, .gguf file or hub name; or an open `Source`.
@@ -89,41 +88,44 @@ def quantize_model(
     started = time.monotonic()
     config = config or QuantizeConfig()
     progress = progress or (lambda stage, done, total: None)
-    out = Path(out)
-    work = out.with_name(out.name + ".partial")
-    check_folders(out, work, resume)
+    output = Output.at(out)
+    output.check(resume=resume)
     source = open_source(model) if isinstance(model, str) else model
     family_of(source.config).check(config.skip)
-    companions = companions_of(source)
+    companions = Companions.of(source)
     select("mxfp4_gemm", placement.compute)  # what the blocks will run on: an error comes now
     tokens, data, config = calibration_tokens(
         source.config, companions.tokenizer, config, calibration
     )
     progress("fingerprint", 0, 1)
     job = describe_job(source, config, tokens)
-    check_folders(out, work, resume)  # again: a job that began meanwhile may be there, or done
+    output.check(resume=resume)  # again: a job that began meanwhile may be there, or done
+    work, digest = output.work, digest_of(job)
     is_new = not work.exists()
     method = config.build_method()
     layout = method.layout(config.skip, provenance(source.config.name_or_path, config, data))
     blocks = source.config.num_hidden_layers
-    folder = BlockFolder(work, blocks, layout, keeps_latents=method.needs.whole_model)
-    make_folder(work)
+    folder = BlockFolder(work, blocks, layout, digest, keeps_latents=method.needs.whole_model)
+    output.make()
     with locked(work):
         if not is_new:
             check_same_job(work, job)
-        with _saying_how_to_go_on(folder, is_new):
-            write_json(work / JOB_FILE, job)
-            stack = DecoderStack(source, config.torch_dtype, placement)
-            results = _quantize_blocks(stack, config, tokens, folder, progress)
-            write_companions(companions, layout, stack.dtype, work, results)
-            write_manifest(work, leftovers=(*LEFTOVERS, JOB_FILE))
-            weight_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-        give_name(work, out, leftovers=LEFTOVERS)
-    seconds = time.monotonic() - started
+        results = None
+        if not is_whole(work):
+            with _saying_how_to_go_on(folder, is_new):
+                write_record(work / JOB_FILE, digest, job)
+                stack = DecoderStack(source, config.torch_dtype, placement)
+                output.check_space(folder.bytes_needed(stack))
+                stage_companions(companions, folder, stack.dtype)
+                results = _quantize_blocks(stack, config, tokens, folder, progress)
+                write_companions(companions, folder, stack.dtype, results)
+                write_manifest(work, leftovers=[JOB_FILE, *(f.name for f in folder.leftovers)])
+        output.finish(folder.leftovers)
+    results = results or Results.from_dict(read_json(output.out / REPORT_FILE), resumed=blocks)
     return QuantizeReport(
-        out,
-        seconds,
-        weight_bytes,
+        output.out,
+        time.monotonic() - started,
+        sum(file.stat().st_size for file in output.out.glob("*.safetensors")),
         results.resumed,
         results.groups,
         results.refined,
@@ -145,7 +147,7 @@ def _saying_how_to_go_on(folder: BlockFolder, is_new: bool) -> Iterator[None]:
             f"{error}; remove that file, and continue with `resume=True`"
         ) from error
     except DuqppError as error:
-        if is_new and not folder.has_finished_block():
+        if is_new and not any(folder.finished()):
             shutil.rmtree(work)
             raise
         raise type(error)(f"{error}; continue with `resume=True`, or remove {work}") from error

@@ -21,7 +21,8 @@ from duqpp.models.weights import FolderWeights
 class Source(Protocol):
     """A float model, one tensor at a time.
 
-    config: transformers configuration. names: of all tensors, as transformers names them.
+    config: transformers configuration. names: of all tensors, as transformers names them. A source
+    that is a folder has it as `folder`: a checkpoint gets copies of the files beside the weights.
     """
 
     config: Any
@@ -92,7 +93,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.config = _float_config(folder)
         family_of(self.config)  # an error for what duqpp does not know
         self._weights = FolderWeights(folder, self.config)
@@ -106,10 +107,10 @@ class SafetensorsSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return load_pretrained(AutoTokenizer, self._folder, "tokenizer")
+        return load_pretrained(AutoTokenizer, self.folder, "tokenizer", trust_remote_code=False)
 
     def generation_config(self) -> Any | None:
-        return load_generation_config(self._folder)
+        return load_generation_config(self.folder)
 
 
 def _float_config(folder: Path) -> Any:

@@ -11,7 +11,7 @@ from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.files import model_path
-from duqpp.job.finish import REPORT_FILE
+from duqpp.job.companions import REPORT_FILE
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
 from duqpp.models.family import family_of

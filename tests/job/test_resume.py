@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 from pathlib import Path
 
@@ -252,14 +251,14 @@ def test_keyboard_interrupt_keeps_what_is_finished(model, tmp_path, uninterrupte
 def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
     fsync, calls = os.fsync, []
 
-    def full_at_the_eighth(descriptor):
+    def full_at_the_ninth(descriptor):
         calls.append(descriptor)
-        if len(calls) == 8:  # job, what is outside the blocks, then a report and a shard for each
+        if len(calls) == 9:  # job, config.json; what is outside the blocks, then each: and a record
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fsync(descriptor)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(os, "fsync", full_at_the_eighth)
+    monkeypatch.setattr(os, "fsync", full_at_the_ninth)
     with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*`resume=True`"):
         quantize(model, out)
     assert quantize(model, out, resume=True).resumed_blocks == 2
@@ -427,11 +426,98 @@ def test_a_file_damaged_after_distillation_is_made_again(name, model, tmp_path, 
     assert expected.items() <= hashes(out).items()
 
 
-def test_a_job_file_that_is_damaged(model, tmp_path, interrupted):
+def altered_seed(text: str) -> str:
+    return text.replace('"seed": 0', '"seed": 1')
+
+
+@pytest.mark.parametrize(
+    "damage_text",
+    [lambda text: "{", lambda text: "", lambda text: text[:300], lambda text: "[]", altered_seed],
+    ids=["brace", "empty", "cut", "list", "altered"],
+)
+def test_a_damaged_job_file_costs_no_block(
+    damage_text, model, tmp_path, uninterrupted, interrupted
+):
+    """The records of the blocks say whose they are, and another job is still refused."""
+    out, work = tmp_path / "out", interrupted(model, tmp_path / "out")
+    file = work / "duqpp-job.json"
+    text = file.read_text()
+    file.write_text(damage_text(text))
+    assert file.read_text() != text
+    before = hashes(work)
+    with pytest.raises(duqpp.CheckpointError, match=r"duqpp-job\.json.*; remove .*out\.partial"):
+        quantize(model, out, resume=True, seed=1)
+    assert hashes(work) == before
+    assert quantize(model, out, resume=True).resumed_blocks == 2
+    assert hashes(out) == uninterrupted()
+
+
+def test_a_job_file_that_is_lost_costs_no_block(model, tmp_path, uninterrupted, interrupted):
+    work = interrupted(model, tmp_path / "out")
+    (work / "duqpp-job.json").unlink()
+    with pytest.raises(InputError, match=r"out\.partial is the unfinished job of another model"):
+        quantize(model, tmp_path / "out", resume=True, seed=1)
+    assert quantize(model, tmp_path / "out", resume=True).resumed_blocks == 2
+    assert hashes(tmp_path / "out") == uninterrupted()
+
+
+def test_a_damaged_job_file_without_a_block_is_an_error(model, tmp_path, interrupted):
     work = interrupted(model, tmp_path / "out")
     (work / "duqpp-job.json").write_text("{")
+    for record in work.glob("model-*.json"):
+        record.unlink()
     with pytest.raises(duqpp.CheckpointError, match=r"is not valid JSON.*; remove .*out\.partial"):
         quantize(model, tmp_path / "out", resume=True)
+
+
+def improved_report(work: Path, other: Path) -> Path:
+    """Better than it was: the card would say so."""
+    record = work / SECOND.replace("safetensors", "json")
+
+    def improve(values: dict) -> None:
+        values["groups"][0]["weight_error"] /= 2
+
+    damage.edit_json(record, improve)
+    return record
+
+
+def others(*names: str):
+    """Files of another job of the same model, in the place of this one's."""
+
+    def bring(work: Path, other: Path) -> Path:
+        for name in names:
+            shutil.copyfile(other / name, work / name)
+        return work / names[-1]
+
+    return bring
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (improved_report, "is altered"),
+        (others(SECOND), "is not the file that model-00003-of-00005.json names"),
+        (others(SECOND.replace("safetensors", "json")), "is of another job"),
+        (others(SECOND, SECOND.replace("safetensors", "json")), "is of another job"),
+        (others(REST.replace("safetensors", "json")), "is of another job"),
+    ],
+    ids=["altered report", "shard", "report", "shard and report", "rest"],
+)
+def test_what_is_not_of_the_job_does_not_reach_the_checkpoint(
+    change, message, model, tmp_path, uninterrupted, interrupted
+):
+    """Neither numbers that the card gives, nor codes that another seed made."""
+    (tmp_path / "other").mkdir()
+    options = {"method": "random", "gptq": False}
+    other = interrupted(model, tmp_path / "other" / "out", seed=7, **options)
+    work = interrupted(model, tmp_path / "out", **options)
+    file = change(work, other)
+    with pytest.raises(duqpp.CheckpointError, match=f"{message}.*; remove that file") as raised:
+        quantize(model, tmp_path / "out", resume=True, **options)
+    assert str(raised.value).startswith(str(file))
+    file.unlink()
+    quantize(model, tmp_path / "out", resume=True, **options)
+    assert hashes(tmp_path / "out") == uninterrupted(**options)
 
 
 def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
@@ -459,7 +545,9 @@ def test_an_error_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeyp
             assert message.endswith(f"; continue with `resume=True`, or remove {work}")
             assert (work / SECOND).exists()
     run(resume=True)
-    assert hashes(out) == uninterrupted()
+    expected, made = uninterrupted(), hashes(out)
+    # config.json names the job, and this one's model has another fingerprint.
+    assert {name for name in expected if made[name] != expected[name]} == {"config.json"}
 
 
 def test_a_wrong_backend_keeps_what_is_finished(
@@ -520,18 +608,6 @@ def test_what_cannot_be_removed_from_a_whole_output_is_only_a_warning(
     quantize(model, tmp_path / "out")
     assert uninterrupted().items() <= hashes(tmp_path / "out").items()
     assert "duqpp-job.json is no longer needed, but stays: Permission denied" in caplog.text
-
-
-def test_folder_is_synced_before_it_has_its_name(model, tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-
-    def record(descriptor):
-        fsync(descriptor)
-        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "out").exists()))
-
-    monkeypatch.setattr(os, "fsync", record)
-    quantize(model, tmp_path / "out", method="rtn", gptq=False)
-    assert [entry for entry in synced if entry[0]] == [(True, False)]
 
 
 def test_two_jobs_do_not_work_in_one_folder(model, tmp_path, uninterrupted):

@@ -32,12 +32,13 @@ def quantize(
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
     from duqpp.checkpoint.shard import linear_storage
+    from duqpp.job.folder import Output
     from duqpp.job.quantize import quantize_model
     from duqpp.methods.reports import mean_errors
 
     options = QuantizeConfig(**config)
     check_calibration(calib, [options])
-    with Bars() as bars, resumable(out.with_name(out.name + ".partial")):
+    with Bars() as bars, resumable(Output.at(out).work):
         bars.open(model)
         report = quantize_model(
             model, out, options, calibration=calib, resume=resume, progress=bars
