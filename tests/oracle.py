@@ -6,6 +6,7 @@ tensors of any dtype; results are numpy arrays.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -179,6 +180,45 @@ def gemm(a_packed, a_scales, b_packed, b_scales, bias=None) -> np.ndarray:
         for j in range(n):
             out[i, j] = math.fsum((*terms[i, j], offsets[j]))
     return out
+
+
+def round_to_float32(value: Fraction) -> Fraction | float:
+    """The float32 nearest to an exact value, ties to even; an infinity beyond the largest."""
+    if value == 0:
+        return Fraction(0)
+    size = abs(value)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    exponent -= size < Fraction(2) ** exponent  # 2**exponent <= size < 2**(exponent + 1)
+    unit = Fraction(2) ** max(exponent - 23, -149)
+    rounded = round(value / unit) * unit  # of halves, Python takes the even one
+    return rounded if abs(rounded) < 2**128 else math.copysign(math.inf, rounded)
+
+
+def gemm_in_order(a_packed, a_scales, b_packed, b_scales, segment: int = 16) -> np.ndarray:
+    """a [M, K] times b [N, K] transposed as kernels add it up: float32 [M, N] in float64.
+
+    Of each segment of 16 blocks a sum, and of those the total: in order, exact terms, each addition
+    rounded to float32. Scales below 255; fractions throughout, so for few values.
+    """
+    a, b = E2M1_VALUES[unpack(a_packed)], E2M1_VALUES[unpack(b_packed)]
+    m, n, blocks = a.shape[0], b.shape[0], a.shape[1] // BLOCK
+    dots = np.einsum("mbk,nbk->mnb", a.reshape(m, blocks, BLOCK), b.reshape(n, blocks, BLOCK))
+    out = np.zeros((m, n))
+    for i, j in np.ndindex(m, n):
+        total = Fraction(0)
+        for start in range(0, blocks, segment):
+            part = Fraction(0)
+            for block in range(start, min(start + segment, blocks)):
+                exponent = int(a_scales[i, block]) + int(b_scales[j, block]) - 254
+                part = _added(part, Fraction(dots[i, j, block]) * Fraction(2) ** exponent)
+            total = _added(total, part)
+        out[i, j] = float(total)
+    return out
+
+
+def _added(x: Fraction | float, y: Fraction | float) -> Fraction | float:
+    finite = isinstance(x, Fraction) and isinstance(y, Fraction)
+    return round_to_float32(x + y) if finite else float(x) + float(y)
 
 
 def assert_same(actual, expected, what: str) -> None:

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from duqpp.errors import InputError
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, quantize
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
 from duqpp.format.e8m0 import decode_e8m0, inverse_scale
+from duqpp.ops import quantize
 from duqpp.threads import single_thread
 
 BlockOrder = Literal["diagonal", "channels"]
 
 _DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
+_ROWS_AT_A_TIME = 1024  # of W, compared with rounding to nearest
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ def gptq(
 ) -> GptqResult:
     """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
 
+    No row has a larger error, by the damped H, than rounding it to nearest gives: where column by
+    column would, it is rounded to nearest.
+
     Args:
         weight: float32 [N, K], K a multiple of 32.
         hessian: float32 [K, K], symmetric, from `duqpp.calibration.hessian`. Columns whose diagonal
-            is 0 are never excited: they are rounded as zero.
+            is 0 take no part in the others' errors, and are rounded to nearest.
         rule: how a block's exponent is chosen.
         damping: added to the diagonal, as a fraction of its mean.
         order: in which blocks are rounded. diagonal: by falling sum of their diagonal in H, so that
@@ -64,8 +69,8 @@ def gptq(
         -1
     )
     remaining = weight[:, columns]  # until the end everything is in this order
-    remaining[:, hessian.diagonal()[columns] == 0] = 0.0
-    factor = _inverse_cholesky(hessian, columns, damping)  # upper triangular U, H^-1 = U.T U
+    factor, added = _inverse_cholesky(hessian, columns, damping)  # upper triangular, H^-1 = U.T U
+    loss = weight.new_zeros(rows)  # (W - Q) H (W - Q).T of each row
     codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
     for start in range(0, width, BLOCK_SIZE):
@@ -84,9 +89,36 @@ def gptq(
         scales[:, start // BLOCK_SIZE] = exponent
         remaining[:, start:stop] = block.T
         remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)
+        loss += errors.square().sum(0)
     back = columns.argsort()
-    weight = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, blocks.argsort()])
-    return GptqResult(weight, remaining[:, back])
+    quantized = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, blocks.argsort()])
+    result = GptqResult(quantized, remaining[:, back])
+    return _better_of_nearest(weight, result, loss, hessian, added[back], rule)
+
+
+def _better_of_nearest(
+    weight: Tensor,
+    result: GptqResult,
+    loss: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    rule: ScaleRule,
+) -> GptqResult:
+    """The result, with the rows that rounding to nearest serves better rounded to nearest.
+
+    Args: loss: of the result's rows, float32 [N]. added: to the diagonal of H, float64 [K].
+    """
+    quantized, compensated = result.weight, result.compensated
+    for first in range(0, len(weight), _ROWS_AT_A_TIME):
+        rows = slice(first, first + _ROWS_AT_A_TIME)
+        nearest = quantize(weight[rows], rule=rule)
+        errors = weight[rows] - dequantize(nearest)
+        own = (errors * torch.addcmul(errors @ hessian, errors, added.float())).sum(1)
+        better = (own < loss[rows]).nonzero().flatten()
+        quantized.codes[first + better] = nearest.codes[better]
+        quantized.scales[first + better] = nearest.scales[better]
+        compensated[first + better] = weight[first + better]
+    return result
 
 
 def _by_falling_diagonal(hessian: Tensor) -> Tensor:
@@ -95,8 +127,9 @@ def _by_falling_diagonal(hessian: Tensor) -> Tensor:
     return sums.argsort(descending=True, stable=True)
 
 
-def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> Tensor:
-    """Upper triangular U, float32 [K, K]: U.T U is the inverse of H[columns][:, columns], damped.
+def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper triangular U, float32 [K, K]: U.T U is the inverse of H[columns][:, columns], damped;
+    and what was added to its diagonal, float64 [K].
 
     One float64 matrix holds in turn the damped Hessian, its factor, the inverse and that one's
     factor. Its columns are contiguous, as LAPACK wants them: of other matrices torch makes copies.
@@ -111,13 +144,14 @@ def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> Tenso
     for attempt in range(_DAMPING_ATTEMPTS):
         for rows, part in zip(matrix.mT.split(BLOCK_SIZE), columns.split(BLOCK_SIZE), strict=True):
             rows.copy_(hessian[part][:, columns])  # part by part: a second matrix would be 4 K^2
-        matrix.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
+        added = dead.double() * mean + damping * 10.0**attempt * mean
+        matrix.diagonal().add_(added)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
             torch.cholesky_inverse(matrix, out=matrix)
             torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
             if not failed:
-                return matrix.float()
+                return matrix.float(), added
     raise InputError(
         f"GPTQ: the Hessian is not positive definite with damping up to "
         f"{damping * 10.0 ** (_DAMPING_ATTEMPTS - 1):g}; give more calibration text"

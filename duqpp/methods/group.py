@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from duqpp.calibration.drift import make_up_for_drift
 from duqpp.calibration.gptq import gptq
+from duqpp.calibration.silent import excite_silent, without_silent
 from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
@@ -33,7 +34,8 @@ class GroupPlan:
 
     block: name of its decoder block. weights: by name in it, with smoothing folded in. scales:
     float64 [K], what the group's input is divided by before it arrives (by the producer).
-    transform: what the group itself does to it.
+    transform: what the group itself does to it. silent: int64, the channels of the input that
+    calibration does not excite; None where nothing was observed.
     """
 
     block: str
@@ -41,6 +43,7 @@ class GroupPlan:
     weights: dict[str, Tensor]
     scales: Tensor
     transform: InputTransform = field(default_factory=InputTransform)
+    silent: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -117,8 +120,9 @@ def quantize_weights(
 ) -> dict[str, RoundedWeight]:
     """Folded weights of a group by name.
 
-    Args: hessian: float32 [K, K] for GPTQ, None for rounding to nearest. drift: what GPTQ makes up
-        for; None for nothing.
+    Args:
+        hessian: float32 [K, K] for GPTQ, which takes it over; None for rounding to nearest.
+        drift: what GPTQ makes up for; None for nothing.
     """
     names = list(plan.weights)
     exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
@@ -127,9 +131,7 @@ def quantize_weights(
     if hessian is None:
         quantized, latent = quantize(exact, rule=options.weight_rule), exact
     else:
-        start = exact
-        if drift is not None:
-            start = make_up_for_drift(exact, hessian, drift.sums, share=drift.share)
+        start = _gptq_target(plan, exact, hessian, drift)
         with named(plan.first_linear):
             result = gptq(
                 start,
@@ -152,6 +154,23 @@ def quantize_weights(
         name: RoundedWeight(MXFP4Tensor(codes, scales), w, rounded_from)
         for name, codes, scales, w, rounded_from in parts
     }
+
+
+def _gptq_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift | None) -> Tensor:
+    """What GPTQ rounds, float32 [N, K]: folded weights that make up for the drift.
+
+    Silent channels are excited in the Hessian, and the drift changes nothing of theirs.
+    """
+    is_silent = plan.silent is not None and len(plan.silent) > 0
+    if is_silent:
+        excite_silent(hessian, plan.silent, plan.transform.apply)
+    if drift is None:
+        return exact
+    target = make_up_for_drift(exact, hessian, drift.sums, share=drift.share)
+    if not is_silent:
+        return target
+    change = target - exact
+    return exact + without_silent(change, plan.silent, plan.transform.apply, plan.transform.fold)
 
 
 def replace_linears(

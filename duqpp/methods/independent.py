@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duqpp.calibration.hessian import HessianAccumulator, transform_second_moment
+from duqpp.calibration.silent import silent_channels
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
 from duqpp.methods.base import Block, BlockResult, Method, Needs, Streams
@@ -81,6 +82,8 @@ class Independent(Method):
     def quantize(self, block: Block, streams: Streams) -> BlockResult:
         statistics, outputs = self.observe(block, streams.inputs)
         plans = {group.name: plan_group(block, group) for group in block.groups}
+        for name, own in statistics.items():
+            plans[name].silent = silent_channels(own.amax)
         samples = {name: own.samples() for name, own in statistics.items()}
         rows = (
             report_rows(min(streams.inputs.tokens, SAMPLE_TOKENS))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from duqpp.calibration.silent import silent_channels, with_silent_excited
 from duqpp.calibration.statistics import draw_sample, overflow_of_input
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
@@ -118,9 +119,10 @@ class Sequential(Method):
             drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
             samples = x[drawn[report_rows(len(drawn))].to(x.device)]
             exact = group_outputs(plan, samples)
+            plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
             with named(plan.name):
                 generator = group_generator(self.options.seed, plan.name)
-                plan.transform = _transform(x, torch.cat(list(plan.weights.values())), generator)
+                plan.transform = _transform(x, plan, generator)
                 exact_x = float_inputs[group.name] if float_inputs else None
                 hessian, drift, amax = _observe(x, exact_x, plan, self.options)
             del x
@@ -179,12 +181,15 @@ def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     return x
 
 
-def _transform(x: Tensor, weights: Tensor, generator: torch.Generator) -> InputTransform:
-    """What balances a group's input [tokens, K] with its weights [sum N, K], as it is stored."""
+def _transform(x: Tensor, plan: GroupPlan, generator: torch.Generator) -> InputTransform:
+    """What balances a group's input x [tokens, K] with its weights, as it is stored."""
+    weights = torch.cat(list(plan.weights.values()))
     activation_moments, weight_moments = second_moments(x), second_moments(weights)
     for name, moments in (("input", activation_moments), ("weights", weight_moments)):
         if not torch.isfinite(moments).all():
             raise InputError(f"the squares of its {name} overflow float32")
+    if plan.silent is not None and len(plan.silent):
+        activation_moments = with_silent_excited(activation_moments, plan.silent)
     matrix = balanced_transform(activation_moments, weight_moments, generator)
     return InputTransform(BlockRotation.rounded(matrix))
 

@@ -43,6 +43,7 @@ def rotate_quantize(
     """
     _check_input("rotate_quantize", x)
     _check_rotation("rotate_quantize", rotation, x.shape[-1])
+    _check_devices("rotate_quantize", x=x, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     if library.runs_directly(x):
         chosen = select("rotate_quantize", x.device, backend)
@@ -97,6 +98,7 @@ def rmsnorm_rotate_quantize(
             f"{op}: norm_weight must be {x.dtype} [{x.shape[-1]}], "
             f"got {norm_weight.dtype} {list(norm_weight.shape)}"
         )
+    _check_devices(op, x=x, norm_weight=norm_weight, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     return MXFP4Tensor(
         *library.rmsnorm_rotate_quantize(rows, norm_weight, epsilon, rotation, str(rule), backend)
@@ -126,6 +128,7 @@ def silu_mul_rotate_quantize(
             f"{op}: up must be {gate.dtype} {list(gate.shape)} like gate, "
             f"got {up.dtype} {list(up.shape)}"
         )
+    _check_devices(op, gate=gate, up=up, rotation=rotation)
     gate_rows, up_rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     return MXFP4Tensor(
         *library.silu_mul_rotate_quantize(gate_rows, up_rows, rotation, str(rule), backend)
@@ -143,8 +146,9 @@ def mxfp4_gemm(
     """Multiply quantized matrices: ``dequantize(a) @ dequantize(b).T + bias``.
 
     Every product and every 32-term block sum is exact; the sum over blocks is in float32. The
-    exception is many rows on a GPU without block-scaled tensor cores: `duqpp.ops.large_gemm` says
-    how near it is.
+    reference and the CPU's kernels add in the order of csrc/format/block_sum.h and agree bit for
+    bit. The exception to exact block sums is many rows on a GPU without block-scaled tensor cores:
+    `duqpp.ops.large_gemm` says how near it is.
 
     Args:
         a: [M, K], from `rotate_quantize` on the same backend.
@@ -159,6 +163,7 @@ def mxfp4_gemm(
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"mxfp4_gemm: a has K = {a.shape[1]} but b has K = {b.shape[1]}")
     _check_bias("mxfp4_gemm", bias, b.shape[0])
+    _check_devices("mxfp4_gemm", **_parts("a", a), **_parts("b", b), bias=bias)
     if out_dtype not in _FLOATS:
         raise ValueError(
             f"mxfp4_gemm: out_dtype must be bfloat16, float16 or float32, got {out_dtype}"
@@ -190,6 +195,7 @@ def mxfp4_linear(
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"mxfp4_linear: x has K = {x.shape[-1]}, weight has K = {weight.shape[1]}")
     _check_bias("mxfp4_linear", bias, weight.shape[0])
+    _check_devices("mxfp4_linear", x=x, rotation=rotation, **_parts("weight", weight), bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if library.runs_directly(x, bias):
         chosen = select("mxfp4_gemm", x.device, backend)
@@ -205,6 +211,7 @@ def prepare_weight(weight: MXFP4Tensor, *, backend: str = "auto") -> MXFP4Tensor
     Raises: ValueError when codes and scales are not uint8 [N, K/2] and [N, K/32].
     """
     _check_operand("prepare_weight", "weight", weight)
+    _check_devices("prepare_weight", **_parts("weight", weight))
     rows, columns = weight.shape
     if list(weight.scales.shape) != [rows, columns // BLOCK_SIZE]:
         raise ValueError(
@@ -216,7 +223,32 @@ def prepare_weight(weight: MXFP4Tensor, *, backend: str = "auto") -> MXFP4Tensor
 
 def restore_weight(weight: MXFP4Tensor, *, backend: str) -> MXFP4Tensor:
     """The inverse of `prepare_weight` on the named backend."""
+    _check_devices("restore_weight", **_parts("weight", weight))
     return select("mxfp4_gemm", weight.codes.device, backend).restore_weight(weight)
+
+
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError where tensors, by the names that messages have, are on several devices."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        device = tensor.device
+        if first is None:
+            first = name, device
+        elif device != first[1] and _place(device) != _place(first[1]):
+            raise ValueError(
+                f"{op}: {first[0]} and {name} must be on one device, got {first[1]} and {device}"
+            )
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    """A device without the difference of "cpu" and "cpu:0"."""
+    return device.type, device.index or 0
+
+
+def _parts(name: str, operand: MXFP4Tensor) -> dict[str, Tensor]:
+    return {f"{name}.codes": operand.codes, f"{name}.scales": operand.scales}
 
 
 def _check_input(op: str, x: Tensor) -> None:

@@ -56,6 +56,8 @@ CARD_TESTS = "tests/integrations/test_saving.py"
 GUARD_TESTS = "tests/integrations/test_guard.py"
 FAMILY_TESTS = "tests/models/test_family.py"
 SHARED_INPUT_TESTS = "tests/nn/test_shared_input.py"
+REFERENCE = "duqpp/ops/reference.py"
+SILENT_TESTS = "tests/methods/test_silent.py"
 GROUP_TESTS = "tests/methods/test_group.py"
 INDEPENDENT_TESTS = "tests/methods/test_independent.py"
 SEQUENTIAL_TESTS = "tests/methods/test_sequential.py"
@@ -83,11 +85,32 @@ MUTATIONS = (
         GPTQ_TESTS,
     ),
     Mutation(
-        "gptq: dead columns keep their weights",
+        "gptq: rows stay that rounding to nearest serves better",
         GPTQ,
-        "remaining[:, hessian.diagonal()[columns] == 0] = 0.0",
-        "pass",
+        "better = (own < loss[rows])",
+        "better = (own < -loss[rows])",
         GPTQ_TESTS,
+    ),
+    Mutation(
+        "gptq: silent channels are not excited",
+        GROUP,
+        "excite_silent(hessian, plan.silent, plan.transform.apply)",
+        "pass",
+        SILENT_TESTS,
+    ),
+    Mutation(
+        "duqpp: a basis gives up silent channels",
+        SEQUENTIAL,
+        "activation_moments = with_silent_excited(activation_moments, plan.silent)",
+        "pass",
+        SILENT_TESTS,
+    ),
+    Mutation(
+        "reference: no segments along K",
+        REFERENCE,
+        "SEGMENT_BLOCKS = 16 ",
+        "SEGMENT_BLOCKS = 64 ",
+        "tests/ops/test_mxfp4_gemm.py",
     ),
     Mutation(
         "gptq: an error is not in units of its column",

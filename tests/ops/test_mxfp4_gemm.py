@@ -105,6 +105,50 @@ def test_wide_scales_stay_within_the_bound_of_a_float32_sum(backend):
     assert torch.allclose(exact[:2], correctly_rounded, rtol=1e-9, atol=0), "the test's own exact"
 
 
+def in_order(a: MXFP4Tensor, b: MXFP4Tensor) -> np.ndarray:
+    return oracle.gemm_in_order(*(t.numpy() for t in (a.codes, a.scales, b.codes, b.scales)))
+
+
+def test_a_block_that_sums_to_zero_takes_nothing_from_others(backend):
+    """0.5 * 0.5 * 2**-4 in block 0, and in block 1 products of 36 * 2**20 that cancel."""
+    codes = torch.zeros(2, 64, dtype=torch.uint8)
+    codes[:, 3] = 1
+    codes[0, 40] = codes[0, 41] = codes[1, 40] = 7
+    codes[1, 41] = 15
+    packed = torch.from_numpy(oracle.pack(codes))
+    a = MXFP4Tensor(packed[:1], torch.tensor([[123, 147]]).byte())
+    b = MXFP4Tensor(packed[1:], torch.tensor([[127, 127]]).byte())
+    assert run(a, b, out_dtype=torch.float32, backend=backend).tolist() == [[2.0**-6]]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 18])
+def test_every_scale_byte_is_added_in_order(blocks, backend):
+    """Bit by bit, over- and underflow of float32 included: what kernels and reference share."""
+    draw = inputs.generator(blocks)
+    m, n = 255, 9
+    codes = torch.randint(0, 256, (m + n, blocks * 16), generator=draw).byte()
+    scales = torch.arange(m)[:, None] + torch.randint(-30, 31, (m, blocks), generator=draw)
+    middles = torch.tensor([0, 1, 2, 60, 127, 128, 200, 253, 254])[:, None]
+    near = middles + torch.randint(-2, 3, (n, blocks), generator=draw)
+    scales[:, 0], near[:, 0] = torch.arange(m), middles[:, 0]
+    a = MXFP4Tensor(codes[:m], scales.clamp(0, 254).byte())
+    b = MXFP4Tensor(codes[m:], near.clamp(0, 254).byte())
+    y = run(a, b, out_dtype=torch.float32, backend=backend)
+    oracle.assert_same(y + 0, torch.from_numpy(in_order(a, b)).float() + 0, backend)
+
+
+@pytest.mark.parametrize("spread", [0, 10, 40])
+def test_long_sums_are_added_in_order(spread, backend):
+    """Over segments, with cancellation, and with scales some octaves apart."""
+    draw = inputs.generator(spread)
+    m, n, blocks = 5, 8, 67
+    scales = torch.randint(127 - spread, 128 + spread, (m + n, blocks), generator=draw).byte()
+    codes = torch.randint(0, 256, (m + n, blocks * 16), generator=draw).byte()
+    a, b = MXFP4Tensor(codes[:m], scales[:m]), MXFP4Tensor(codes[m:], scales[m:])
+    y = run(a, b, out_dtype=torch.float32, backend=backend)
+    oracle.assert_same(y + 0, torch.from_numpy(in_order(a, b)).float() + 0, backend)
+
+
 def test_scale_255_makes_its_row_or_column_nan_and_no_other(backend):
     a, b = operands(5, 8, 96, seed=5)
     a.scales[3, 1] = 255
@@ -171,6 +215,22 @@ def test_a_scale_must_not_serve_two_blocks(shape, backend):
     bad = MXFP4Tensor(zeros(2, 64).codes, torch.zeros(shape).byte())
     assert error_of(bad, zeros(8, 64), backend=backend) == (
         f"mxfp4_gemm: a.scales must hold 4 blocks' scales, got {list(shape)}"
+    )
+
+
+@pytest.mark.parametrize("place", ["a.scales", "b.codes", "b.scales", "bias"])
+def test_operands_must_be_on_one_device(place, backend):
+    tensors = {
+        "a.codes": zeros(2, 64).codes,
+        "a.scales": zeros(2, 64).scales,
+        "b.codes": zeros(8, 64).codes,
+        "b.scales": zeros(8, 64).scales,
+        "bias": torch.zeros(8),
+    }
+    tensors[place] = tensors[place].to("meta")
+    a, b = (MXFP4Tensor(tensors[f"{x}.codes"], tensors[f"{x}.scales"]) for x in "ab")
+    assert error_of(a, b, tensors["bias"], backend=backend) == (
+        f"mxfp4_gemm: a.codes and {place} must be on one device, got cpu and meta"
     )
 
 
