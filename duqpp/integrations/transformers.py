@@ -34,7 +34,7 @@ from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
 from duqpp.integrations.saving import complete_on_save, forget_on_save, state_and_checksums
 from duqpp.job.finish import provenance
-from duqpp.models.family import family_of
+from duqpp.models.family import check_blocks, family_of
 from duqpp.models.gguf import is_gguf, load_gguf
 from duqpp.models.hub import base_model, download, load_generation_config
 from duqpp.nn import MXFP4Linear, unshare_input
@@ -319,7 +319,9 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
     if is_gguf(model):
         return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
-    quantized = is_duqpp(read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    check_blocks(values.get("num_hidden_layers"))
+    quantized = is_duqpp(values)
     with refusing(f"cannot load {model}"):
         if quantized:
             loaded = from_pretrained(folder, progress=progress)
