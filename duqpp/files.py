@@ -65,8 +65,8 @@ def local_path(name: str) -> Path:
     Raises: InputError for what can be none, such as "~nobody/model" without a user of that name,
         and for what cannot be looked at.
     """
-    if not name:
-        raise InputError("a model or text has no name: got an empty string")
+    if not name or "\0" in name:
+        raise InputError(f"no such folder or file: {name!r}")
     with refusing(f"no such folder or file: {name}"):
         path = Path(name).expanduser()
         path.exists()
@@ -79,10 +79,19 @@ def model_path(name: str | Path) -> Path:
     It would wait for a named pipe, and a file of 1 TB that is read whole ends the process.
     """
     folder = local_path(str(name))
+    check_utf8(folder)
     with refusing(f"cannot read {folder}"):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             _check_end(file)
     return folder
+
+
+def check_utf8(path: Path) -> None:
+    """Raise InputError for a name that is not UTF-8: safetensors opens no file below it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {str(path)!r} is not UTF-8; give it another one") from error
 
 
 def _check_end(file: Path) -> None:

@@ -177,7 +177,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         on_cpu = os.environ.get(ENVIRONMENT_VARIABLE) == CpuBackend.name
         return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     device = torch.device(name)
     if device.type == "cuda":

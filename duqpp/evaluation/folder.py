@@ -15,6 +15,7 @@ from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.evaluation.scores import Run
+from duqpp.files import check_utf8
 from duqpp.job.lock import locked
 from duqpp.models.source import Source, fingerprint
 from duqpp.version import __version__
@@ -52,6 +53,7 @@ class ComparisonFolder:
         self._folder = folder
         self._calibration = hashlib.sha256(calibration.encode()).hexdigest()
         file = folder / COMPARISON_FILE
+        check_utf8(folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is not a folder")
         with ExitStack() as stack:

@@ -42,7 +42,7 @@ from duqpp.integrations.saving import (
     tensors_of,
 )
 from duqpp.job.finish import provenance
-from duqpp.models.family import family_of
+from duqpp.models.family import check_blocks, family_of
 from duqpp.models.folder import check_float_folder, check_folder
 from duqpp.models.gguf import is_gguf, load_gguf
 from duqpp.models.hub import (
@@ -335,7 +335,9 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
         return load_gguf(folder)
     folder = folder if folder.exists() else download(model)
     check_folder(folder)
-    quantized = is_duqpp(read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    check_blocks(values.get("num_hidden_layers"))
+    quantized = is_duqpp(values)
     with refusing(f"cannot load {model}"):
         if quantized:
             loaded = from_pretrained(folder, progress=progress)

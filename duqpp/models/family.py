@@ -20,6 +20,8 @@ from duqpp.calibration.smoothing import (
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE
 
+_MOST_BLOCKS = 2000  # the largest model that is released has 126
+
 
 class Producer(Protocol):
     """What makes the input of a linear group, and can take up a scale for each of its channels."""
@@ -301,6 +303,12 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
+def check_blocks(count: Any) -> None:
+    """Raise InputError for a number of decoder blocks that nobody could build in a day."""
+    if isinstance(count, int) and count > _MOST_BLOCKS:
+        raise InputError(f"num_hidden_layers of config.json is {count}, and at most {_MOST_BLOCKS}")
+
+
 def family_of(config: Any) -> Family:
     """The family of a model. Raises: InputError for a configuration of none that duqpp knows."""
     kind = getattr(config, "model_type", None)
@@ -308,4 +316,5 @@ def family_of(config: Any) -> Family:
         raise InputError(
             f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(FAMILIES)}"
         )
+    check_blocks(getattr(config, "num_hidden_layers", None))
     return FAMILIES[kind](config)

@@ -109,8 +109,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
         if encoded["input_ids"].numel() == 0:
             raise InputError("the prompt is empty")
         return encoded
-    # Some have no such attribute, and templates nevertheless: those of mistral-common.
-    if not getattr(tokenizer, "chat_template", True):
+    if not _has_chat_template(tokenizer):
         raise InputError("the model's tokenizer has no chat template: leave out `chat`")
     with refusing("the model's chat template cannot take the prompt"):
         encoded = tokenizer.apply_chat_template(
@@ -122,6 +121,15 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if encoded["input_ids"].numel() == 0:
         raise InputError("the model's chat template makes nothing of the prompt")
     return encoded
+
+
+def _has_chat_template(tokenizer: Any) -> bool:
+    """Whether there is one, or a tokenizer such as mistral-common's, which does without."""
+    from transformers import PreTrainedTokenizerBase
+
+    reads_template = PreTrainedTokenizerBase.apply_chat_template
+    is_own = getattr(type(tokenizer), "apply_chat_template", None) is not reads_template
+    return is_own or bool(tokenizer.chat_template)
 
 
 def _streamer(tokenizer: Any) -> Any:
