@@ -71,7 +71,7 @@ def test_what_is_no_json_object(content, message):
     "name", ["", "~nobody-of-that-name/model", "nul\0", "x" * 300, "a/" * 3000 + "b"]
 )
 def test_a_name_that_can_be_no_path_is_refused(name):
-    with pytest.raises(InputError, match="^no such folder or file: "):
+    with pytest.raises(InputError, match=r"^no such folder or file: "):
         local_path(name)
 
 

@@ -248,7 +248,7 @@ def test_only_what_gives_its_text_once_is_a_stream(tmp_path):
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/text", "nul\0", "x" * 300, ""])
 def test_names_that_can_be_no_file(name):
-    with pytest.raises(InputError, match="^no such folder or file: "):
+    with pytest.raises(InputError, match=r"^no such folder or file: "):
         read_text(name)
 
 
@@ -423,5 +423,5 @@ def test_datasets_themselves(tmp_path, monkeypatch):
     assert read_text(f"hf:{folder}::train[:3]") == "one\n\ntwo"
     assert read_text(f"hf:{folder}::train[-50%:]", part="evaluation") == "two\n\nthree"
     for spec in ("", "::none", ":none", "::train[", "::train[:x]"):
-        with pytest.raises(InputError, match="^cannot load dataset hf:"):
+        with pytest.raises(InputError, match=r"^cannot load dataset hf:"):
             read_text(f"hf:{folder}{spec}", part="evaluation")
