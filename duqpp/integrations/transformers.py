@@ -51,7 +51,7 @@ from duqpp.models.hub import (
     load_generation_config,
     load_whole_model,
 )
-from duqpp.models.weights import check_files
+from duqpp.models.weights import check_complete, check_files
 from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.placement import HOST
 
@@ -163,7 +163,10 @@ class DuqppQuantizer(HfQuantizer):
                 "duqpp loads a model with its head (AutoModelForCausalLM), not "
                 f"{type(model).__name__}"
             )
+        files = [Path(file) for file in checkpoint_files or []]
         if not self.pre_quantized:
+            if all(file.suffix == ".safetensors" for file in files):
+                check_complete(model, files)
             origin = provenance(model.config.name_or_path, options, "none")
             self.quantization_config.layout = options.build_method().layout(options.skip, origin)
             self._on_load = QuantizeOnLoad(self.quantization_config.layout, options, family)
@@ -171,7 +174,6 @@ class DuqppQuantizer(HfQuantizer):
             self._weights = frozenset(f"{linear}.weight" for linear in linears)
             return
         convert_model(model, layout)
-        files = [Path(file) for file in checkpoint_files or []]
         if not files:
             raise CheckpointError("a duqpp checkpoint is loaded from its safetensors files only")
         if len({file.parent for file in files}) > 1:

@@ -126,6 +126,18 @@ def check_files(folder: Path) -> None:
         raise InputError(f"{folder} has no {_SINGLE}; {_instead(folder)}")
 
 
+def check_complete(model: Any, files: Sequence[Path]) -> None:
+    """Raise InputError for a tensor of a model that safetensors files lack, and none is tied to."""
+    found = _by_model_name(model, {each.name: each for file in files for each in _contents(file)})
+    for target, source in model.all_tied_weights_keys.items():
+        for one, other in ((target, source), (source, target)):
+            if other in found:
+                found.setdefault(one, found[other])
+    for name in model.state_dict():
+        if name not in found:
+            raise InputError(f"{files[0].parent} has no tensor {name}")
+
+
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that a configuration describes, on the meta device. Raises: InputError."""
     from transformers import AutoModelForCausalLM

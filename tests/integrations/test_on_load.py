@@ -185,3 +185,24 @@ def test_a_quantized_checkpoint_keeps_its_own_configuration(hadamard):
 def test_fields_of_a_checkpoint_are_checked():
     with pytest.raises(CheckpointError, match="format_version"):
         DuqppConfig(quant_method="duqpp", method="rtn")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_a_tensor_that_is_missing_is_not_made_up(name, make_tiny, tmp_path):
+    folder = damage.copy_of(make_tiny("llama"), tmp_path / "model")
+    damage.edit_tensors(folder, name, lambda tensors: tensors.pop(name))
+    with pytest.raises(InputError, match=f"has no tensor {name}"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=DuqppConfig())
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", EMBEDDING])
+def test_one_of_two_tied_tensors_is_enough(kept, make_tiny, tmp_path):
+    folder = damage.copy_of(make_tiny("llama", tie_word_embeddings=True), tmp_path / "model")
+    damage.edit_tensors(
+        folder, EMBEDDING, lambda tensors: tensors.update({kept: tensors.pop(EMBEDDING)})
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=DuqppConfig())
+    assert torch.equal(model.lm_head.weight, damage.get_tensor(folder, kept))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from duqpp.errors import InputError
 from duqpp.models.quiet import quiet_libraries
@@ -140,7 +141,8 @@ def _names(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
         elif style == "mixed":
             name = rng.choice([name, bare])
         elif style == "twice" and rng.random() < 0.5:
-            named[bare] = _changed({name: tensor})[name]
+            other = rng.choice([bare, f"model-{bare}"])
+            named[other] = _changed({name: tensor})[name]
         named[name] = tensor
     for name in EXTRA:
         if rng.random() < 0.1:
@@ -265,6 +267,26 @@ def check(folder: Path) -> str:
     head = whole.lm_head.weight
     assert torch.equal(stack.head()[1].weight, head)
     return "read"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stored"),
+    [("old_norm", "norm", "old_norm"), ("norm", "new_norm", "norm")],
+    ids=["a name of an older release", "a name that is no longer one"],
+)
+def test_names_that_transformers_converts(old, new, stored, tmp_path, monkeypatch):
+    """A tensor by an older name is found, and one that has its name keeps it."""
+    original = conversion_mapping.get_checkpoint_conversion_mapping
+
+    def mapping(kind):
+        return [WeightRenaming(old, new)] if kind == "llama" else original(kind)
+
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", mapping)
+    config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=False)
+    tensors = _values(empty_model(config).state_dict(), random.Random(0))
+    tensors[f"model.{stored}.weight"] = tensors.pop("model.norm.weight")
+    values = json.loads(config.to_json_string(use_diff=False))
+    assert check(Folder(values, {"model.safetensors": tensors}).write(tmp_path / "0")) == "read"
 
 
 @pytest.mark.parametrize("kind", KINDS)
