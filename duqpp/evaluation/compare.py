@@ -130,12 +130,10 @@ def compare(
     on_row = on_row or (lambda row: None)
     for config in plan.methods.values():
         family_of(source.config).check(config.skip)
-        if config.needs.inputs:
-            check_seq_len(source.config, config.seq_len, "calibration sequences")
     check_seq_len(source.config, plan.seq_len, "windows")
     tokenizer = source.tokenizer()
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
-    calibration = _calibration_text(tokenizer, plan)
+    calibration = _calibration_text(source.config, tokenizer, plan)
     if resume and work is None:
         raise InputError("`resume` needs the folder of the comparison to go on with: `work`")
     with ExitStack() as stack:
@@ -229,10 +227,10 @@ def _with_calibration_file(plan: Plan, text: str, stack: ExitStack) -> Plan:
     return replace(plan, calibration=str(file))
 
 
-def _calibration_text(tokenizer: Any, plan: Plan) -> str:
+def _calibration_text(model_config: Any, tokenizer: Any, plan: Plan) -> str:
     """The calibration text, empty where no method reads it.
 
-    Raises: InputError now, if it is missing or too short for some method.
+    Raises: InputError now, if it is missing or too short for some method, or the model is.
     """
     calibrated = [config for config in plan.methods.values() if config.needs.inputs]
     if not calibrated:
@@ -242,6 +240,7 @@ def _calibration_text(tokenizer: Any, plan: Plan) -> str:
     configs = [config.for_text(tokens.numel()) for config in calibrated]
     for samples, seq_len in {(config.sequences, config.seq_len) for config in configs}:
         sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
+        check_seq_len(model_config, seq_len, "calibration sequences")
     return text
 
 

@@ -31,10 +31,8 @@ def calibration_tokens(
                 "calibration tokens must be int64 [samples, seq_len], "
                 f"got {tokens.dtype} {list(tokens.shape)}"
             )
-        check_seq_len(model_config, tokens.shape[1], "calibration sequences")
         tokens = tokens.to(HOST)
     else:
-        check_seq_len(model_config, config.seq_len, "calibration sequences")
         text = tokenize(tokenizer, read_text(calibration))
         config = config.for_text(text.numel())
         tokens = sample_sequences(
@@ -44,6 +42,7 @@ def calibration_tokens(
             seed=config.seed,
         )
         name = Path(calibration).name if Path(calibration).exists() else calibration
+    check_seq_len(model_config, tokens.shape[1], "calibration sequences")
     least, most = (int(token) for token in tokens.aminmax())
     if least < 0 or most >= model_config.vocab_size:
         raise InputError(

@@ -99,12 +99,12 @@ def inspect_source(
     """`inspect_model` of an open float model. Activations are read for every method, rtn too."""
     family = family_of(source.config)
     family.check(config.skip)
-    check_seq_len(source.config, config.seq_len, "calibration sequences")
     config = replace(config, next_inputs="float")
     tokens = tokenize(source.tokenizer(), read_text(calibration))
     sequences = sample_sequences(
         tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
     )
+    check_seq_len(source.config, config.seq_len, "calibration sequences")
     stack = DecoderStack(source, config.torch_dtype, placement)
     method, streams = config.build_method(), Streams(stack.first_inputs(sequences))
     count = min(layers or len(stack), len(stack))

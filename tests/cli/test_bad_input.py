@@ -17,7 +17,6 @@ from tests.checkpoint import damage
 TOKENS = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
 UP = "model.layers.1.mlp.up_proj.weight"
 CONFIG = QuantizeConfig(max_steps=4)
-SHORT = QuantizeConfig(seq_len=128)
 RTN = QuantizeConfig(method="rtn")
 DUQPP = QuantizeConfig(method="duqpp")
 GPTQ = QuantizeConfig(method="hadamard", gptq=True)
@@ -328,13 +327,11 @@ def test_too_little_calibration_text(model, out, tmp_path):
 @pytest.mark.parametrize("content", [b"", b" \n\t", b"\xff\xfe\x00text"])
 def test_calibration_file_without_text(content, model, out, tmp_path):
     (tmp_path / "text.txt").write_bytes(content)
-    assert_refuses(model, out, "text.txt is", SHORT, calibration=str(tmp_path / "text.txt"))
+    assert_refuses(model, out, "text.txt is", calibration=str(tmp_path / "text.txt"))
 
 
 def test_missing_calibration_file(model, out, tmp_path):
-    assert_refuses(
-        model, out, "cannot read text file", SHORT, calibration=str(tmp_path / "none.txt")
-    )
+    assert_refuses(model, out, "cannot read text file", calibration=str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ MANIFEST = "duqpp/checkpoint/manifest.py"
 CARD = "duqpp/checkpoint/card.py"
 FAMILY = "duqpp/models/family.py"
 STACK = "duqpp/models/stack.py"
+WEIGHTS = "duqpp/models/weights.py"
+POSITIONS = "duqpp/models/positions.py"
 GROUP = "duqpp/methods/group.py"
 INDEPENDENT = "duqpp/methods/independent.py"
 SEQUENTIAL = "duqpp/methods/sequential.py"
@@ -54,6 +56,8 @@ LAYOUT_TESTS = "tests/checkpoint/test_layout.py"
 MANIFEST_TESTS = "tests/checkpoint/test_manifest.py"
 CARD_TESTS = "tests/integrations/test_saving.py"
 GUARD_TESTS = "tests/integrations/test_guard.py"
+WEIGHTS_TESTS = "tests/models/test_weights.py"
+POSITIONS_TESTS = "tests/models/test_positions.py"
 FAMILY_TESTS = "tests/models/test_family.py"
 SHARED_INPUT_TESTS = "tests/nn/test_shared_input.py"
 REFERENCE = "duqpp/ops/reference.py"
@@ -611,6 +615,69 @@ MUTATIONS = (
         STACK,
         "source.tensor(stored.name)[stored.part]",
         "source.tensor(stored.name)",
+        FAMILY_TESTS,
+    ),
+    Mutation(
+        "weights: an index before a single file",
+        WEIGHTS,
+        "(_SINGLE, _INDEX) if",
+        "(_INDEX, _SINGLE) if",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: of two tensors for one, the last",
+        WEIGHTS,
+        "found.setdefault(renamed, stored[name])",
+        "found[renamed] = stored[name]",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: of two tensors for one, the first of the alphabet",
+        WEIGHTS,
+        "sorted(stored, key=dot_natural_key)",
+        "sorted(stored)",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: a head compared before the cast",
+        WEIGHTS,
+        "torch.equal(left[rows].to(self.dtype), right[rows].to(self.dtype))",
+        "torch.equal(left[rows].double(), right[rows].double())",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: a head does not stand for the embedding",
+        WEIGHTS,
+        "if source not in found and target in found:",
+        "if False:",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: a name is converted that needs not be",
+        WEIGHTS,
+        "if renamed not in names and name in names:",
+        "if False:",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "weights: the dtype of an index is not asked",
+        WEIGHTS,
+        'if dtype is None and "dtype" in metadata:',
+        "if False:",
+        WEIGHTS_TESTS,
+    ),
+    Mutation(
+        "positions: those of before the extension are not asked",
+        POSITIONS,
+        'rope.get("original_max_position_embeddings") or own',
+        "own",
+        POSITIONS_TESTS,
+    ),
+    Mutation(
+        "family: the width of what is skipped",
+        FAMILY,
+        "self.quantized_groups(index, skip)}",
+        "self.groups(index)}",
         FAMILY_TESTS,
     ),
     Mutation(
