@@ -218,7 +218,7 @@ def _opened(file: Path) -> Any:
         if file.suffix != ".safetensors":
             raise ValueError("duqpp reads safetensors only (pickled weights can run code)")
         return safe_open(file, framework="pt")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch: cannot map it
         raise InputError(f"cannot read {file}: {_reason(error)}") from error
 
 
