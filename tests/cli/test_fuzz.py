@@ -33,14 +33,15 @@ MOST_BYTES = 6 * 2**30  # of memory besides what is there: a damaged size may as
 COMMANDS = vars(get_command(app))["commands"]
 NOTICES = ("--calib is not used: the method reads no activations",)
 # So that what succeeds is quick; what comes later on the command line counts.
+CALIBRATION = ("--calib", "short.txt", "--samples", "1", "--max-steps", "1")
 QUICK = {
-    "quantize": ["--samples", "1", "--seq-len", "16", "--max-steps", "1"],
-    "inspect": ["--samples", "1", "--seq-len", "16", "--max-steps", "1", "--layers", "1"],
+    "quantize": [*CALIBRATION, "--seq-len", "16"],
+    "inspect": [*CALIBRATION, "--seq-len", "16", "--layers", "1"],
     "compare": [
-        *("--samples", "1", "--calib-seq-len", "16", "--max-steps", "1", "--seq-len", "16"),
-        *("--windows", "1", "--method", "rtn"),
+        *(*CALIBRATION, "--calib-seq-len", "16", "--method", "rtn"),
+        *("--text", "short.txt", "--seq-len", "16", "--windows", "1"),
     ],
-    "eval": ["--seq-len", "16", "--windows", "1"],
+    "eval": ["--text", "short.txt", "--seq-len", "16", "--windows", "1"],
     "generate": ["--max-new-tokens", "1"],
     "export": ["--format", "compressed-tensors"],
 }
@@ -49,7 +50,7 @@ NAMES = (
     *("a b", "ü", "北京", "🦙", "e\u0301", "[bold]", "[/x]", "[red]x[/red]", ":smile:", "x" * 300),
     *("\udcff", "a\udc80b", "a\nb", "a\tb", "\x1b[31m", "a" + "/b" * 3000, "owner/name", "a/b/c"),
     *("hf:", "hf::", "hf:a:b:c:d", "none.gguf", "none.txt", "*", "%s", "{x}", "`model`", "\\", "'"),
-    *("nul\0", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/nowhere/x", "loop"),
+    *("nul\0", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/nowhere/x", "loop"),
     *("--help", "builtin", "a.png", "[x].png", "nowhere/a.png", "a.yaml", "\u202e", "CON"),
 )
 NUMBERS = (
@@ -324,6 +325,7 @@ def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("duqpp.tools.selfcheck.selfcheck", lambda **_: SELFCHECK)
     Path("loop").symlink_to("loop")
+    Path("short.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     random_ = random.Random(SEED)
     maker, faults = Maker(random_, models), []
     for _ in range(RUNS):
