@@ -99,6 +99,9 @@ def is_stream(source: str) -> bool:
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """One tokenizer call over the whole text, without special tokens of its own: int64 [tokens].
 
+    No sequence that is cut from it begins with a beginning-of-text token, unless the text has it:
+    docs/experiments.md has what that does.
+
     Raises: InputError for what the tokenizer refuses.
     """
     with refusing("the model's tokenizer cannot read the text"):
