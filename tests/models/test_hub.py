@@ -49,7 +49,7 @@ def test_whatever_the_hub_raises_is_one_line(error, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(
-        InputError, match="someone/model is no local folder.*, and the hub"
+        InputError, match=r"someone/model is no local folder.*, and the hub"
     ) as found:
         open_source("someone/model")
     assert "\n" not in str(found.value)
