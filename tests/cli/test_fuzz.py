@@ -12,7 +12,6 @@ import resource
 import shlex
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -314,7 +313,7 @@ def models(make_tiny, tmp_path_factory) -> list[Path]:
     return folders
 
 
-def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypatch, capfd):
+def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
     monkeypatch.setattr("duqpp.calibration.tokens.PATIENCE", 0.05)
@@ -328,12 +327,6 @@ def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypa
     for _ in range(RUNS):
         arguments, encoding = maker.arguments(), random_.choice(ENCODINGS)
         monkeypatch.setenv("COLUMNS", random_.choice(["1", "80", "200", "x"]))
-        started = time.monotonic()
         if found := fault(arguments, encoding):
             faults.append(f"{shlex.join(arguments)!a} ({encoding}): {found}")
-        elif time.monotonic() - started > 5:
-            faults.append(f"SLOW {time.monotonic() - started} {shlex.join(arguments)!a}")
-    if os.environ.get("FUZZ_LOG"):
-        Path(os.environ["FUZZ_LOG"]).write_text("\n=====\n".join(faults))
-    print(capfd.readouterr().err[-3000:])
     assert not faults, f"{len(faults)} of {RUNS}:\n" + "\n".join(faults)
