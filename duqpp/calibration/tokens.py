@@ -9,8 +9,10 @@ import os
 import re
 import select
 import stat
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,9 @@ def is_stream(source: str) -> bool:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """One tokenizer call over the whole text, without special tokens of its own: int64 [tokens].
+
+    No sequence that is cut from it begins with a beginning-of-text token, unless the text has it:
+    docs/experiments.md has what that does.
 
     Raises: InputError for what the tokenizer refuses.
     """
@@ -215,13 +220,26 @@ def _dataset_text(source: str, part: str) -> str:
         raise InputError(f"{source} needs the datasets package: pip install datasets") from error
     name, config, split = parts.groups()
     split = split or ("train" if part == "calibration" else "test")
-    with refusing(f"cannot load dataset {source}"):
+    with refusing(f"cannot load dataset {source}"), _without_bars(datasets):
         rows = datasets.load_dataset(name, config or None, split=split)
         columns = list(rows.column_names)
         texts = list(rows["text"]) if "text" in columns else []
     if "text" not in columns:
         raise InputError(f"dataset {source} has no 'text' column, only {columns}")
     return _joined(texts, source)
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """The bars of data sets are for a terminal alone: a log, and a script, want lines."""
+    hidden = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
 
 
 def _joined(texts: Iterable[Any], source: str) -> str:

@@ -31,7 +31,11 @@ ModelArgument = Annotated[
 ]
 CalibrationOption = Annotated[
     str,
-    typer.Option("--calib", help="Calibration text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin."),
+    typer.Option(
+        "--calib",
+        help="Calibration text: a file (of .jsonl the field text) or a pipe, "
+        "hf:NAME[:CONFIG[:SPLIT]], builtin; no special tokens are added.",
+    ),
 ]
 TEXT_HELP = "Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin (the default)"
 WindowsOption = Annotated[

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +53,7 @@ class ComparisonTable:
 
     def __init__(self, methods: Iterable[str], texts: Sequence[str], stream: IO[str]) -> None:
         names = ["method", "float", *methods, *map(_text, texts[1:])]
-        self._widths = {"method": max(map(len, names)), **_SCORE_WIDTHS, **_COST_WIDTHS}
+        self._widths = {"method": max(map(cell_len, names)), **_SCORE_WIDTHS, **_COST_WIDTHS}
         # Wide enough for every row: on a narrow terminal lines are broken, and nothing is cut.
         self._console = console(stream, width=sum(self._widths.values()) + 2 * len(self._widths))
         self._is_new = True

@@ -89,7 +89,8 @@ def export_compressed_tensors(
         )
         schemes = conversion.schemes(groups) if layout.rotation == "shared" else {}
         write_json(work / "config.json", _config(config, skipped, schemes))
-        (work / "README.md").write_text(_card(out.name, layout), encoding="utf-8")
+        card = _card(out.name, layout).encode("utf-8", "backslashreplace")  # a name may be no UTF-8
+        (work / "README.md").write_bytes(card)
     return ExportReport(out, size, len(schemes), _remarks(layout))
 
 

@@ -317,6 +317,7 @@ def datasets(monkeypatch):
 
     def load_dataset(name, config, split):
         fake.calls.append((name, config, split))
+        assert fake.hidden, "stderr is no terminal"
         if name == "missing":
             raise ValueError("no such dataset")
         if name == "error":
@@ -326,6 +327,10 @@ def datasets(monkeypatch):
         return Rows(text=fake.texts)
 
     fake = SimpleNamespace(calls=[], load_dataset=load_dataset, texts=["one", "two"], error=None)
+    fake.are_progress_bars_disabled = lambda: fake.hidden
+    fake.disable_progress_bars = lambda: setattr(fake, "hidden", True)
+    fake.enable_progress_bars = lambda: setattr(fake, "hidden", False)
+    fake.hidden = False
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake
 
@@ -379,6 +384,14 @@ def test_splits_may_be_slices_and_names_folders(source, call, datasets):
 def test_datasets_without_a_name(source, datasets):
     with pytest.raises(InputError, match=r"^a dataset is named hf:NAME\[:CONFIG\[:SPLIT"):
         read_text(source)
+
+
+def test_bars_are_as_they_were_afterwards(datasets):
+    datasets.error = RuntimeError()
+    for source in ("hf:o/n", "hf:error"):
+        with contextlib.suppress(InputError):
+            read_text(source)
+        assert not datasets.hidden
 
 
 def test_rows_that_are_null_are_left_out(datasets):

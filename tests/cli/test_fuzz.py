@@ -1,7 +1,7 @@
 """Command lines made at random: every one ends with an exit code, and an error is one line.
 
-Models, texts and names are what users have, each damaged in one place. 300 command lines are run;
-DUQPP_FUZZ_RUNS asks for more, and DUQPP_FUZZ_SEED for others.
+Models, texts and names are what users have, damaged in a place or two. DUQPP_FUZZ_RUNS and
+DUQPP_FUZZ_SEED ask for more command lines than those of one seed, and for others.
 """
 
 import io
@@ -12,7 +12,6 @@ import resource
 import shlex
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -26,21 +25,22 @@ from duqpp.cli.main import app, main
 from duqpp.config import DESCRIPTIONS
 from duqpp.tools.selfcheck import Check, Report
 
-RUNS = int(os.environ.get("DUQPP_FUZZ_RUNS", "300"))
+RUNS = int(os.environ.get("DUQPP_FUZZ_RUNS", "2000"))
 SEED = int(os.environ.get("DUQPP_FUZZ_SEED", "0"))
 MOST_SECONDS = 30.0  # for one run, on a busy machine
 MOST_BYTES = 6 * 2**30  # of memory besides what is there: a damaged size may ask for any amount
 COMMANDS = vars(get_command(app))["commands"]
 NOTICES = ("--calib is not used: the method reads no activations",)
 # So that what succeeds is quick; what comes later on the command line counts.
+CALIBRATION = ("--calib", "short.txt", "--samples", "1", "--max-steps", "1")
 QUICK = {
-    "quantize": ["--samples", "1", "--seq-len", "16", "--max-steps", "1"],
-    "inspect": ["--samples", "1", "--seq-len", "16", "--max-steps", "1", "--layers", "1"],
+    "quantize": [*CALIBRATION, "--seq-len", "16"],
+    "inspect": [*CALIBRATION, "--seq-len", "16", "--layers", "1"],
     "compare": [
-        *("--samples", "1", "--calib-seq-len", "16", "--max-steps", "1", "--seq-len", "16"),
-        *("--windows", "1", "--method", "rtn"),
+        *(*CALIBRATION, "--calib-seq-len", "16", "--method", "rtn"),
+        *("--text", "short.txt", "--seq-len", "16", "--windows", "1"),
     ],
-    "eval": ["--seq-len", "16", "--windows", "1"],
+    "eval": ["--text", "short.txt", "--seq-len", "16", "--windows", "1"],
     "generate": ["--max-new-tokens", "1"],
     "export": ["--format", "compressed-tensors"],
 }
@@ -49,7 +49,7 @@ NAMES = (
     *("a b", "ü", "北京", "🦙", "e\u0301", "[bold]", "[/x]", "[red]x[/red]", ":smile:", "x" * 300),
     *("\udcff", "a\udc80b", "a\nb", "a\tb", "\x1b[31m", "a" + "/b" * 3000, "owner/name", "a/b/c"),
     *("hf:", "hf::", "hf:a:b:c:d", "none.gguf", "none.txt", "*", "%s", "{x}", "`model`", "\\", "'"),
-    *("nul\0", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/nowhere/x", "loop"),
+    *("nul\0", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/nowhere/x", "loop"),
     *("--help", "builtin", "a.png", "[x].png", "nowhere/a.png", "a.yaml", "\u202e", "CON"),
 )
 NUMBERS = (
@@ -66,7 +66,6 @@ JSON_VALUES = (
     *(None, True, -1, 0, 1, 3, 1e308, float("nan"), 10**30, 2**63, "", "1", "x" * 1000, "\ud800"),
     *([], {}, [[]], ["a"], {"a": 1}, [1, -5, 10**9], "cpu", "float16", "llama", 0.5, 48, 7, -5),
 )
-OUTS = ("", ".", "..", "/", "//", "\udcff", "a\udc80b")
 TEMPLATES = (
     *(
         "",
@@ -156,7 +155,7 @@ class Maker:
 
     def arguments(self) -> list[str]:
         """A command, its options, and most of the time its arguments."""
-        name = self._random.choice([*QUICK, *QUICK, *QUICK, *COMMANDS])
+        name = self._random.choice([*QUICK, *QUICK, *QUICK, *COMMANDS, "generate"])
         positional = [
             self._argument(parameter.name, name)
             for parameter in COMMANDS[name].params
@@ -201,10 +200,8 @@ class Maker:
 
     def _out(self) -> str:
         if self._random.random() < 0.6:
-            while (name := self._random.choice(NAMES)) in OUTS:
-                pass
-            return name
-        return self._new() + self._random.choice(["", ".png", "[b]", "ü", " ", "/a/b"])
+            return self._random.choice(NAMES)
+        return self._new() + self._random.choice(["", ".png", "[b]", "ü", " ", "\udcff", "/a/b"])
 
     def _text(self) -> str:
         if self._random.random() < 0.4:
@@ -316,7 +313,7 @@ def models(make_tiny, tmp_path_factory) -> list[Path]:
     return folders
 
 
-def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypatch, capfd):
+def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
     monkeypatch.setattr("duqpp.calibration.tokens.PATIENCE", 0.05)
@@ -324,17 +321,12 @@ def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("duqpp.tools.selfcheck.selfcheck", lambda **_: SELFCHECK)
     Path("loop").symlink_to("loop")
+    Path("short.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     random_ = random.Random(SEED)
     maker, faults = Maker(random_, models), []
     for _ in range(RUNS):
         arguments, encoding = maker.arguments(), random_.choice(ENCODINGS)
         monkeypatch.setenv("COLUMNS", random_.choice(["1", "80", "200", "x"]))
-        started = time.monotonic()
         if found := fault(arguments, encoding):
             faults.append(f"{shlex.join(arguments)!a} ({encoding}): {found}")
-        elif time.monotonic() - started > 5:
-            faults.append(f"SLOW {time.monotonic() - started} {shlex.join(arguments)!a}")
-    if os.environ.get("FUZZ_LOG"):
-        Path(os.environ["FUZZ_LOG"]).write_text("\n=====\n".join(faults))
-    print(capfd.readouterr().err[-3000:])
     assert not faults, f"{len(faults)} of {RUNS}:\n" + "\n".join(faults)

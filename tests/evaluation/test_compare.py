@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import duqpp
 from duqpp.calibration.tokens import BUILTIN, builtin_text, read_text, tokenize
 from duqpp.checkpoint.shard import linear_storage
 from duqpp.config import QuantizeConfig
-from duqpp.errors import InputError
+from duqpp.errors import CheckpointError, InputError
 from duqpp.evaluation.compare import FLOAT, Plan, compare, float_model
 from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.evaluation.scores import Row, Run, Scores
@@ -268,6 +270,57 @@ def test_bad_input_is_found_before_any_row(options, message, tiny_llama):
         asked = plan("rtn", "duquant++", **options)
         compare(open_source(str(tiny_llama)), asked, on_row=rows.append)
     assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": 0}, "^`windows` must be at least 1, got 0"),
+        ({"seq_len": 1}, "^`seq_len` must be at least 2, got 1"),
+        (
+            {"seeds": [0, 2**64]},
+            r"^`seeds` must lie in \[-9223372036854775808, 18446744073709551615",
+        ),
+    ],
+)
+def test_a_plan_that_suits_no_model(options, message):
+    with pytest.raises(InputError, match=message):
+        plan("rtn", **options)
+
+
+def test_a_pipe_calibrates_every_method(tiny_llama, tmp_path, scratch):
+    """It gives its text once, and each method reads it."""
+    text, pipe = builtin_text()[:20000], tmp_path / "pipe"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=pipe.write_text, args=(text, "utf-8"))
+    thread.start()
+    methods = ("duquant++", "duquant")
+    piped = compare(open_source(str(tiny_llama)), plan(*methods, calibration=str(pipe)))
+    thread.join(timeout=20)
+    read = plan(*methods, calibration=str(tmp_path / "text.txt"))
+    assert results(piped) == results(compare(open_source(str(tiny_llama)), read))
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": []},
+        {"runs": {"builtin": {"seed": 0}}},
+        {"runs": {"builtin": None}},
+        {"weights": "many"},
+        {"configuration": None},
+        {"weight_bytes": None},
+    ],
+)
+def test_a_result_that_was_altered_is_one_line(change, tiny_llama, tmp_path):
+    asked = plan("rtn", texts=[BUILTIN])
+    compare(open_source(str(tiny_llama)), asked, work=tmp_path / "work")
+    (file,) = (tmp_path / "work").glob("run-rtn-*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"{file.name} is no result of a comparison"):
+        compare(open_source(str(tiny_llama)), asked, work=tmp_path / "work", resume=True)
 
 
 def test_a_tensor_that_is_missing_is_named(tiny_llama):

@@ -40,6 +40,21 @@ def test_hub_name(tiny_llama, hub):
     assert fetched == set(WANTED)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no route\nto host"), KeyError("etag"), OSError(5)])
+def test_whatever_the_hub_raises_is_one_line(error, monkeypatch):
+    """httpx's errors, such as that of a proxy, are of no common kind."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(
+        InputError, match=r"someone/model is no local folder.*, and the hub"
+    ) as found:
+        open_source("someone/model")
+    assert "\n" not in str(found.value)
+
+
 WANTED = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat.jinja"]
 WANTED += ["model.safetensors.index.json", "tokenizer.json", "merges.txt"]
 UNWANTED = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "consolidated.00.pth"]

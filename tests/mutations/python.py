@@ -39,6 +39,7 @@ DIVERGENCE = "duqpp/evaluation/divergence.py"
 SCORES = "duqpp/evaluation/scores.py"
 COMPARE = "duqpp/evaluation/compare.py"
 COMPARE_FOLDER = "duqpp/evaluation/folder.py"
+CLI_MAIN = "duqpp/cli/main.py"
 CLI_OPTIONS = "duqpp/cli/options.py"
 TABLES = "duqpp/cli/tables.py"
 PROGRESS = "duqpp/cli/progress.py"
@@ -77,6 +78,7 @@ DIVERGENCE_TESTS = "tests/evaluation/test_divergence.py"
 COMPARE_TESTS = "tests/evaluation/test_compare.py"
 OPTIONS_TESTS = "tests/cli/test_options.py"
 TABLES_TESTS = "tests/cli/test_tables.py"
+TERMINAL_TESTS = "tests/cli/test_terminal.py"
 PROGRESS_TESTS = "tests/cli/test_progress.py"
 
 MUTATIONS = (
@@ -452,6 +454,62 @@ MUTATIONS = (
         GENERATE,
         "prompt_tokens + max_new_tokens > limit:",
         "prompt_tokens + max_new_tokens >= limit:",
+        "tests/tools/test_generate.py",
+    ),
+    Mutation(
+        "text: a byte order mark is read as text",
+        TOKENS,
+        'codecs.BOM_UTF8: "utf-8-sig"',
+        'codecs.BOM_UTF8: "utf-8"',
+        TOKENS_TESTS,
+    ),
+    Mutation(
+        "text: a pipe whose writer comes late is empty",
+        TOKENS,
+        "elif time.monotonic() < until:",
+        "elif False:",
+        TOKENS_TESTS,
+    ),
+    Mutation(
+        "text: a slice is cut at its colon",
+        TOKENS,
+        "(?::([^:]*)(?::(.*))?)?",
+        "(?::([^:]*)(?::([^:]*).*)?)?",
+        TOKENS_TESTS,
+    ),
+    Mutation(
+        "errors: a panic in Rust passes",
+        "duqpp/errors.py",
+        'if type(error).__module__ != "pyo3_runtime":',
+        "if True:",
+        "tests/test_errors.py",
+    ),
+    Mutation(
+        "command: a full disk goes unseen",
+        CLI_MAIN,
+        "        sys.stdout.flush()\n",
+        "        pass\n",
+        TERMINAL_TESTS,
+    ),
+    Mutation(
+        "command: what the terminal cannot show is an error",
+        CLI_MAIN,
+        'stream.reconfigure(errors="backslashreplace")',
+        "stream.flush()",
+        TERMINAL_TESTS,
+    ),
+    Mutation(
+        "tables: brackets in a name are markup",
+        TABLES,
+        "markup=False",
+        "markup=True",
+        TERMINAL_TESTS,
+    ),
+    Mutation(
+        "generate: a temperature that is not a number is greedy",
+        GENERATE,
+        "if not 0 <= temperature < math.inf:",
+        "if temperature < 0:",
         "tests/tools/test_generate.py",
     ),
     Mutation(

@@ -1,5 +1,7 @@
 """Continuing a prompt: greedy decoding, seeded sampling, the chat template."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,3 +112,140 @@ def test_the_least_of_each_option(option, least, refused, model, tokenizer):
     assert generate(model, tokenizer, PROMPT, **options).tokens == 1
     with pytest.raises(InputError, match=f"^`{option}` must be .*, got {refused}"):
         generate(model, tokenizer, PROMPT, **{option: refused})
+
+
+# What libraries raise.
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('Conversation roles must alternate') }}",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        "{% for m in messages %}{{ m.content }",
+        "{{ messages[1].content }}",
+        "{{ 1 / 0 }}",
+        "{{ messages | nofilter }}",
+        "{% include 'other' %}",
+        "{{ messages.__class__.__mro__ }}",
+        {"tool_use": "{{ messages }}", "rag": "{{ messages }}"},
+    ],
+)
+def test_a_template_that_refuses_is_one_line(template, model, tokenizer):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"^the model's chat template cannot take the pr") as error:
+        generate(model, tokenizer, "hello", chat=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_makes_nothing_of_the_prompt(model, tokenizer):
+    tokenizer.chat_template = "{# all comment #}"
+    with pytest.raises(InputError, match="chat template makes nothing of the prompt"):
+        generate(model, tokenizer, "hello", chat=True)
+
+
+def test_named_templates_have_a_default(model, tokenizer):
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "rag": "{{ 1 / 0 }}"}
+    assert generate(model, tokenizer, "Rome", chat=True).prompt_tokens == len(tokenizer("Rome")[0])
+
+
+@pytest.mark.parametrize("template", [None, "", {}])
+def test_a_tokenizer_without_a_template(template, model, tokenizer):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"has no chat template: leave out `chat`"):
+        generate(model, tokenizer, "hello", chat=True)
+
+
+class Tekken:
+    """As mistral-common's: chats without a template, and a call that takes other options."""
+
+    chat_template = None
+    eos_token_id = 1
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def apply_chat_template(self, conversation, **options):
+        text = "[INST]" + conversation[0]["content"] + "[/INST]"
+        return self._tokenizer(text, return_tensors=options["return_tensors"])
+
+    def decode(self, ids, **options):
+        return self._tokenizer.decode(ids, **options)
+
+
+def test_a_tokenizer_that_needs_no_template(model, tokenizer):
+    chat = generate(model, Tekken(tokenizer), "Rome", max_new_tokens=4, chat=True)
+    plain = generate(model, tokenizer, "[INST]Rome[/INST]", max_new_tokens=4)
+    assert (chat.text, chat.prompt_tokens) == (plain.text, plain.prompt_tokens)
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "a \udcff"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_is_no_text(prompt, chat, model, tokenizer):
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match=r"cannot (read|take) the prompt: "):
+        generate(model, tokenizer, prompt, chat=chat)
+
+
+@pytest.mark.parametrize("prompt", ["<s>", "</s>", "\0", " ", "<s></s><s>"])
+def test_prompts_of_few_characters(prompt, model, tokenizer):
+    assert generate(model, tokenizer, prompt, max_new_tokens=2).tokens >= 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_a_temperature_that_is_none(value, model, tokenizer):
+    with pytest.raises(InputError, match=r"^`temperature` must be 0"):
+        generate(model, tokenizer, PROMPT, temperature=value)
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64, 10**30])
+def test_a_seed_that_torch_does_not_take(seed, model, tokenizer):
+    with pytest.raises(InputError, match=r"^`seed` must lie in \[-9223372036854775808, 18446744"):
+        generate(model, tokenizer, PROMPT, temperature=1.0, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_the_ends_of_the_seeds(seed, model, tokenizer):
+    assert generate(model, tokenizer, PROMPT, temperature=1.0, seed=seed, max_new_tokens=2).tokens
+
+
+@pytest.fixture
+def own_model(tiny_llama):
+    """A model that a test may damage."""
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sampling_from_what_is_not_a_number_is_one_line(stream, own_model, tokenizer, capsys):
+    own_model.lm_head.weight.data[:] = math.nan
+    with pytest.raises(InputError, match=r"^the model cannot continue the prompt: probability"):
+        generate(own_model, tokenizer, PROMPT, temperature=1.0, stream=stream)
+    assert capsys.readouterr().out == ("\n" if stream else "")
+
+
+@pytest.mark.parametrize("end", ["1", [], ["</s>"], {"a": 1}, [[1]], 1.5, [1, "2"]])
+def test_stop_tokens_that_are_none(end, own_model, tokenizer):
+    """Whatever transformers makes of them: a text, or one line."""
+    own_model.generation_config.eos_token_id = end
+    try:
+        assert generate(own_model, tokenizer, PROMPT, max_new_tokens=3).tokens <= 3
+    except InputError as error:
+        assert str(error).startswith("the model cannot continue the prompt: ")
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("end", [-5, 10**6, [-1, 10**9], None])
+def test_stop_tokens_that_never_come(end, own_model, tokenizer):
+    own_model.generation_config.eos_token_id = end
+    assert generate(own_model, tokenizer, PROMPT, max_new_tokens=5).tokens == 5
+
+
+def test_tokens_that_the_tokenizer_has_not(own_model, tokenizer, monkeypatch):
+    """A sentencepiece model raises IndexError for what only the padded vocabulary has."""
+
+    def refuse(*arguments, **options):
+        raise IndexError("piece id is out of range")
+
+    monkeypatch.setattr(tokenizer, "decode", refuse)
+    with pytest.raises(InputError, match="cannot continue the prompt: piece id is out of range"):
+        generate(own_model, tokenizer, PROMPT, max_new_tokens=2)
