@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class ResumableError(Exception):
+    """Ctrl-C, and the job can be resumed."""
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let every error that follows a Ctrl-C be a KeyboardInterrupt.
@@ -28,7 +32,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if pressed.is_set():
+        if pressed.is_set() and not isinstance(error, ResumableError):
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -19,8 +19,8 @@ from duqpp.cli.commands.generate import generate
 from duqpp.cli.commands.inspect import inspect
 from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
-from duqpp.cli.interruption import interruptible
-from duqpp.cli.options import ResumableError, in_options
+from duqpp.cli.interruption import ResumableError, interruptible
+from duqpp.cli.options import in_options
 from duqpp.errors import DuqppError, first_line
 from duqpp.models.quiet import quiet_libraries
 from duqpp.version import __version__

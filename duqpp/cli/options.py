@@ -20,7 +20,7 @@ import typer
 from typer.main import get_command
 
 from duqpp.calibration.tokens import BUILTIN, read_text
-from duqpp.cli.interruption import interruptible
+from duqpp.cli.interruption import ResumableError, interruptible
 from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -206,10 +206,6 @@ def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> No
     if not calibration.startswith("hf:"):  # which may be large
         read_text(calibration)
     print("--calib is not used: the method reads no activations", file=sys.stderr)
-
-
-class ResumableError(Exception):
-    """Ctrl-C, and the job can be resumed."""
 
 
 @contextmanager

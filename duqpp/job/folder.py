@@ -54,6 +54,7 @@ class Output:
         """
         out = Path(out)
         with _writing_to(out):
+            str(out).encode()  # a ValueError here: tokenizers read no path that is not UTF-8
             if out.name in ("", ".."):  # "/", "." and "..", which have no name to add to
                 return cls(out, out / _INSIDE)
             beside = out.with_name(out.name + _INSIDE)

@@ -197,11 +197,12 @@ def test_interrupted_twice(model, tmp_path, uninterrupted, interrupted):
     assert hashes(out) == uninterrupted()
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync", "unlink"])
+@pytest.mark.parametrize("call", ["replace", "unlink"])
 def test_stopped_at_any_file_operation(call, model, tmp_path, uninterrupted, monkeypatch):
     """Every place between two file operations is one where the machine may be switched off.
 
     Afterwards the output is whole, or resuming makes it so; a stop is never answered by an error.
+    One before a file is synced is one before it is renamed.
     """
     options = {"method": "rtn", "gptq": False}
     expected = uninterrupted(**options)
@@ -232,7 +233,7 @@ def test_stopped_at_any_file_operation(call, model, tmp_path, uninterrupted, mon
             duqpp.from_pretrained(out)
         else:
             break
-    assert number > {"replace": 10, "fsync": 5, "unlink": 5}[call]
+    assert number > {"replace": 10, "unlink": 5}[call]
 
 
 def test_keyboard_interrupt_keeps_what_is_finished(model, tmp_path, uninterrupted):
