@@ -15,7 +15,7 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 # members of one layer do not know each other.
 LAYERS = (
     ("_C", "errors", "format", "placement", "threads", "version"),
-    ("ops",),
+    ("ops", "torch_state"),
     ("calibration", "nn", "rotation"),
     ("models",),
     ("checkpoint",),

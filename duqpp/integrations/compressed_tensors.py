@@ -36,6 +36,7 @@ from duqpp.job.folder import check_output
 from duqpp.job.lock import locked
 from duqpp.models.family import Family
 from duqpp.models.hub import download
+from duqpp.torch_state import plain_torch
 from duqpp.version import __version__
 
 _NOT_COPIED = ("config.json", INDEX_FILE, "README.md", "quantization_report.json")
@@ -56,6 +57,7 @@ class ExportReport:
     remarks: tuple[str, ...]
 
 
+@plain_torch()
 def export_compressed_tensors(
     model: str | Path, out: str | Path, *, progress: Progress | None = None
 ) -> ExportReport:
