@@ -33,10 +33,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint format wheel setup clean distclean FORCE
+.PHONY: help demo test test-elsewhere gpu lint format wheel setup clean distclean FORCE
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "variables, and their values now:"
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) CXX=$(CXX) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "  DUQPP_CUDA=$(DUQPP_CUDA)"
@@ -49,6 +49,9 @@ demo: setup ## quantize a 135M model, compare methods, generate text, plot; up t
 test: setup $(STAMPS)/crosscheck $(STAMPS)/lm_eval ## run the tests; PYTEST_ARGS="-k e2m1" selects
 	venv="$$(cd $(VENV) && pwd)" && DUQPP_CROSSCHECK="$$venv/crosscheck" \
 	  DUQPP_LM_EVAL="$$venv/lm_eval" $(PY) -m pytest $(PYTEST_ARGS)
+
+test-elsewhere: setup ## tests that depend on the CPU, as an older one runs them; PYTEST_ARGS=0, 1 or 2 selects which
+	$(PY) -m tests.elsewhere $(PYTEST_ARGS)
 
 # Says why where there is no GPU that torch can use.
 gpu: setup ## on an NVIDIA GPU: tests, compute-sanitizer, benchmarks, plots; GPU_PARTS="tests bench-gemm" selects

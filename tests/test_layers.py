@@ -14,8 +14,8 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.
 LAYERS = (
-    ("_C", "errors", "format", "placement", "threads", "version"),
-    ("files", "ops"),
+    ("_C", "errors", "format", "placement", "version"),
+    ("files", "ops", "torch_state"),
     ("calibration", "nn", "rotation"),
     ("models",),
     ("checkpoint",),

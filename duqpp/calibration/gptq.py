@@ -16,7 +16,7 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
 from duqpp.format.e8m0 import decode_e8m0, inverse_scale
 from duqpp.ops import quantize
-from duqpp.threads import single_thread
+from duqpp.torch_state import single_thread
 
 BlockOrder = Literal["diagonal", "channels"]
 

@@ -26,7 +26,8 @@ class HessianAccumulator:
     """
 
     def __init__(self, channels: int, device: torch.device = HOST) -> None:
-        self._gram, self._tokens = torch.zeros(channels, channels, device=device), 0
+        self._gram = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+        self._tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Take in the next rows: x float32 [n, K]."""

@@ -32,11 +32,13 @@ class InputStatistics:
         device: torch.device = HOST,
     ) -> None:
         self.name, self.tokens = name, 0
-        self.amax = torch.zeros(channels, device=device)
-        self.gram = torch.zeros(channels, channels, device=device) if second_moment else None
+        self.amax = torch.zeros(channels, dtype=torch.float32, device=device)
+        self.gram: Tensor | None = None
+        if second_moment:
+            self.gram = torch.zeros(channels, channels, dtype=torch.float32, device=device)
         self._sample = sample.to(device)
         self._sampled: list[Tensor] = []
-        self._peaks = torch.zeros(1, channels, device=device)
+        self._peaks = torch.zeros(1, channels, dtype=torch.float32, device=device)
         self._peak_row = torch.zeros(channels, dtype=torch.int64, device=device)  # into _peaks
 
     def update(self, x: Tensor) -> None:

@@ -38,6 +38,7 @@ from duqpp.job.folder import Output
 from duqpp.job.lock import locked
 from duqpp.models.family import Family
 from duqpp.models.hub import download
+from duqpp.torch_state import plain_torch
 from duqpp.version import __version__
 
 # transformers quotes it in its error (see `duqpp.checkpoint.card`); vLLM does not know the field.
@@ -57,6 +58,7 @@ class ExportReport:
     remarks: tuple[str, ...]
 
 
+@plain_torch()
 def export_compressed_tensors(
     model: str | Path, out: str | Path, *, progress: Progress | None = None
 ) -> ExportReport:

@@ -74,7 +74,8 @@ def _spread_first(tokens: Tensor, count: int) -> Tensor:
     """Sequences reordered: first `count` that are spread evenly over all, then the others."""
     if len(tokens) <= count:
         raise InputError(f"refine needs more than {count} calibration sequences")
-    chosen = torch.linspace(0, len(tokens) - 1, count, device=HOST).round().long()
+    places = torch.linspace(0, len(tokens) - 1, count, dtype=torch.float32, device=HOST)
+    chosen = places.round().long()
     others = torch.ones(len(tokens), dtype=torch.bool, device=HOST)
     others[chosen] = False
     return torch.cat((tokens[chosen], tokens[others]))

@@ -35,6 +35,7 @@ from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import ON_HOST, Placement
+from duqpp.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class QuantizeReport:
     distilled: DistillReport | None = None
 
 
+@plain_torch()
 def quantize_model(
     model: str | Source,
     out: str | Path,

@@ -211,7 +211,9 @@ def report_rows(sampled: int) -> Tensor:
     Args: sampled: how many rows there are.
     Returns: int64 [min(REPORT_ROWS, sampled)], ascending.
     """
-    spread = torch.linspace(0, sampled - 1, min(REPORT_ROWS, sampled), device=HOST)
+    spread = torch.linspace(
+        0, sampled - 1, min(REPORT_ROWS, sampled), dtype=torch.float32, device=HOST
+    )
     return spread.round().long()
 
 

@@ -36,7 +36,7 @@ class Rotation(nn.Module):
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.register_buffer("start", start)
-        identity = torch.eye(BLOCK_SIZE, device=start.device)
+        identity = torch.eye(BLOCK_SIZE, dtype=start.dtype, device=start.device)
         self.turn = nn.Parameter(identity.expand(start.shape).contiguous())
         orthogonal(self, "turn", orthogonal_map="cayley")
 

@@ -165,7 +165,9 @@ def run_float_block(
 def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
     reader = block.module.get_submodule(name)
-    x = torch.empty(inputs.tokens, reader.in_features, device=reader.weight.device)
+    x = torch.empty(
+        inputs.tokens, reader.in_features, dtype=torch.float32, device=reader.weight.device
+    )
     filled = 0
 
     def update(batch: Tensor) -> None:

@@ -39,4 +39,4 @@ def random_orthogonal(n: int, generator: torch.Generator, *, count: int | None =
 def random_signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """1 or -1 with equal chances, float32, on the generator's device."""
     bits = torch.randint(0, 2, tuple(shape), generator=generator, device=generator.device)
-    return bits * 2.0 - 1.0
+    return bits.float() * 2.0 - 1.0

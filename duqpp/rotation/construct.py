@@ -11,7 +11,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from duqpp.rotation.block_rotation import BlockRotation, InputTransform
-from duqpp.threads import single_thread
+from duqpp.torch_state import single_thread
 
 MAX_ROWS = 2048  # rows of 32 that one search keeps, see `_rows_that_may_peak`
 _ROWS_AT_A_TIME = 2**16  # of x R when all rows are measured: 8 MB in float32

@@ -22,6 +22,7 @@ from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source, check_float_model, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import ON_HOST, Placement
+from duqpp.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def layer_and_kind(group: GroupReport) -> tuple[int, str]:
     return int(prefix.rpartition(".")[2]), kind
 
 
+@plain_torch()
 def inspect_model(
     model: str,
     config: QuantizeConfig | None = None,

@@ -229,8 +229,11 @@ def _check_rotate_quantize(backend: Backend, device: str) -> Check:
 def _check_fused(backend: Backend, device: str) -> Check:
     generator, failures, cases = torch.Generator().manual_seed(2), [], 0
     for rows, k in product(_ROWS, _K):
-        x, up = (torch.randn(rows, k, generator=generator).bfloat16() for _ in range(2))
-        weight = torch.rand(k, generator=generator).bfloat16() + 0.5
+        x, up = (
+            torch.randn(rows, k, dtype=torch.float32, generator=generator).bfloat16()
+            for _ in range(2)
+        )
+        weight = torch.rand(k, dtype=torch.float32, generator=generator).bfloat16() + 0.5
         for name, r in _rotations(k, generator).items():
 
             def forms(

@@ -875,7 +875,7 @@ MUTATIONS = (
     Mutation(
         "job: the first sequences calibrate",
         JOB_CALIBRATION,
-        "chosen = torch.linspace(0, len(tokens) - 1, count, device=HOST).round().long()",
+        "chosen = places.round().long()",
         "chosen = torch.arange(count, device=HOST)",
         JOB_TESTS,
     ),
@@ -916,10 +916,10 @@ MUTATIONS = (
         f"{RESUME_TESTS}::test_the_shape_of_tokens_is_part_of_the_job",
     ),
     Mutation(
-        "job: a link is taken for a free output",
+        "job: a link to nothing is taken for a free output",
         JOB_FOLDER,
-        "if out.is_symlink() or (out.exists()",
-        "if (out.exists()",
+        "if out.is_symlink() or out.exists():",
+        "if out.exists():",
         "tests/cli/test_bad_input.py",
     ),
     Mutation(

@@ -109,7 +109,11 @@ class LatentOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs besides the latents themselves; float32."""
-        tensors = {"steps": torch.tensor(float(self._schedule.last_epoch), device=HOST)}
+        tensors = {
+            "steps": torch.tensor(
+                float(self._schedule.last_epoch), dtype=torch.float32, device=HOST
+            )
+        }
         for index, parameter in enumerate(self._parameters):
             for name, value in self.adam.state.get(parameter, {}).items():
                 tensors[f"{name}.{index}"] = value
