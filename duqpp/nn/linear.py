@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
+from duqpp.nn.prepared import Prepared
 from duqpp.nn.shared_input import SharedInput
 from duqpp.ops import (
     mxfp4_gemm,
@@ -70,7 +71,7 @@ class MXFP4Linear(nn.Module):
             )
         self.in_features, self.out_features = in_features, out_features
         self.rule, self.backend = ScaleRule(rule), backend
-        self._prepared_for: tuple[str, str] | None = None  # backend and device type
+        self._prepared: Prepared | None = None
         self.shared_input: SharedInput | None = None
 
         def zeros(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
@@ -93,11 +94,12 @@ class MXFP4Linear(nn.Module):
     def weight(self) -> MXFP4Tensor:
         """The quantized, rotated weight [N, K], row-major."""
         stored = MXFP4Tensor(self.weight_packed.data, self.weight_scale.data)
-        if self._prepared_for is None:
+        prepared = self._layout()
+        if prepared is None:
             return stored
-        backend, device = self._prepared_for
+        device = prepared.device
         moved = MXFP4Tensor(stored.codes.to(device), stored.scales.to(device))
-        weight = restore_weight(moved, backend=backend)
+        weight = restore_weight(moved, backend=prepared.backend)
         return MXFP4Tensor(
             weight.codes.to(stored.codes.device), weight.scales.to(stored.codes.device)
         )
@@ -109,22 +111,30 @@ class MXFP4Linear(nn.Module):
         not prepared computes the same, but orders its weight anew in every call.
         """
         device = self.weight_packed.device
-        if device.type == "meta" or self._prepared_for is not None:
+        if device.type == "meta" or self._layout() is not None:
             return
         chosen = select("mxfp4_gemm", device, self.backend)
-        prepared = chosen.prepare_weight(self.weight)
-        self.weight_packed.data, self.weight_scale.data = prepared.codes, prepared.scales
-        self._prepared_for = (chosen.name, device.type)
+        before = self.weight
+        after = chosen.prepare_weight(before)
+        self.weight_packed.data, self.weight_scale.data = after.codes, after.scales
+        self._prepared = Prepared(chosen.name, device.type, before, after, self.weight_packed)
+
+    def _layout(self) -> Prepared | None:
+        """The layout that the weight is in; None for the row-major one."""
+        prepared = self._prepared
+        if prepared is not None and prepared.holds(self.weight_packed, self.weight_scale):
+            return prepared
+        return None
 
     def _restore(self) -> None:
         """Undo `prepare`."""
         weight = self.weight
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
-        self._prepared_for = None
+        self._prepared = None
 
     def replace_weight(self, weight: MXFP4Tensor) -> None:
         """Take other codes and scales, row-major, of the same shape."""
-        prepared, self._prepared_for = self._prepared_for, None
+        prepared, self._prepared = self._prepared, None
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
         if prepared is not None:
             self.prepare()
@@ -156,9 +166,13 @@ class MXFP4Linear(nn.Module):
 
     def _operand(self) -> tuple[MXFP4Tensor, str]:
         """The weight as a backend's GEMM reads it, and that backend."""
-        stored = MXFP4Tensor(self.weight_packed, self.weight_scale)
-        if self._prepared_for is not None and self._prepared_for[1] == stored.codes.device.type:
-            return stored, self._prepared_for[0]
+        codes, scales, prepared = self.weight_packed, self.weight_scale, self._prepared
+        if (
+            prepared is not None
+            and prepared.device == codes.device.type
+            and prepared.holds(codes, scales)
+        ):
+            return MXFP4Tensor(codes, scales), prepared.backend
         return prepare_weight(self.weight, backend=self.backend), self.backend
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,8 +187,8 @@ class MXFP4Linear(nn.Module):
         """`forward` of x; source: the tensor that it was made of, which others may share."""
         weight, backend = self._operand()
         shared = self.shared_input
-        if shared is not None and shared.is_open(source):
-            a = shared.read(source, backend, self._quantize, x)
+        a = None if shared is None else shared.read(source, backend, self._quantize, x)
+        if a is not None:
             y = mxfp4_gemm(a, weight, self.bias, out_dtype=x.dtype, backend=backend)
             return y.view(*x.shape[:-1], self.out_features)
         return mxfp4_linear(
@@ -199,7 +213,7 @@ class MXFP4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices, but keeps rotations as they are: weights are folded with those."""
-        was_prepared = self._prepared_for is not None
+        was_prepared = self._prepared is not None
         if was_prepared:  # another device may have another backend
             self._restore()
         stored = {n: m.data for n in _MATRICES if (m := getattr(self, n)) is not None}
@@ -215,28 +229,24 @@ class MXFP4Linear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # accelerate offloads: its hook has put the weight on the meta device, and gives that of the
-        # state dict for each call.
+        # state dict for each call. Backends pad scales: it would find them of another shape.
         if name == "_hf_hook" and self.weight_packed.is_meta:
-            self._forget_layout()
-
-    def _forget_layout(self) -> None:
-        """Take the weight, which is on the meta device, for one that is still to be loaded."""
-        rows, columns = self.out_features, self.in_features
-        self.weight_packed.data = self.weight_packed.new_empty((rows, columns // 2))
-        self.weight_scale.data = self.weight_scale.new_empty((rows, columns // BLOCK_SIZE))
-        self._prepared_for = None
+            rows, columns = self.out_features, self.in_features
+            self.weight_packed.data = self.weight_packed.new_empty((rows, columns // 2))
+            self.weight_scale.data = self.weight_scale.new_empty((rows, columns // BLOCK_SIZE))
+            self._prepared = None
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._prepared_for is not None:
+        if self._layout() is not None:
             weight = self.weight
             destination[prefix + "weight_packed"] = weight.codes
             destination[prefix + "weight_scale"] = weight.scales
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._prepared_for is not None:
+        if self._prepared is not None:
             self._restore()
         super()._load_from_state_dict(*args, **kwargs)
 

@@ -49,19 +49,20 @@ class SharedInput:
         """Hook of the owner: its forward has ended, by an error perhaps."""
         self._reads.pop(_thread(), None)
 
-    def is_open(self, x: Tensor) -> bool:
-        """Whether x may be quantized for several linears: the owner runs, and needs no gradient."""
-        return _thread() in self._reads and not (torch.is_grad_enabled() and x.requires_grad)
-
     def read(
         self,
         source: Tensor,
         backend: str,
         quantize: Callable[[Tensor, str], MXFP4Tensor],
         x: Tensor,
-    ) -> MXFP4Tensor:
-        """``quantize(x, backend)``, or what it was when another linear read the source."""
+    ) -> MXFP4Tensor | None:
+        """``quantize(x, backend)``, or what it was when another linear read the source.
+
+        Returns: None where nothing is shared: the owner does not run, or a gradient is asked for.
+        """
         thread = _thread()
+        if thread not in self._reads or (source.requires_grad and torch.is_grad_enabled()):
+            return None
         last, version = self._reads[thread], _version(source)
         if (
             last is not None

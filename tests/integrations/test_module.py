@@ -51,13 +51,19 @@ def buffers_too(model, folder):
     accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
 
 
+def whole_blocks(model, folder):
+    """Their linears get no hook of their own."""
+    preloaded = {"preload_module_classes": [type(model.model.layers[0]).__name__]}
+    accelerate.cpu_offload(model, execution_device="cpu", **preloaded)
+
+
 def dispatch(model, folder):
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder)
 
 
-WAYS = [cpu_offload, disk_offload, buffers_too, dispatch]
+WAYS = [cpu_offload, disk_offload, buffers_too, whole_blocks, dispatch]
 
 
 @pytest.mark.parametrize("offload", WAYS, ids=lambda way: way.__name__)
@@ -96,6 +102,22 @@ def test_a_weight_of_another_shape_once_prepared(monkeypatch):
         setattr(linear, name, nn.Parameter(getattr(linear, name).to("meta"), requires_grad=False))
     linear._hf_hook = None
     assert {name: tensor.shape for name, tensor in linear.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("values", ["state dict", "tensors of the module"])
+def test_functional_call(values, folder):
+    """Row-major values in the place of prepared ones for a call, and prepared ones."""
+    model = duqpp.from_pretrained(folder)
+    expected = logits(model)
+    given = model.state_dict()
+    if values != "state dict":
+        given = dict(model.named_parameters()) | dict(model.named_buffers())
+    given = {name: tensor.detach().clone() for name, tensor in given.items()}
+    for tensors in (given, {name: tensor * 1 for name, tensor in given.items()}):
+        with torch.no_grad():
+            out = torch.func.functional_call(model, tensors, (), {"input_ids": PROMPT})
+        oracle.assert_same(out.logits, expected, "logits")
+    oracle.assert_same(logits(model), expected, "logits afterwards")
 
 
 # Casts.

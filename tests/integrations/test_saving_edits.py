@@ -114,6 +114,12 @@ def codes_replaced(model):
     linear.replace_weight(type(linear.weight)(linear.weight.codes.flip(0), linear.weight.scales))
 
 
+def codes_put_in_by_hand(model):
+    linear = model.get_submodule(Q)
+    codes = nn.Parameter(linear.weight.codes.flip(0), requires_grad=False)
+    linear.weight_packed, linear.weight_scale.data = codes, linear.weight.scales.flip(0)
+
+
 def bias_replaced(model):
     linear = model.get_submodule(Q)
     linear.bias = nn.Parameter(linear.bias.detach() * 3)
@@ -245,8 +251,6 @@ def float64(model):
 
 
 def codes_of_another_shape(model):
-    model.get_submodule(Q).prepare = None
-    model.get_submodule(Q)._prepared_for = None
     model.get_submodule(Q).weight_packed = nn.Parameter(
         torch.zeros(64, 16, dtype=torch.uint8), requires_grad=False
     )
@@ -255,7 +259,6 @@ def codes_of_another_shape(model):
 def codes_cast(model):
     linear = model.get_submodule(Q)
     linear.weight_packed.data = linear.weight_packed.data.float()
-    linear._prepared_for = None
 
 
 def layer_removed(model):

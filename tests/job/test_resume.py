@@ -689,7 +689,7 @@ def test_finished_blocks_behind_the_last_one_to_make_are_not_run(
         block = real(stack, index, *rest)
         for module in block.modules():
             if isinstance(module, MXFP4Linear):
-                assert module._prepared_for is not None
+                assert module._prepared is not None
         return block
 
     monkeypatch.setattr("duqpp.job.blocks.quantized_block", load)

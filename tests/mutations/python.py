@@ -26,6 +26,9 @@ LEARNED = "duqpp/methods/learned.py"
 SCHEDULE = "duqpp/methods/refine/schedule.py"
 LATENT = "duqpp/methods/refine/latent.py"
 LINEAR = "duqpp/nn/linear.py"
+PREPARED = "duqpp/nn/prepared.py"
+SAVING = "duqpp/integrations/saving.py"
+TRANSFORMS = "duqpp/checkpoint/transforms.py"
 SHARED_INPUT = "duqpp/nn/shared_input.py"
 REFINE_BLOCKS = "duqpp/methods/refine/blocks.py"
 DISTILL = "duqpp/methods/refine/distill.py"
@@ -60,6 +63,8 @@ GUARD_TESTS = "tests/integrations/test_guard.py"
 WEIGHTS_TESTS = "tests/models/test_weights.py"
 POSITIONS_TESTS = "tests/models/test_positions.py"
 FAMILY_TESTS = "tests/models/test_family.py"
+MODULE_TESTS = "tests/integrations/test_module.py"
+EDITS_TESTS = "tests/integrations/test_saving_edits.py"
 SHARED_INPUT_TESTS = "tests/nn/test_shared_input.py"
 REFERENCE = "duqpp/ops/reference.py"
 SILENT_TESTS = "tests/methods/test_silent.py"
@@ -823,11 +828,53 @@ MUTATIONS = (
         SHARED_INPUT_TESTS,
     ),
     Mutation(
+        "prepared: a weight that took the place of a prepared one is taken for one",
+        PREPARED,
+        "        if _bytes_at(marked, places) != self._marks:",
+        "        if False:",
+        MODULE_TESTS,
+    ),
+    Mutation(
+        "prepared: one that was moved as it is is taken for row-major",
+        PREPARED,
+        "        self._remember(codes)\n        return True",
+        "        return False",
+        MODULE_TESTS,
+    ),
+    Mutation(
+        "saving: the configuration says that a head of its own is tied",
+        SAVING,
+        "        model.config.tie_word_embeddings = tied\n",
+        "",
+        EDITS_TESTS,
+    ),
+    Mutation(
+        "saving: a part in another dtype is cast in silence",
+        SAVING,
+        "not is_transform and tensor.dtype != model.dtype",
+        "False",
+        EDITS_TESTS,
+    ),
+    Mutation(
+        "saving: the model's own state in the place of one that was given",
+        SAVING,
+        "state = dict(model.state_dict() if given is None else given)",
+        "state = dict(model.state_dict())",
+        EDITS_TESTS,
+    ),
+    Mutation(
+        "transforms: the linears of a group may differ",
+        TRANSFORMS,
+        "if other in present and not torch.equal(read(other), expected):",
+        "if False:",
+        MODULE_TESTS,
+    ),
+    Mutation(
         "linear: offloaded by accelerate, a row-major weight is taken for a prepared one",
         LINEAR,
         'if name == "_hf_hook" and self.weight_packed.is_meta:',
         'if name == "_hf_hook" and False:',
-        "tests/integrations/test_module.py",
+        MODULE_TESTS,
     ),
     Mutation(
         "refine: a block's loss is not relative",

@@ -297,4 +297,4 @@ def test_another_weight_takes_the_place_of_the_old(prepared):
     x = inputs.gaussian(8, K, 1).bfloat16()
     oracle.assert_same(linear(x), expected(x), "outputs")
     oracle.assert_same(linear.weight.codes, other.codes, "codes")
-    assert (linear._prepared_for is not None) is prepared
+    assert (linear._prepared is not None) is prepared
