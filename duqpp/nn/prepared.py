@@ -46,7 +46,7 @@ class Prepared:
         """Whether a module's tensors are in the prepared layout; taken for granted in a graph."""
         if torch.compiler.is_compiling():
             return True
-        if self._known() is codes and self._address == codes.data_ptr():
+        if self._address == codes.data_ptr() and self._known() is codes:
             return True
         marked = scales if self._marks_scales else codes
         is_stored = marked.dtype == torch.uint8 and not marked.is_meta
