@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 _ROTATIONS = ("none", "shared", "per_block")
 _RULES = tuple(str(rule) for rule in ScaleRule)
 _PROVENANCE = {"base_model": str, "configuration": dict, "calibration": str}
-_PROVENANCE |= {"versions": dict, "mean_errors": dict}
+_PROVENANCE |= {"versions": dict, "mean_errors": dict, "job": str}
 _JSON = {str: "string", bool: "boolean", list: "array", dict: "object"}
 
 
