@@ -709,8 +709,8 @@ MUTATIONS = (
     Mutation(
         "job: a link is taken for a free output",
         JOB_FOLDER,
-        "if out.is_symlink() or (out.exists()",
-        "if (out.exists()",
+        "if out.is_symlink() or out.exists():",
+        "if out.exists():",
         "tests/cli/test_bad_input.py",
     ),
     Mutation(
