@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.checkpoint.card import CARD
+from duqpp.checkpoint.manifest import MANIFEST_FILE
 from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.errors import CheckpointError, InputError, first_line
 from duqpp.models.hub import load_pretrained
@@ -18,7 +19,7 @@ from duqpp.models.source import Source
 
 REPORT_FILE = "quantization_report.json"
 TEMPLATES = "additional_chat_templates"  # the folder of the named ones, as transformers has it
-_REPLACED = frozenset({"config.json", CARD, REPORT_FILE, "adapter_config.json"})
+_REPLACED = frozenset({"config.json", CARD, REPORT_FILE, MANIFEST_FILE, "adapter_config.json"})
 # Weights of any program, training states, archives; and Python code, which duqpp never runs.
 _NOT_COPIED = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|npz|npy|pkl|pickle|pdparams"

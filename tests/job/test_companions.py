@@ -162,7 +162,10 @@ def test_a_tekken_tokenizer_is_the_same(model, tmp_path):
         {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
         for i in range(256)
     ]
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    control = ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS", "SYSTEM_PROMPT")
+    special = ["<unk>", "<s>", "</s>", *(f"[{end}{name}]" for name in control for end in ("", "/"))]
+    special += ["[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]"]
+    special += ["[MIDDLE]", "[SUFFIX]", "[TOOL_CONTENT]"]
     write_json(
         model / "tekken.json",
         {
@@ -173,8 +176,8 @@ def test_a_tekken_tokenizer_is_the_same(model, tmp_path):
             "config": {
                 "pattern": r"[^\s]+|\s+",
                 "num_vocab_tokens": 256,
-                "default_vocab_size": 261,
-                "default_num_special_tokens": 5,
+                "default_vocab_size": 256 + len(special),
+                "default_num_special_tokens": len(special),
                 "version": "v3",
             },
         },
