@@ -90,7 +90,9 @@ def _outcome(arguments: list[str]) -> tuple[int, str]:
         return 2, _one_line(f"error: {error.format_message()}")
     except OSError as error:
         return _outcome_of(error)
-    except SystemExit:  # typer's own answer to a reader that has gone
+    except SystemExit as end:  # typer's answer to a reader that has gone; or a shell's completion
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
         return BROKEN_PIPE, ""
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):

@@ -198,7 +198,7 @@ def test_a_text_that_does_not_end_is_bounded(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def written(write) -> Iterator[None]:
     """A thread that writes, and ends by itself."""
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     yield
     thread.join(timeout=20)

@@ -293,7 +293,7 @@ def test_a_pipe_calibrates_every_method(tiny_llama, tmp_path, scratch):
     text, pipe = builtin_text()[:20000], tmp_path / "pipe"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     os.mkfifo(pipe)
-    thread = threading.Thread(target=pipe.write_text, args=(text, "utf-8"))
+    thread = threading.Thread(target=pipe.write_text, args=(text, "utf-8"), daemon=True)
     thread.start()
     methods = ("duquant++", "duquant")
     piped = compare(open_source(str(tiny_llama)), plan(*methods, calibration=str(pipe)))
