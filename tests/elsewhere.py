@@ -26,7 +26,6 @@ PLACES = (
     "format",
     "integrations/test_running.py",
     "job/test_golden.py",
-    "job/test_torch_state.py",
     "methods",
     "nn",
     "ops",
