@@ -25,6 +25,7 @@ from duqpp.evaluation.perplexity import (
 )
 from duqpp.evaluation.scores import Comparison, Row, Run, Scores
 from duqpp.integrations.transformers import from_pretrained
+from duqpp.job.companions import Companions
 from duqpp.job.quantize import quantize_model
 from duqpp.models.family import family_of
 from duqpp.models.positions import check_seq_len
@@ -131,7 +132,7 @@ def compare(
     for config in plan.methods.values():
         family_of(source.config).check(config.skip)
     check_seq_len(source.config, plan.seq_len, "windows")
-    tokenizer = source.tokenizer()
+    tokenizer = Companions.of(source).tokenizer  # all that a quantization reads besides weights
     tokens = {text: tokenize(tokenizer, read_text(text, part="evaluation")) for text in plan.texts}
     calibration = _calibration_text(source.config, tokenizer, plan)
     if resume and work is None:

@@ -162,8 +162,8 @@ def _check_architectures(architectures: Any, causal: Any) -> None:
     A model without any head is fine: with tied embeddings it is a causal language model.
     """
     known = {causal.__name__, causal.config_class.__name__.removesuffix("Config") + "Model"}
-    for name in architectures if isinstance(architectures, list) else []:
-        if name not in known and not re.search("ForCausalLM$", str(name), re.IGNORECASE):
+    for name in map(str, architectures if isinstance(architectures, list) else []):
+        if name not in known and not re.search("ForCausalLM$", name, re.IGNORECASE):
             raise InputError(
                 f"config.json names the architecture {name}, whose head would be lost: duqpp "
                 f"quantizes causal language models; if this is one, write {causal.__name__} there"

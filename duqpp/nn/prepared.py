@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from duqpp.format import MXFP4Tensor
+from duqpp.placement import HOST
 
 _MARKS = 16  # bytes that tell the layouts apart: random ones agree with chance 2**-128
 _FIRST = 2**16  # bytes that are compared before all of them are
@@ -39,7 +40,7 @@ class Prepared:
         if self._marks_scales:
             places = _differences(before.scales, after.scales)
         marked = after.scales if self._marks_scales else after.codes
-        self._places, self._marks = places.tolist(), _bytes_at(marked, places)
+        self._places, self._marks = places.to(HOST).tolist(), _bytes_at(marked, places)
         self._remember(holder)
 
     def holds(self, codes: Tensor, scales: Tensor) -> bool:
@@ -81,5 +82,5 @@ def _differences(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _bytes_at(tensor: Tensor, places: Tensor) -> list[int]:
-    values: list[int] = tensor.reshape(-1)[places].tolist()
+    values: list[int] = tensor.reshape(-1)[places].to(HOST).tolist()
     return values

@@ -531,7 +531,10 @@ def test_compare_prints_the_table_and_the_convention(tiny_llama, run):
         (["compare", "MODEL", "--method", "best"], "--method best: Invalid value for '--method'"),
         (["compare", "MODEL", "--method", "rtn", "--method", "rtn"], "--method names rtn twice"),
         (["compare", "MODEL", "--method", "rtn --drift 0.3"], "for the method duqpp, not rtn"),
-        (["compare", "MODEL", "--samples", "9999"], "lower --samples or --seq-len"),
+        (
+            ["compare", "MODEL", "--samples", "9999", "--seq-len", "64"],
+            "lower --samples or --seq-len",
+        ),
         (["compare", "MODEL", "--seeds", "0,x"], "--seeds must be whole numbers"),
         (["compare", "MODEL", "--text", "builtin", "--text", "builtin"], "text is named twice"),
         (["compare", "MODEL", "--resume"], "--resume needs --work"),

@@ -241,6 +241,7 @@ def test_files_on_disk(tiny_llama, tmp_path):
     assert sorted(f.name for f in out.iterdir()) == [
         "README.md",
         "config.json",
+        "duqpp-manifest.json",
         "generation_config.json",
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
@@ -347,7 +348,7 @@ def test_shards_of_the_source_do_not_matter(make_tiny, tmp_path):
     whole = quantize(make_tiny("llama"), tmp_path / "whole", gptq=True)
     sharded = quantize(make_tiny("llama", shard_size="60KB"), tmp_path / "sharded", gptq=True)
     first, second = hashes(whole), hashes(sharded)
-    for name in ("config.json", "README.md"):  # these have the names of the two models
+    for name in ("config.json", "README.md", "duqpp-manifest.json"):  # these name the two models
         first.pop(name), second.pop(name)
     assert first == second
 
