@@ -695,13 +695,6 @@ MUTATIONS = (
         WEIGHTS_TESTS,
     ),
     Mutation(
-        "weights: of two tensors for one, the first of the alphabet",
-        WEIGHTS,
-        "sorted(stored, key=dot_natural_key)",
-        "sorted(stored)",
-        WEIGHTS_TESTS,
-    ),
-    Mutation(
         "weights: a head compared before the cast",
         WEIGHTS,
         "torch.equal(left[rows].to(self.dtype), right[rows].to(self.dtype))",
