@@ -3,6 +3,7 @@
 import gc
 import importlib
 import pydoc_data.topics
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hypothesis import settings
 
 # Tests run beside each other and on laptops; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
+
+# Some press Ctrl-C, which the background jobs of a shell are started to ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("duqpp", derandomize=True, deadline=None, max_examples=100, database=None)
 settings.load_profile("duqpp")
