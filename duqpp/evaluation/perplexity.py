@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duqpp.checkpoint.shard import Progress
-from duqpp.errors import InputError
+from duqpp.errors import InputError, refusing
 from duqpp.evaluation.divergence import Divergence, Reference
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.models.positions import check_seq_len
@@ -133,7 +133,8 @@ def _evaluate(
         ids = window[None].to(model.device)
         against = (reference, reference.hidden[index]) if reference else None
         with torch.no_grad():
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            with refusing("the model cannot read the text"):  # as one quantized by others may say
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
             sums = _sums(model, hidden, ids[0, 1:], against)
         means.append([total / (seq_len - 1) for total in sums])
         if kept is not None:

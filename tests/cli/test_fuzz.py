@@ -291,7 +291,8 @@ def fault(arguments: list[str], encoding: str) -> str:
     code, errors, wrong = run(arguments, encoding)
     if wrong:
         return wrong
-    lines = [line for line in errors.splitlines() if line not in NOTICES]
+    # Behind tests that import compressed-tensors, which shows bars of its own, an export is loaded.
+    lines = [e for e in errors.splitlines() if e.strip() and e not in NOTICES and "it/s]" not in e]
     allowed = (0, 1, 2) if arguments[0] in ("doctor", "selfcheck") else (0, 2)
     if code not in allowed:
         return f"exit code {code}: {errors}"
