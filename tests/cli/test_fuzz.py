@@ -314,6 +314,7 @@ def models(make_tiny, tmp_path_factory) -> list[Path]:
     return folders
 
 
+@pytest.mark.timeout(900)  # 70 to 230 s on two cores with AVX2, by what ran before
 def test_command_lines_end_in_a_result_or_in_one_line(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("duqpp.cli.progress.PATIENCE", 1000.0)
