@@ -34,6 +34,86 @@ class GptqResult:
     compensated: Tensor
 
 
+@dataclass(frozen=True)
+class Gptq:
+    """What GPTQ makes of one Hessian, for weights whose rows are independent of each other.
+
+    hessian: H, float32 [K, K]. blocks: int64 [K / 32], those of 32 columns in the order in which
+    they are rounded; columns: int64 [K], the same of columns. factor: float32 [K, K], upper
+    triangular U in this order, U.T U the inverse of the damped H. added: to the diagonal of H,
+    float32 [K].
+    """
+
+    hessian: Tensor
+    blocks: Tensor
+    columns: Tensor
+    factor: Tensor
+    added: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, *, damping: float, order: BlockOrder = "diagonal") -> "Gptq":
+        """Order and factor of a Hessian; the arguments, and what is raised, are those of `gptq`."""
+        if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
+            raise InputError("GPTQ: the Hessian has NaN or infinite values")
+        device = hessian.device
+        if order == "diagonal":
+            blocks = _by_falling_diagonal(hessian)
+        else:
+            blocks = torch.arange(len(hessian) // BLOCK_SIZE, device=device)
+        inside = torch.arange(BLOCK_SIZE, device=device)
+        columns = (blocks[:, None] * BLOCK_SIZE + inside).view(-1)
+        factor, added = _inverse_cholesky(hessian, columns, damping)
+        return cls(hessian, blocks, columns, factor, added[columns.argsort()].float())
+
+    def round(self, weight: Tensor, rule: ScaleRule) -> GptqResult:
+        """Quantize some rows of W, or all: float32 [N, K]."""
+        rows, width = weight.shape
+        remaining = weight[:, self.columns]  # until the end everything is in this order
+        loss = weight.new_zeros(rows)  # (W - Q) H (W - Q).T of each row
+        codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
+        for start in range(0, width, BLOCK_SIZE):
+            stop = start + BLOCK_SIZE
+            block = remaining[:, start:stop].T.contiguous()  # [32, N]: a column is contiguous
+            exponent = quantize(block.T, rule=rule).scales[:, 0]  # [N]
+            scale, inverse = decode_e8m0(exponent), inverse_scale(exponent)
+            corner = self.factor[start:stop, start:stop]
+            errors = torch.empty_like(block)
+            with single_thread():
+                for j in range(BLOCK_SIZE):
+                    code = encode_e2m1(block[j] * inverse)
+                    codes[:, start + j] = code
+                    errors[j] = (block[j] - decode_e2m1(code) * scale) / corner[j, j]
+                    block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1.0)
+            scales[:, start // BLOCK_SIZE] = exponent
+            remaining[:, start:stop] = block.T
+            remaining[:, stop:].addmm_(errors.T, self.factor[start:stop, stop:], alpha=-1.0)
+            loss += errors.square().sum(0)
+        back = self.columns.argsort()
+        quantized = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, self.blocks.argsort()])
+        result = GptqResult(quantized, remaining[:, back])
+        return self._better_of_nearest(weight, result, loss, rule)
+
+    def _better_of_nearest(
+        self, weight: Tensor, result: GptqResult, loss: Tensor, rule: ScaleRule
+    ) -> GptqResult:
+        """The result, with the rows that rounding to nearest serves better rounded to nearest.
+
+        Args: loss: of the result's rows, float32 [N].
+        """
+        quantized, compensated = result.weight, result.compensated
+        for first in range(0, len(weight), _ROWS_AT_A_TIME):
+            rows = slice(first, first + _ROWS_AT_A_TIME)
+            nearest = quantize(weight[rows], rule=rule)
+            errors = weight[rows] - dequantize(nearest)
+            own = (errors * torch.addcmul(errors @ self.hessian, errors, self.added)).sum(1)
+            better = (own < loss[rows]).nonzero().flatten()
+            quantized.codes[first + better] = nearest.codes[better]
+            quantized.scales[first + better] = nearest.scales[better]
+            compensated[first + better] = weight[first + better]
+        return result
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -58,67 +138,7 @@ def gptq(
     Returns: GptqResult.
     Raises: InputError when H is not finite, or not positive definite even after more damping.
     """
-    if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
-        raise InputError("GPTQ: the Hessian has NaN or infinite values")
-    rows, width = weight.shape
-    if order == "diagonal":
-        blocks = _by_falling_diagonal(hessian)
-    else:
-        blocks = torch.arange(width // BLOCK_SIZE, device=weight.device)
-    columns = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=blocks.device)).view(
-        -1
-    )
-    remaining = weight[:, columns]  # until the end everything is in this order
-    factor, added = _inverse_cholesky(hessian, columns, damping)  # upper triangular, H^-1 = U.T U
-    loss = weight.new_zeros(rows)  # (W - Q) H (W - Q).T of each row
-    codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
-    for start in range(0, width, BLOCK_SIZE):
-        stop = start + BLOCK_SIZE
-        block = remaining[:, start:stop].T.contiguous()  # [32, N], so that a column is contiguous
-        exponent = quantize(block.T, rule=rule).scales[:, 0]  # [N]
-        scale, inverse = decode_e8m0(exponent), inverse_scale(exponent)
-        corner = factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        with single_thread():
-            for j in range(BLOCK_SIZE):
-                code = encode_e2m1(block[j] * inverse)
-                codes[:, start + j] = code
-                errors[j] = (block[j] - decode_e2m1(code) * scale) / corner[j, j]
-                block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1.0)
-        scales[:, start // BLOCK_SIZE] = exponent
-        remaining[:, start:stop] = block.T
-        remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)
-        loss += errors.square().sum(0)
-    back = columns.argsort()
-    quantized = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, blocks.argsort()])
-    result = GptqResult(quantized, remaining[:, back])
-    return _better_of_nearest(weight, result, loss, hessian, added[back], rule)
-
-
-def _better_of_nearest(
-    weight: Tensor,
-    result: GptqResult,
-    loss: Tensor,
-    hessian: Tensor,
-    added: Tensor,
-    rule: ScaleRule,
-) -> GptqResult:
-    """The result, with the rows that rounding to nearest serves better rounded to nearest.
-
-    Args: loss: of the result's rows, float32 [N]. added: to the diagonal of H, float64 [K].
-    """
-    quantized, compensated = result.weight, result.compensated
-    for first in range(0, len(weight), _ROWS_AT_A_TIME):
-        rows = slice(first, first + _ROWS_AT_A_TIME)
-        nearest = quantize(weight[rows], rule=rule)
-        errors = weight[rows] - dequantize(nearest)
-        own = (errors * torch.addcmul(errors @ hessian, errors, added.float())).sum(1)
-        better = (own < loss[rows]).nonzero().flatten()
-        quantized.codes[first + better] = nearest.codes[better]
-        quantized.scales[first + better] = nearest.scales[better]
-        compensated[first + better] = weight[first + better]
-    return result
+    return Gptq.of(hessian, damping=damping, order=order).round(weight, rule)
 
 
 def _by_falling_diagonal(hessian: Tensor) -> Tensor:

@@ -133,15 +133,15 @@ MUTATIONS = (
     Mutation(
         "gptq: errors stay in their block",
         GPTQ,
-        "remaining[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1.0)",
+        "remaining[:, stop:].addmm_(errors.T, self.factor[start:stop, stop:], alpha=-1.0)",
         "pass",
         GPTQ_TESTS,
     ),
     Mutation(
         "gptq: scales in the order of rounding",
         GPTQ,
-        "scales[:, blocks.argsort()]",
-        "scales[:, blocks]",
+        "scales[:, self.blocks.argsort()]",
+        "scales[:, self.blocks]",
         GPTQ_TESTS,
     ),
     Mutation(
