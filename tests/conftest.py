@@ -66,6 +66,15 @@ def whole_builtin_text() -> Iterator[dict[str, str]]:
         yield pages
 
 
+@pytest.fixture(scope="session", autouse=True)
+def jobs_on_the_cpu() -> Iterator[None]:
+    """Jobs compute on the CPU where a GPU is, too: what they are compared with is the CPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available():  # else there is nothing to import for it
+            patch.setattr("duqpp.placement.devices.gpu_count", lambda: 0)
+        yield
+
+
 MakeTiny = Callable[..., Path]
 
 

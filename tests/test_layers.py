@@ -14,8 +14,10 @@ PACKAGE = Path(find_spec("duqpp").origin).parent
 # From the bottom up: a module may import from layers below its own, and inside its own package. The
 # members of one layer do not know each other.
 LAYERS = (
-    ("_C", "errors", "format", "placement", "version"),
-    ("files", "ops", "torch_state"),
+    ("_C", "errors", "format", "version"),
+    ("files", "ops"),
+    ("placement",),
+    ("torch_state",),
     ("calibration", "nn", "rotation"),
     ("models",),
     ("checkpoint",),

@@ -5,7 +5,6 @@ Options made from QuantizeConfig have their defaults and choices from there.
 
 import functools
 import inspect
-import os
 import re
 import shlex
 import sys
@@ -15,7 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 from typer.main import get_command
 
@@ -23,8 +21,6 @@ from duqpp.calibration.tokens import BUILTIN, read_text
 from duqpp.cli.interruption import ResumableError, interruptible
 from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
-from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
-from duqpp.ops.native import CpuBackend
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
@@ -169,31 +165,6 @@ def in_options(message: str, command: Any) -> str:
         return flags[name][0] if value is None else f"{flags[name][0]} {value}"
 
     return _ARGUMENT.sub(option, message)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that --device names.
-
-    auto is the GPU where torch sees one, unless DUQPP_BACKEND asks for the kernels of the CPU.
-
-    Raises: InputError for what names no device, or none that is here.
-    """
-    if name == "auto":
-        on_cpu = os.environ.get(ENVIRONMENT_VARIABLE) == CpuBackend.name
-        return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise InputError(
-                f"--device {name}: torch {torch.__version__} sees no CUDA device here; "
-                "--device cpu runs anywhere"
-            )
-        if (device.index or 0) >= count:
-            raise InputError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
-    return device
 
 
 def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> None:

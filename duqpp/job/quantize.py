@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN
@@ -34,7 +35,8 @@ from duqpp.models.family import family_of
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
-from duqpp.placement import ON_HOST, Placement
+from duqpp.placement import Placement
+from duqpp.placement.devices import choose_device
 from duqpp.torch_state import plain_torch
 
 
@@ -64,7 +66,7 @@ def quantize_model(
     calibration: str | Tensor = BUILTIN,
     resume: bool = False,
     progress: Progress | None = None,
-    placement: Placement = ON_HOST,
+    device: str | torch.device | None = None,
 ) -> QuantizeReport:
     """Quantize a model of a known family to MXFP4 W4A4 and save it as a duqpp checkpoint.
 
@@ -79,7 +81,8 @@ def quantize_model(
         calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or tokens int64
             [samples, seq_len].
         resume: continue an interrupted job of the same model, data and configuration.
-        placement: where blocks compute, and where activations rest.
+        device: where blocks compute: "cpu", "cuda" or "cuda:N"; None for the GPU where torch sees
+            one, unless DUQPP_BACKEND asks for the kernels of the CPU.
         progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
             distilling with ("distill", steps done, steps in all).
     Returns: QuantizeReport.
@@ -89,6 +92,7 @@ def quantize_model(
     """
     started = time.monotonic()
     config = config or QuantizeConfig()
+    placement = Placement(choose_device(device))
     progress = progress or (lambda stage, done, total: None)
     output = Output.at(out)
     output.check(resume=resume)

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.layout import Layout, checkpoint_family, is_duqpp, quantization_of
 from duqpp.checkpoint.manifest import verify_manifest
@@ -22,6 +24,7 @@ from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source, check_float_model, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import ON_HOST, Placement
+from duqpp.placement.devices import choose_device
 from duqpp.torch_state import plain_torch
 
 
@@ -59,7 +62,7 @@ def inspect_model(
     calibration: str = BUILTIN,
     layers: int | None = None,
     progress: Progress | None = None,
-    placement: Placement = ON_HOST,
+    device: str | torch.device | None = None,
 ) -> Inspection:
     """What a duqpp checkpoint reports of its quantization, or what one of a float model would do.
 
@@ -68,11 +71,12 @@ def inspect_model(
         config, calibration: for a float model; its blocks are fed by float blocks.
         layers: only this many decoder blocks, from the first.
         progress: called with ("inspect", blocks done, blocks in all).
-        placement: where a float model's blocks compute, and where activations rest.
+        device: where a float model's blocks compute, as for `quantize_model`.
     Raises: InputError, CheckpointError.
     """
     if layers is not None and layers < 1:
         raise InputError(f"`layers` must be at least 1, got {layers}")
+    placement = Placement(choose_device(device))
     path = model_path(model)
     if not path.exists() and not is_gguf(model):
         path = download(model, check=_check_inspectable)

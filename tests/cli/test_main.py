@@ -17,13 +17,13 @@ import duqpp
 from duqpp.calibration.tokens import builtin_text, tokenize
 from duqpp.checkpoint import shard as shards
 from duqpp.cli.main import main
-from duqpp.cli.options import choose_device
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.perplexity import CONVENTION, perplexity, perplexity_and_reference
 from duqpp.ops import kernels
 from duqpp.ops.crossover import crossover
 from duqpp.ops.dispatch import BACKENDS
+from duqpp.placement import devices
 from tests.cuda.library import full_extension
 from tests.forked import Forked, duqpp_command
 
@@ -263,8 +263,8 @@ def test_generate_streams_what_json_holds(quantized, run):
 @pytest.fixture
 def gpus(monkeypatch):
     """A machine with two GPUs, as far as choosing one of them goes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "gpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("DUQPP_BACKEND", raising=False)
 
 
@@ -291,27 +291,27 @@ def test_the_reference_runs_on_the_device_of_the_model(gpus, fail, monkeypatch):
     assert fail("eval", "MODEL", "--reference", "FLOAT") == "FLOAT on cuda\n"
 
 
-def test_auto_is_the_cpu_where_its_kernels_are_asked_for(gpus, monkeypatch):
-    for backend, expected in (("cpu", "cpu"), ("reference", "cuda"), ("auto", "cuda")):
-        monkeypatch.setenv("DUQPP_BACKEND", backend)
-        assert choose_device("auto") == torch.device(expected)
-    assert choose_device("cuda") == torch.device("cuda")
+@pytest.mark.parametrize("command", [["quantize", "MODEL", "OUT"], ["inspect", "MODEL"]])
+def test_the_device_reaches_the_job(command, fail, monkeypatch):
+    def record(*_, device, **options):
+        raise InputError(f"on {device}")
+
+    monkeypatch.setattr("duqpp.job.quantize.quantize_model", record)
+    monkeypatch.setattr("duqpp.tools.inspection.inspect_model", record)
+    assert fail(*command) == "on auto\n"
+    assert fail(*command, "--device", "cuda:1") == "on cuda:1\n"
 
 
-def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == torch.device("cpu")
-
-
-def test_a_device_that_is_not_here(gpus, fail, monkeypatch):
-    for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "", "meta", "cpu:0"):
-        message = fail("eval", "MODEL", "--device", name)
-        assert message == f"--device must be auto, cpu, cuda or cuda:N, got {name!r}\n"
-    message = fail("generate", "MODEL", "x", "--device", "cuda:2")
-    assert message == "--device cuda:2: the last CUDA device here is cuda:1\n"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = fail("generate", "MODEL", "x", "--device", "cuda")
-    assert message.startswith("--device cuda: torch ") and "--device cpu runs anywhere" in message
+@pytest.mark.parametrize("command", ["quantize", "inspect", "eval", "generate"])
+def test_a_device_that_is_not_here(command, tiny_llama, tmp_path, gpus, fail):
+    more = {"quantize": [tmp_path / "out"], "generate": ["x"]}.get(command, [])
+    message = fail(command, tiny_llama, *more, "--device", "gpu")
+    assert message == "--device must be auto, cpu, cuda or cuda:N, got 'gpu'\n"
+    message = fail(command, tiny_llama, *more, "--device", "cuda:2")
+    assert message == (
+        "--device cuda:2: the last CUDA device here is cuda:1; --device cpu runs anywhere\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_doctor(run, monkeypatch):

@@ -14,7 +14,6 @@ from duqpp.cli.options import (
     JsonOption,
     ModelArgument,
     WindowsOption,
-    choose_device,
 )
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import percent, print_json
@@ -27,6 +26,7 @@ from duqpp.evaluation.perplexity import (
     perplexity_and_reference,
 )
 from duqpp.evaluation.tasks import Tasks, TaskScore
+from duqpp.placement.devices import AUTO, choose_device
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
         Path | None, typer.Option(help="For --tasks: a folder with more task files.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="For --tasks: samples of each.")] = None,
-    device: DeviceOption = "auto",
+    device: DeviceOption = AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized MODEL, divergence from its float model, lm-eval tasks.

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from duqpp.cli.options import DeviceOption, JsonOption, ModelArgument, choose_device
+from duqpp.cli.options import DeviceOption, JsonOption, ModelArgument
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import print_json
+from duqpp.placement.devices import AUTO, choose_device
 
 
 def generate(
@@ -17,7 +18,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
-    device: DeviceOption = "auto",
+    device: DeviceOption = AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT with a float or quantized MODEL."""

@@ -9,10 +9,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from duqpp.calibration.tokens import BUILTIN
-from duqpp.cli.options import CalibrationOption, JsonOption, ModelArgument, takes_fields
+from duqpp.cli.options import (
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    takes_fields,
+)
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import console, percent, print_json
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
+from duqpp.placement.devices import AUTO
 from duqpp.tools.inspection import Inspection, layer_and_kind
 
 # Not those of whole models, and of what follows a block.
@@ -28,6 +35,7 @@ def inspect(
         int | None, typer.Option(help="Only this many decoder blocks, from the first.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw a .png, .pdf or .svg.")] = None,
+    device: DeviceOption = AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Outliers and errors of each linear group, before and after rotation.
@@ -45,7 +53,12 @@ def inspect(
     with Bars() as bars:
         bars.open(model)
         found = inspect_model(
-            model, QuantizeConfig(**config), calibration=calib, layers=layers, progress=bars
+            model,
+            QuantizeConfig(**config),
+            calibration=calib,
+            layers=layers,
+            device=device,
+            progress=bars,
         )
         if plot is not None:
             bars.wait("drawing")

@@ -8,6 +8,7 @@ import typer
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.options import (
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     check_calibration,
@@ -17,6 +18,7 @@ from duqpp.cli.options import (
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import percent, print_json, size
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
+from duqpp.placement.devices import AUTO
 
 
 @takes_fields(*DESCRIPTIONS)
@@ -28,6 +30,7 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted job at its last whole block.")
     ] = False,
+    device: DeviceOption = AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
@@ -41,7 +44,13 @@ def quantize(
     with Bars() as bars, resumable(Output.at(out).work):
         bars.open(model)
         report = quantize_model(
-            model, out, options, calibration=calib, resume=resume, progress=bars
+            model,
+            out,
+            options,
+            calibration=calib,
+            resume=resume,
+            device=device,
+            progress=bars,
         )
     linear_bytes, weights = linear_storage(out)
     errors = mean_errors(report.groups)
