@@ -1,10 +1,11 @@
-"""Paths and small files that come from elsewhere.
+"""Paths that a user gives, and small files that come from elsewhere.
 
 Of the files only regular ones are read, and only up to a size.
 """
 
 import errno
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
 def read_json_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
     """A JSON object from a regular file. Raises: OSError, ValueError as above."""
     return parse_json_object(read_bytes(path, limit))
+
+
+def check_writable(path: Path, purpose: str) -> None:
+    """Raise InputError if no file can be written there, before time is spent on its contents.
+
+    Args: purpose: what cannot be done then, as "plot to" or "write the report to".
+    """
+    if path.is_dir():
+        raise InputError(f"cannot {purpose} {path}: it is a folder")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot {purpose} {path}: {path.parent} is no folder that can be written")
 
 
 def local_path(name: str) -> Path:

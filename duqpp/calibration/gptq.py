@@ -16,6 +16,7 @@ from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
 from duqpp.format.e8m0 import decode_e8m0, inverse_scale
 from duqpp.ops import quantize
+from duqpp.placement.stages import stage
 from duqpp.torch_state import single_thread
 
 BlockOrder = Literal["diagonal", "channels"]
@@ -51,6 +52,7 @@ class Gptq:
     added: Tensor
 
     @classmethod
+    @stage("factor")
     def of(cls, hessian: Tensor, *, damping: float, order: BlockOrder = "diagonal") -> "Gptq":
         """Order and factor of a Hessian; the arguments, and what is raised, are those of `gptq`."""
         if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
@@ -65,6 +67,7 @@ class Gptq:
         factor, added = _inverse_cholesky(hessian, columns, damping)
         return cls(hessian, blocks, columns, factor, added[columns.argsort()].float())
 
+    @stage("gptq")
     def round(self, weight: Tensor, rule: ScaleRule) -> GptqResult:
         """Quantize some rows of W, or all: float32 [N, K]."""
         rows, width = weight.shape

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from duqpp.errors import InputError
 from duqpp.placement import HOST, host_generator
+from duqpp.placement.stages import stage
 
 
 class InputStatistics:
@@ -41,6 +42,7 @@ class InputStatistics:
         self._peaks = torch.zeros(1, channels, dtype=torch.float32, device=device)
         self._peak_row = torch.zeros(channels, dtype=torch.int64, device=device)  # into _peaks
 
+    @stage("statistics")
     def update(self, x: Tensor) -> None:
         """Take in the next tokens: x floating point [..., K].
 

@@ -16,6 +16,7 @@ from duqpp.format import BLOCK_SIZE, ScaleRule
 from duqpp.models.family import Family, LinearGroup, family_of
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear, share_input
+from duqpp.placement.stages import stage
 
 QUANT_METHOD = "duqpp"
 FORMAT_VERSION = 1
@@ -211,6 +212,7 @@ def _blocks(
         yield block, family.quantized_groups(index, layout.skip)
 
 
+@stage("reading")
 def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path) -> nn.Module:
     """Decoder block `index` with the values of its shard, verified and ready to run.
 

@@ -12,6 +12,7 @@ from duqpp.job.records import allow_file, check_files, read_record, write_record
 from duqpp.methods.base import Block, BlockResult
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.stack import DecoderStack
+from duqpp.placement.stages import stage
 
 LATENTS = ".latents"  # suffix of what a block's codes were rounded from, beside its shard
 
@@ -118,6 +119,7 @@ class BlockFolder:
         """The shard of what is outside of the decoder blocks."""
         return self.work / shard_name(0, self._blocks + 1)
 
+    @stage("writing")
     def write_rest(self, stack: DecoderStack) -> None:
         """Write what is outside of the decoder blocks, if it is not there.
 
@@ -130,6 +132,7 @@ class BlockFolder:
         write_shard(self._rest, stack.rest())
         write_record(record, self.job, {}, {self._rest.name: self._rest})
 
+    @stage("writing")
     def write(self, block: Block, result: BlockResult) -> None:
         """Write a quantized block and what is kept with it."""
         shard = self.shards[block.index]

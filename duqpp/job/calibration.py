@@ -13,8 +13,10 @@ from duqpp.methods.base import Streams
 from duqpp.models.positions import check_seq_len
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import HOST
+from duqpp.placement.stages import stage
 
 
+@stage("tokens")
 def calibration_tokens(
     model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: str | Tensor
 ) -> tuple[Tensor | None, str, QuantizeConfig]:

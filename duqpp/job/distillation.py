@@ -8,11 +8,13 @@ from duqpp.job.records import check_files, read_record, write_record
 from duqpp.methods.base import Method, QuantizedModel, Streams
 from duqpp.methods.reports import DistillReport
 from duqpp.models.stack import BlockInputs, DecoderStack
+from duqpp.placement.stages import stage
 
 _DISTILLED = ".distilled"  # suffix of a new shard, until all are written
 _STATE_FILE = "distill-state" + LATENTS
 
 
+@stage("distill")
 def train_shards(
     method: Method,
     stack: DecoderStack,

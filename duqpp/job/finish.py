@@ -16,6 +16,7 @@ from duqpp.job.companions import REPORT_FILE, Companions
 from duqpp.job.folder import JOB_FIELD
 from duqpp.methods.reports import mean_errors
 from duqpp.models.hub import base_model
+from duqpp.placement.stages import stage
 from duqpp.version import __version__
 
 
@@ -30,6 +31,7 @@ def stage_companions(companions: Companions, folder: BlockFolder, dtype: torch.d
     companions.check(folder.work)
 
 
+@stage("finishing")
 def write_companions(
     companions: Companions, folder: BlockFolder, dtype: torch.dtype, results: Results
 ) -> None:

@@ -3,9 +3,10 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import Placement
 from duqpp.placement.devices import choose_device
+from duqpp.placement.stages import profiled, stage
 from duqpp.torch_state import plain_torch
 
 
@@ -45,7 +47,8 @@ class QuantizeReport:
     """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group.
 
     groups are measured before refinement; refined: what that did, one report per decoder block;
-    distilled: what distillation did.
+    distilled: what distillation did. profile: seconds by stage and block, where they were asked for
+    (see `duqpp.placement.stages`).
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class QuantizeReport:
     groups: list[GroupReport]
     refined: list[RefineReport]
     distilled: DistillReport | None = None
+    profile: dict[str, Any] | None = None
 
 
 @plain_torch()
@@ -67,6 +71,7 @@ def quantize_model(
     resume: bool = False,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
+    profile: bool = False,
 ) -> QuantizeReport:
     """Quantize a model of a known family to MXFP4 W4A4 and save it as a duqpp checkpoint.
 
@@ -85,26 +90,45 @@ def quantize_model(
             one, unless DUQPP_BACKEND asks for the kernels of the CPU.
         progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
             distilling with ("distill", steps done, steps in all).
+        profile: whether the report says where the time of this call goes.
     Returns: QuantizeReport.
     Raises: InputError for a model, text, option or folder that cannot be worked with. A partial
         folder is then removed if this call has made it and finished no block in it. One that
         another process works in is refused.
     """
-    started = time.monotonic()
     config = config or QuantizeConfig()
     placement = Placement(choose_device(device))
     progress = progress or (lambda stage, done, total: None)
-    output = Output.at(out)
+    options: tuple[Any, ...] = (calibration, resume, progress, placement)
+    with profiled(placement.compute) if profile else nullcontext() as stages:
+        report = _quantize_model(model, Output.at(out), config, *options)
+    return replace(report, profile=stages.to_dict()) if stages else report
+
+
+def _quantize_model(
+    model: str | Source,
+    output: Output,
+    config: QuantizeConfig,
+    calibration: str | Tensor,
+    resume: bool,
+    progress: Progress,
+    placement: Placement,
+) -> QuantizeReport:
+    """`quantize_model`, whose arguments these are."""
+    started = time.monotonic()
     output.check(resume=resume)
-    source = open_source(model) if isinstance(model, str) else model
+    with stage("opening"):
+        source = open_source(model) if isinstance(model, str) else model
     family_of(source.config).check(config.skip)
-    companions = Companions.of(source)
+    with stage("opening"):
+        companions = Companions.of(source)
     select("mxfp4_gemm", placement.compute)  # what the blocks will run on: an error comes now
     tokens, data, config = calibration_tokens(
         source.config, companions.tokenizer, config, calibration
     )
     progress("fingerprint", 0, 1)
-    job = describe_job(source, config, tokens)
+    with stage("fingerprint"):
+        job = describe_job(source, config, tokens)
     output.check(resume=resume)  # again: a job that began meanwhile may be there, or done
     work, digest = output.work, digest_of(job)
     is_new = not work.exists()
@@ -120,13 +144,16 @@ def quantize_model(
         if not is_whole(work):
             with _saying_how_to_go_on(folder, is_new):
                 write_record(work / JOB_FILE, digest, job)
-                stack = DecoderStack(source, config.torch_dtype, placement)
+                with stage("opening"):
+                    stack = DecoderStack(source, config.torch_dtype, placement)
                 output.check_space(folder.bytes_needed(stack))
                 stage_companions(companions, folder, stack.dtype)
                 results = _quantize_blocks(stack, config, tokens, folder, progress)
                 write_companions(companions, folder, stack.dtype, results)
-                write_manifest(work, leftovers=[JOB_FILE, *(f.name for f in folder.leftovers)])
-        output.finish(folder.leftovers)
+                with stage("finishing"):
+                    write_manifest(work, leftovers=[JOB_FILE, *(f.name for f in folder.leftovers)])
+        with stage("finishing"):
+            output.finish(folder.leftovers)
     results = results or Results.from_dict(read_json(output.out / REPORT_FILE), resumed=blocks)
     return QuantizeReport(
         output.out,
@@ -181,17 +208,18 @@ def _quantize_blocks(
         finished = [False] * total
     for index in range(total):
         progress("quantize", index, total)
-        if finished[index]:
-            result = folder.reports(index)
-            results.resumed += 1
-            _pass_by(stack, index, config, folder, streams, is_last=all(finished[index:]))
-        else:
-            block = Block.of(stack.block(index), index, config.skip, stack.family)
-            result = method.quantize(block, streams)
-            streams.advance(block, result)
-            folder.write(block, result)
-        results.add(result)
-        stack.release(index)
+        with stage("other", index):
+            if finished[index]:
+                result = folder.reports(index)
+                results.resumed += 1
+                _pass_by(stack, index, config, folder, streams, is_last=all(finished[index:]))
+            else:
+                block = Block.of(stack.block(index), index, config.skip, stack.family)
+                result = method.quantize(block, streams)
+                streams.advance(block, result)
+                folder.write(block, result)
+            results.add(result)
+            stack.release(index)
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
         again = DecoderStack(stack.source, stack.dtype, stack.placement)
@@ -214,9 +242,12 @@ def _pass_by(
     Args: is_last: no block behind it is yet to be made, so that only training reads a stream.
     """
     if streams.exact is not None and not (is_last and not config.needs.whole_model):
-        streams.exact.advance(stack.block(index), index)
+        with stage("float pass"):
+            streams.exact.advance(stack.block(index), index)
     if streams.inputs is not None and not is_last:
         if config.next_inputs == "float":
-            streams.inputs.advance(stack.block(index), index)
+            with stage("float pass"):
+                streams.inputs.advance(stack.block(index), index)
         else:
-            streams.inputs.advance(folder.quantized(stack, index).module, index)
+            with stage("quantized pass"):
+                streams.inputs.advance(folder.quantized(stack, index).module, index)

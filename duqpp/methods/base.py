@@ -16,6 +16,7 @@ from duqpp.methods.options import Options
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import Family, LinearGroup
 from duqpp.models.stack import BlockInputs
+from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
 
@@ -77,7 +78,8 @@ class Streams:
         if result.float_outputs is not None:
             self.inputs.hidden = result.float_outputs
         else:
-            self.inputs.advance(block.module, block.index)
+            with stage("quantized pass"):
+                self.inputs.advance(block.module, block.index)
 
 
 @dataclass

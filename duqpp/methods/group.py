@@ -22,6 +22,7 @@ from duqpp.models.family import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.placement import HOST, host_generator
+from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
@@ -125,11 +126,13 @@ def quantize_weights(
         drift: what GPTQ makes up for; None for nothing.
     """
     names = list(plan.weights)
-    exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [sum N, K]
+    with stage("fold"):
+        exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [N, K]
     if not torch.isfinite(exact).all():
         raise InputError(f"{plan.first_linear}: folded weights overflow float32")
     if hessian is None:
-        quantized, latent = quantize(exact, rule=options.weight_rule), exact
+        with stage("rounding"):
+            quantized, latent = quantize(exact, rule=options.weight_rule), exact
     else:
         start = _gptq_target(plan, exact, hessian, drift)
         with named(plan.first_linear):
@@ -156,6 +159,7 @@ def quantize_weights(
     }
 
 
+@stage("drift")
 def _gptq_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift | None) -> Tensor:
     """What GPTQ rounds, float32 [N, K]: folded weights that make up for the drift.
 
@@ -173,6 +177,7 @@ def _gptq_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift |
     return exact + without_silent(change, plan.silent, plan.transform.apply, plan.transform.fold)
 
 
+@stage("packing")
 def replace_linears(
     block: Block, plan: GroupPlan, weights: Mapping[str, RoundedWeight], layout: Layout
 ) -> None:
@@ -217,11 +222,13 @@ def report_rows(sampled: int) -> Tensor:
     return spread.round().long()
 
 
+@stage("report")
 def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
     """Exact outputs of a group, float32 [n, sum N], before anything is changed."""
     return x @ torch.cat(list(plan.weights.values())).T
 
 
+@stage("report")
 def report_group(
     plan: GroupPlan,
     weights: Mapping[str, RoundedWeight],

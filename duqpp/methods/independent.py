@@ -34,6 +34,7 @@ from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
 from duqpp.placement import HOST
+from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
 
 
@@ -96,7 +97,9 @@ class Independent(Method):
             name: self._group_input(plan, samples.get(name), folded.get(name))
             for name, plan in plans.items()
         }
-        for name, transform in self.transforms(block, groups, streams.inputs).items():
+        with stage("transform"):
+            made = self.transforms(block, groups, streams.inputs)
+        for name, transform in made.items():
             plans[name].transform = transform
         hessians = self._hessians(block, plans, streams.inputs, statistics)
         reports = []
@@ -109,6 +112,7 @@ class Independent(Method):
             )
         return BlockResult(reports, float_outputs=outputs)
 
+    @stage("float pass")
     def observe(
         self, block: Block, inputs: BlockInputs | None
     ) -> tuple[dict[str, InputStatistics], list[Tensor] | None]:
@@ -139,6 +143,7 @@ class Independent(Method):
             inputs.run_up_to(block.module, block.index, reader)
         return statistics, None
 
+    @stage("smoothing")
     def _smooth(
         self,
         block: Block,
@@ -164,6 +169,7 @@ class Independent(Method):
         generator = group_generator(self.options.seed, plan.name)
         return GroupInput(blocks, x, folded_scales, generator, plan.scales.device)
 
+    @stage("hessian")
     def _hessians(
         self,
         block: Block,
@@ -187,6 +193,7 @@ class Independent(Method):
 
         def observe(plan: GroupPlan, accumulator: HessianAccumulator) -> Callable[[Tensor], None]:
             # The block's producers have absorbed the smoothing by now: only the transform is left.
+            @stage("hessian")
             def update(x: Tensor) -> None:
                 rotated = plan.transform.apply(x.flatten(0, -2).float())
                 accumulator.update(dequantize(quantize(rotated, rule=self.options.activation_rule)))
@@ -198,8 +205,9 @@ class Independent(Method):
             for name, plan in plans.items():
                 reader = block.module.get_submodule(plan.group.linears[0])
                 hooks.enter_context(observed(reader, observe(plan, accumulators[name])))
-            for _ in inputs.outputs(block.module, block.index):
-                pass
+            with stage("float pass"):
+                for _ in inputs.outputs(block.module, block.index):
+                    pass
         return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
 
 

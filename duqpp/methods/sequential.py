@@ -36,6 +36,7 @@ from duqpp.methods.refine.distill import distill
 from duqpp.methods.reports import DistillReport, GroupReport
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
+from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments
 
@@ -74,7 +75,8 @@ class Sequential(Method):
         if inputs is None:
             raise InputError("duqpp calibrates on activations, and there are none")
         if self.options.next_inputs == "float":
-            outputs = list(inputs.outputs(block.module, block.index))
+            with stage("float pass"):
+                outputs = list(inputs.outputs(block.module, block.index))
         calibrating = inputs
         if streams.exact is not None:
             calibrating = inputs.first(streams.calibrating)
@@ -119,7 +121,8 @@ class Sequential(Method):
             drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
             samples = x[drawn[report_rows(len(drawn))].to(x.device)]
             exact = group_outputs(plan, samples)
-            plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
+            with stage("statistics"):
+                plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
             with named(plan.name):
                 generator = group_generator(self.options.seed, plan.name)
                 plan.transform = _transform(x, plan, generator)
@@ -138,6 +141,7 @@ class Sequential(Method):
         return reports, latents
 
 
+@stage("float pass")
 def run_float_block(
     block: Block, inputs: BlockInputs, observed_batches: int
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -162,6 +166,7 @@ def run_float_block(
     return outputs, {name: torch.cat(own) for name, own in rows.items()}
 
 
+@stage("quantized pass")
 def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
     reader = block.module.get_submodule(name)
@@ -183,6 +188,7 @@ def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
     return x
 
 
+@stage("transform")
 def _transform(x: Tensor, plan: GroupPlan, generator: torch.Generator) -> InputTransform:
     """What balances a group's input x [tokens, K] with its weights, as it is stored."""
     weights = torch.cat(list(plan.weights.values()))
@@ -207,6 +213,7 @@ class _Observed(NamedTuple):
     amax: tuple[Tensor, Tensor]
 
 
+@stage("hessian")
 def _observe(
     x: Tensor, exact: Tensor | None, plan: GroupPlan, options: SequentialOptions
 ) -> _Observed:

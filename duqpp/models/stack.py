@@ -13,6 +13,7 @@ from duqpp.models.family import Family, family_of
 from duqpp.models.source import Source
 from duqpp.models.weights import empty_model
 from duqpp.placement import ON_HOST, Placement
+from duqpp.placement.stages import stage
 
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
 
@@ -59,6 +60,7 @@ class DecoderStack:
         """Block `index` on the meta device, in eval mode, for weights from elsewhere."""
         return self._blocks[index].eval()
 
+    @stage("reading")
     def block(self, index: int) -> nn.Module:
         """Block `index` with its float weights, in eval mode.
 
@@ -73,6 +75,7 @@ class DecoderStack:
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
 
+    @stage("reading")
     def rest(self) -> dict[str, Tensor]:
         """Everything outside the blocks: embeddings, the final norm, an untied lm_head.
 
@@ -106,6 +109,7 @@ class DecoderStack:
         """Let go of block `index` and its weights."""
         self._blocks[index] = nn.Identity()
 
+    @stage("tokens")
     def first_inputs(self, tokens: Tensor) -> "BlockInputs":
         """What block 0 reads for token sequences int64 [samples, seq_len]."""
         probes = nn.ModuleList(_Probe() for _ in self._blocks)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from duqpp.errors import InputError
+from duqpp.files import check_writable
 from duqpp.methods.reports import GroupReport
 from duqpp.tools.inspection import Inspection, layer_and_kind
 
@@ -70,10 +71,7 @@ def check_plot_file(file: str | Path) -> None:
     path = Path(file)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"cannot plot to {path}: its name must end in .png, .pdf or .svg")
-    if path.is_dir():
-        raise InputError(f"cannot plot to {path}: it is a folder")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot plot to {path}: {path.parent} is no folder that can be written")
+    check_writable(path, "plot to")
 
 
 def _members(groups: list[GroupReport], kind: str) -> tuple[list[int], list[GroupReport]]:

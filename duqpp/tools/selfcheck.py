@@ -1,10 +1,8 @@
 """selfcheck: every kernel that can run here against the reference, and its speed on a GPU."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from duqpp.checkpoint.shard import Progress
-from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
 from duqpp.ops import (
@@ -137,16 +134,6 @@ def selfcheck(*, timings: bool = True, progress: Progress | None = None) -> Repo
     if progress:
         progress("selfcheck", total, total)
     return Report(tuple(checks), tuple(measured), bandwidth, tuple(skipped), doctor())
-
-
-def check_report_file(path: Path) -> None:
-    """Raise InputError if no report can be written there, before time is spent on the checks."""
-    if path.is_dir():
-        raise InputError(f"cannot write the report to {path}: it is a folder")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(
-            f"cannot write the report to {path}: {path.parent} is no folder that can be written"
-        )
 
 
 def _integers(rows: int, k: int, generator: torch.Generator, limit: int = 4) -> Tensor:

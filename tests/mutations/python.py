@@ -33,6 +33,7 @@ SHARED_INPUT = "duqpp/nn/shared_input.py"
 REFINE_BLOCKS = "duqpp/methods/refine/blocks.py"
 DISTILL = "duqpp/methods/refine/distill.py"
 JOB = "duqpp/job/quantize.py"
+STAGES = "duqpp/placement/stages.py"
 JOB_BLOCKS = "duqpp/job/blocks.py"
 JOB_CALIBRATION = "duqpp/job/calibration.py"
 JOB_FOLDER = "duqpp/job/folder.py"
@@ -77,6 +78,7 @@ LATENT_TESTS = "tests/methods/refine/test_latent.py"
 REFINE_BLOCKS_TESTS = "tests/methods/refine/test_blocks.py"
 DISTILL_TESTS = "tests/methods/refine/test_distill.py"
 JOB_TESTS = "tests/job/test_quantize.py"
+STAGES_TESTS = "tests/placement/test_stages.py"
 RESUME_TESTS = "tests/job/test_resume.py"
 PERPLEXITY_TESTS = "tests/evaluation/test_perplexity.py"
 DIVERGENCE_TESTS = "tests/evaluation/test_divergence.py"
@@ -1039,6 +1041,42 @@ MUTATIONS = (
         'self._calibration if config.needs.inputs else ""',
         '""',
         f"{COMPARE_TESTS}::test_another_calibration_text_is_another_run",
+    ),
+    # Where the time goes.
+    Mutation(
+        "stages: a stage inside of another is counted twice",
+        STAGES,
+        "seconds - own.inside",
+        "seconds",
+        STAGES_TESTS,
+    ),
+    Mutation(
+        "stages: another thread's time is taken off the job's",
+        STAGES,
+        "if outer.thread == thread:",
+        "if outer:",
+        STAGES_TESTS,
+    ),
+    Mutation(
+        "stages: another thread's time is the job's",
+        STAGES,
+        "beside = threading.get_ident() != self._thread",
+        "beside = False",
+        STAGES_TESTS,
+    ),
+    Mutation(
+        "stages: a stage belongs to no block unless it names one",
+        STAGES,
+        "outer.block if block is None else block",
+        "block",
+        STAGES_TESTS,
+    ),
+    Mutation(
+        "job: the stages of a block have no number",
+        JOB,
+        'with stage("other", index):',
+        'with stage("other"):',
+        STAGES_TESTS,
     ),
     # The command.
     Mutation(

@@ -18,6 +18,8 @@ from duqpp.cli.options import (
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import percent, print_json, size
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.files import check_writable
 from duqpp.placement.devices import AUTO
 
 
@@ -31,15 +33,20 @@ def quantize(
         bool, typer.Option("--resume", help="Continue an interrupted job at its last whole block.")
     ] = False,
     device: DeviceOption = AUTO,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write seconds by stage and block to this file, as JSON.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
-    from duqpp.checkpoint.shard import linear_storage
+    from duqpp.checkpoint.shard import linear_storage, write_json
     from duqpp.job.folder import Output
     from duqpp.job.quantize import quantize_model
     from duqpp.methods.reports import mean_errors
 
     options = QuantizeConfig(**config)
+    if profile is not None:
+        check_writable(profile, "write the profile to")
     check_calibration(calib, [options])
     with Bars() as bars, resumable(Output.at(out).work):
         bars.open(model)
@@ -51,7 +58,13 @@ def quantize(
             resume=resume,
             device=device,
             progress=bars,
+            profile=profile is not None,
         )
+    if profile is not None and report.profile is not None:
+        try:
+            write_json(profile, report.profile)
+        except OSError as error:
+            raise InputError(f"cannot write {profile}: {error.strerror}") from error
     linear_bytes, weights = linear_storage(out)
     errors = mean_errors(report.groups)
     if as_json:
@@ -65,6 +78,7 @@ def quantize(
                 "bits_per_weight": 8 * linear_bytes / weights,
                 "mean_errors": errors,
                 "config": options.to_dict(),
+                **({} if report.profile is None else {"profile": report.profile}),
             }
         )
         return

@@ -12,6 +12,7 @@ from duqpp.cli.options import JsonOption
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import console, print_json
 from duqpp.errors import InputError
+from duqpp.files import check_writable
 from duqpp.tools.selfcheck import Report
 
 
@@ -24,11 +25,10 @@ def selfcheck(
 
     Exits with 1 when a kernel is wrong. On a Blackwell GPU its report is what we would like to see.
     """
-    from duqpp.tools.selfcheck import check_report_file
     from duqpp.tools.selfcheck import selfcheck as run
 
     if report is not None:
-        check_report_file(report)
+        check_writable(report, "write the report to")
     with Bars() as bars:
         found = run(timings=timings, progress=bars)
     if report is not None:

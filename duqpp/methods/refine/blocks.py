@@ -12,6 +12,7 @@ from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_b
 from duqpp.methods.reports import RefineReport
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
+from duqpp.placement.stages import stage
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.
@@ -35,6 +36,7 @@ def block_loss(
     return loss
 
 
+@stage("refine")
 def refine_block(
     block: Block,
     latents: Mapping[str, Tensor],
