@@ -1,5 +1,6 @@
 """The decoder blocks of a job in its folder: which are finished, and what is kept of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from duqpp.checkpoint.shard import read_shard, shard_name, write_block, write_sh
 from duqpp.job.records import allow_file, check_files, read_record, write_record
 from duqpp.methods.base import Block, BlockResult
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
+from duqpp.models.family import LinearGroup
 from duqpp.models.stack import DecoderStack
 from duqpp.placement.stages import stage
 
@@ -105,14 +107,9 @@ class BlockFolder:
         return size
 
     def _block_bytes(self, stack: DecoderStack, index: int) -> int:
-        block = stack.skeleton(index)
-        size = _bytes(block)
-        for group in stack.family.quantized_groups(index, self.layout.skip):
-            for name in group.linears:
-                linear = block.get_submodule(name)
-                size += _bytes(self.layout.empty_linear(linear)) - _bytes(linear)
-                size += 4 * linear.weight.numel() if self._keeps_latents else 0
-        return size
+        groups = stack.family.quantized_groups(index, self.layout.skip)
+        shard, latents = block_bytes(stack.skeleton(index), groups, self.layout)
+        return shard + (latents if self._keeps_latents else 0)
 
     @property
     def _rest(self) -> Path:
@@ -172,6 +169,17 @@ class BlockFolder:
     def latents(self, index: int) -> dict[str, Tensor]:
         """What a finished block's codes were rounded from, by linear. Raises: CheckpointError."""
         return read_shard(self.shards[index].with_suffix(LATENTS))
+
+
+def block_bytes(block: nn.Module, groups: Sequence[LinearGroup], layout: Layout) -> tuple[int, int]:
+    """What a float block on the meta device becomes on disk: bytes of its shard, of its latents."""
+    shard, latents = _bytes(block), 0
+    for group in groups:
+        for name in group.linears:
+            linear = block.get_submodule(name)
+            shard += _bytes(layout.empty_linear(linear)) - _bytes(linear)
+            latents += 4 * linear.weight.numel()
+    return shard, latents
 
 
 def _bytes(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ from duqpp.checkpoint.layout import Layout
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor
+from duqpp.methods import costs
 from duqpp.methods.options import Options
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import Family, LinearGroup
@@ -157,6 +158,18 @@ class Method(ABC):
             provenance=provenance or {},
         )
 
+    def stages(self, shape: costs.BlockShape, text: costs.Text | None) -> list[costs.Cost]:
+        """What `quantize` takes for a block of this shape, stage by stage, for `duqpp.job.plan`.
+
+        Args: text: None for a method that reads no activations.
+        """
+        return costs.rounding(shape, rotated=self.rotated)
+
+    @property
+    def rotated(self) -> costs.Rotated:
+        """What the linears' rotation is, for `stages`."""
+        return self.options.rotation if self.rotates else "none"
+
     @abstractmethod
     def quantize(self, block: Block, streams: Streams) -> BlockResult:
         """Replace the linears of a float block by quantized ones, in place.
@@ -178,6 +191,10 @@ class Method(ABC):
         Raises: InputError when the method needs activations, or the weight cannot be quantized.
         """
         raise InputError(f"the method {self.name} needs calibration for {block_name}")
+
+    def training(self, model: costs.ModelShape, text: costs.Text) -> costs.Cost:
+        """What `train` takes. Only of a method that trains the whole model: see `Needs`."""
+        raise NotImplementedError(f"{self.name} trains no whole model: see Needs.whole_model")
 
     def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
         """Train all blocks together, in place, once they are quantized.

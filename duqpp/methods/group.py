@@ -25,7 +25,6 @@ from duqpp.placement import HOST, host_generator
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
-SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
 REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
 
 

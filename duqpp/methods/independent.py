@@ -13,9 +13,10 @@ from duqpp.calibration.hessian import HessianAccumulator, transform_second_momen
 from duqpp.calibration.silent import silent_channels
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
+from duqpp.methods import costs
 from duqpp.methods.base import Block, BlockResult, Method, Needs, Streams
+from duqpp.methods.costs import SAMPLE_TOKENS
 from duqpp.methods.group import (
-    SAMPLE_TOKENS,
     GroupPlan,
     group_generator,
     group_outputs,
@@ -79,6 +80,24 @@ class Independent(Method):
         self, block: Block, groups: Mapping[str, GroupInput], inputs: BlockInputs | None
     ) -> dict[str, InputTransform]:
         """The input transforms of a block's groups by name, rounded to bfloat16 as stored."""
+
+    def stages(self, shape: costs.BlockShape, text: costs.Text | None) -> list[costs.Cost]:
+        options = self.options
+        return costs.independent(
+            shape,
+            text,
+            rotated=self.rotated,
+            gptq=options.gptq,
+            float_hessian=options.hessian == "float",
+            smoothed=options.smooth_alpha > 0,
+            float_outputs=options.next_inputs == "float",
+            search=self.search_steps,
+        )
+
+    @property
+    def search_steps(self) -> int:
+        """Steps of a greedy search for each group's transform, for `stages`."""
+        return 0
 
     def quantize(self, block: Block, streams: Streams) -> BlockResult:
         statistics, outputs = self.observe(block, streams.inputs)

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, ScaleRule
+from duqpp.methods import costs
 from duqpp.methods.base import Block
 from duqpp.methods.group import group_generator, named
 from duqpp.methods.independent import GroupInput, Independent
@@ -76,6 +77,12 @@ class Learned(Independent):
     Options = LearnedOptions
     options: LearnedOptions
     fitted = True
+
+    def stages(self, shape: costs.BlockShape, text: costs.Text | None) -> list[costs.Cost]:
+        stages = super().stages(shape, text)
+        if text is not None:
+            stages.insert(1, costs.learned_rotations(shape, text, epochs=_EPOCHS))
+        return stages
 
     def transforms(
         self, block: Block, groups: Mapping[str, GroupInput], inputs: BlockInputs | None

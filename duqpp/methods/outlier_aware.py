@@ -20,6 +20,10 @@ class DuQuant(GroupByGroup):
     fitted = True
     permuted = True
 
+    @property
+    def search_steps(self) -> int:
+        return 2 * self.options.max_steps
+
     def transform(self, group: GroupInput) -> InputTransform:
         transform = duquant_transform(
             group.x, group.generator, per_block=self.per_block, max_steps=self.options.max_steps
@@ -40,6 +44,10 @@ class DuQuantPlusPlus(OneMatrix):
     Options = SearchOptions
     options: SearchOptions
     fitted = True
+
+    @property
+    def search_steps(self) -> int:
+        return self.options.max_steps
 
     def matrix(self, group: GroupInput) -> Tensor | None:
         return outlier_aware(

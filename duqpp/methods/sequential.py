@@ -14,9 +14,10 @@ from duqpp.calibration.statistics import draw_sample, overflow_of_input
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.format import dequantize
+from duqpp.methods import costs
 from duqpp.methods.base import Block, BlockResult, Method, Needs, QuantizedModel, Streams
+from duqpp.methods.costs import SAMPLE_TOKENS
 from duqpp.methods.group import (
-    SAMPLE_TOKENS,
     Drift,
     GroupPlan,
     block_amax,
@@ -31,8 +32,8 @@ from duqpp.methods.group import (
     report_rows,
 )
 from duqpp.methods.options import SequentialOptions
-from duqpp.methods.refine.blocks import refine_block
-from duqpp.methods.refine.distill import distill
+from duqpp.methods.refine.blocks import CHECKS, refine_block
+from duqpp.methods.refine.distill import CHECK_STEPS, EPOCHS, distill
 from duqpp.methods.reports import DistillReport, GroupReport
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
@@ -69,6 +70,25 @@ class Sequential(Method):
             refining=refines,
             whole_model=self.options.refine == "distill",
         )
+
+    def stages(self, shape: costs.BlockShape, text: costs.Text | None) -> list[costs.Cost]:
+        if text is None:
+            return super().stages(shape, text)
+        options = self.options
+        stages = costs.sequential(
+            shape,
+            text,
+            gptq=options.gptq,
+            drift=options.drift > 0,
+            float_stream=self.needs.float_stream,
+            float_outputs=options.next_inputs == "float",
+        )
+        if options.refine != "none":
+            stages.append(costs.refined_block(shape, text, checks=CHECKS))
+        return stages
+
+    def training(self, model: costs.ModelShape, text: costs.Text) -> costs.Cost:
+        return costs.distilled(model, text, epochs=EPOCHS, check_steps=CHECK_STEPS)
 
     def quantize(self, block: Block, streams: Streams) -> BlockResult:
         inputs, outputs, targets, float_inputs = streams.inputs, None, None, None

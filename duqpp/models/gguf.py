@@ -43,6 +43,20 @@ def is_gguf(model: str) -> bool:
     return model.endswith(".gguf")
 
 
+def gguf_config(file: Path) -> Any:
+    """The configuration in a GGUF file, of the float32 model in it. Raises: InputError."""
+    import transformers
+
+    if not file.is_file():
+        raise InputError(f"no such file: {file}")
+    with quiet_libraries():
+        config = load_pretrained(
+            transformers.AutoConfig, file.parent, "GGUF configuration", gguf_file=file.name
+        )
+    config.dtype = torch.float32
+    return config
+
+
 def load_gguf(file: Path) -> tuple[Any, Any]:
     """The float32 model in a GGUF file, in eval mode, and its tokenizer. Raises: InputError."""
     import transformers

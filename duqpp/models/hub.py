@@ -20,17 +20,31 @@ def download(model: str, *, check: Callable[[Path], object] | None = None, **opt
         options: for `huggingface_hub.snapshot_download`, such as revision.
     Raises: InputError when the hub does not give it, or the name is a path; what `check` raises.
     """
+    _check_name(model)
+    if check is not None:
+        check(download_config(model, **options))
+    return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
+
+
+def download_config(model: str, **options: Any) -> Path:
+    """A hub repository's config.json alone, in a folder of the local cache.
+
+    Raises: as `download`, and InputError where there is no such file.
+    """
+    _check_name(model)
+    folder = _snapshot(model, allow_patterns=["config.json"], **options)
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"{model} has no config.json on the hub; of a repository of GGUF files, download one "
+            "and give its path, and merge an adapter into its base model first"
+        )
+    return folder
+
+
+def _check_name(model: str) -> None:
+    """Raise InputError for what is a path, and there is nothing."""
     if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
         raise InputError(f"no such folder or file: {model}")
-    if check is not None:
-        folder = _snapshot(model, allow_patterns=["config.json"], **options)
-        if not (folder / "config.json").exists():
-            raise InputError(
-                f"{model} has no config.json on the hub; of a repository of GGUF files, download "
-                "one and give its path, and merge an adapter into its base model first"
-            )
-        check(folder)
-    return _snapshot(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
 
 
 def _snapshot(model: str, **options: Any) -> Path:

@@ -13,8 +13,13 @@ from duqpp.errors import InputError
 from duqpp.files import model_path
 from duqpp.models.family import family_of
 from duqpp.models.folder import check_float_folder
-from duqpp.models.gguf import GgufSource, is_gguf
-from duqpp.models.hub import download, load_generation_config, load_pretrained
+from duqpp.models.gguf import GgufSource, gguf_config, is_gguf
+from duqpp.models.hub import (
+    download,
+    download_config,
+    load_generation_config,
+    load_pretrained,
+)
 from duqpp.models.weights import FolderWeights
 
 
@@ -59,6 +64,22 @@ def open_source(model: str) -> Source:
 def check_float_model(folder: Path) -> None:
     """Raise InputError unless config.json is that of a float model of a known family."""
     family_of(_float_config(folder))
+
+
+def read_config(model: str) -> Any:
+    """The transformers configuration of what `open_source` opens; no weights are read.
+
+    Raises: InputError when there is none, or it is not that of a float model of a known family.
+    """
+    path = model_path(model)
+    if is_gguf(model):
+        config = gguf_config(path)
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{model} is neither a model folder nor a .gguf file")
+    else:
+        config = _float_config(path if path.is_dir() else download_config(model))
+    family_of(config)
+    return config
 
 
 # Of the sources that are open.

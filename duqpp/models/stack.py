@@ -75,6 +75,11 @@ class DecoderStack:
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
 
+    @property
+    def rest_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of what is outside the blocks, by name."""
+        return dict(self._rest)
+
     @stage("reading")
     def rest(self) -> dict[str, Tensor]:
         """Everything outside the blocks: embeddings, the final norm, an untied lm_head.

@@ -36,6 +36,33 @@ def quantize(
     profile: Annotated[
         Path | None, typer.Option(help="Write seconds by stage and block to this file, as JSON.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print what the job will take: memory, operations, disk, time, from MODEL's "
+            "config.json alone. Nothing is written.",
+        ),
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for cpu, A100, H100, H200 or B200; by default for what is here, or an H100 "
+            "with --device-memory."
+        ),
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Plan for a device with so much, such as 80GB.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Plan for so many processes, each on its own device.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Plan with so many operations a second, in every dtype.")
+    ] = None,
+    disk_bandwidth: Annotated[
+        str | None, typer.Option(help="Plan with so much a second from and to disk; 1GB.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL to MXFP4 and save it in OUT."""
@@ -45,6 +72,22 @@ def quantize(
     from duqpp.methods.reports import mean_errors
 
     options = QuantizeConfig(**config)
+    planned: dict[str, Any] = {
+        "on": on,
+        "device_memory": device_memory,
+        "ranks": ranks,
+        "flops": flops,
+        "disk_bandwidth": disk_bandwidth,
+    }
+    if plan:
+        from duqpp.cli.plan import make_plan, print_plan
+
+        made = make_plan(model, options, **planned)
+        print_json(made.to_dict()) if as_json else print_plan(model, options, made)
+        return
+    for name, value in planned.items():
+        if value is not None:
+            raise InputError(f"`{name}` is for `plan=True`")
     if profile is not None:
         check_writable(profile, "write the profile to")
     check_calibration(calib, [options])

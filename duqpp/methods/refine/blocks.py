@@ -17,7 +17,7 @@ from duqpp.placement.stages import stage
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M, of 0.001, 0.002, 0.004
 # and 0.006 the larger ones lowered the held-out loss of the first blocks more.
 _RATE = 6e-3
-_CHECKS = 4  # of the held-back loss, evenly over the steps
+CHECKS = 4  # of the held-back loss, evenly over the steps
 
 
 def block_loss(
@@ -71,7 +71,7 @@ def refine_block(
     if not groups:  # all skipped
         return RefineReport(stopping.first, stopping.least, 0), {}
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
-    steps, every = 0, -(-held.start // _CHECKS)
+    steps, every = 0, -(-held.start // CHECKS)
     with torch.enable_grad():
         for batch in shuffled(held.start, generator):
             loss(batch).backward()

@@ -1,0 +1,405 @@
+"""What a quantization will take, from the configuration alone: memory, operations, disk, time.
+
+The documents' formulas, `duqpp quantize --plan`, and what a job decides while it runs all come from
+here and from `duqpp.methods.costs`. Memory is held against measured peaks
+(benchmarks/bench_memory.py); operations are counted from shapes; times are an estimate.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from duqpp.checkpoint.layout import Layout
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.job.blocks import block_bytes
+from duqpp.methods.base import Needs
+from duqpp.methods.costs import BlockShape, Cost, ModelShape, Operations, Text
+from duqpp.models.shapes import ShapedModel
+from duqpp.models.stack import TOKENS_PER_BATCH
+from duqpp.placement import HOST
+
+Place = Literal["device", "host"]
+
+_INTERPRETER = 0.55e9  # bytes of Python, torch and transformers; measured
+_CONTEXT = 1.0e9  # bytes of a CUDA context and cuBLAS's workspaces
+_USABLE = 0.95  # of a GPU's memory: what is between tensors is lost
+_HASHED = 1.0e9  # bytes a second of SHA-256, over the whole model, before the job
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What blocks compute on. half, single, double: operations a second of products in 16 bits,
+    float32 and float64. moved: bytes a second of its memory. launch: seconds of a step that does
+    next to nothing. memory: bytes; None is not known. source: where these figures are from.
+    """
+
+    name: str
+    half: float
+    single: float
+    double: float
+    moved: float
+    launch: float
+    memory: float | None
+    source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether blocks have memory of their own, beside the host's."""
+        return self.name != "cpu"
+
+    def at(self, flops: float) -> "Machine":
+        """The same with so many operations a second in every dtype."""
+        source = f"{flops:.3g} operations a second, as given"
+        return replace(self, half=flops, single=flops, double=flops, source=source)
+
+    def seconds(self, operations: Operations) -> float:
+        """How long operations take one after the other."""
+        return (
+            operations.half / self.half
+            + operations.single / self.single
+            + operations.double / self.double
+            + operations.moved / self.moved
+            + operations.steps * self.launch
+        )
+
+
+_EFFICIENCY = 0.4  # of a GPU's peaks; an assumption, as nothing was measured
+_LAUNCH = 10e-6  # seconds from one small kernel to the next, from Python
+
+
+def _gpu(
+    name: str, half: float, single: float, double: float, moved: float, memory: float
+) -> Machine:
+    """A GPU by its maker's dense peaks, in TFLOP/s, TB/s and GB."""
+    peaks = (1e12 * _EFFICIENCY * peak for peak in (half, single, double, moved))
+    source = f"{_EFFICIENCY:.0%} of the dense peaks that its maker states"
+    rates = dict(zip(("half", "single", "double", "moved"), peaks, strict=True))
+    return Machine(name, **rates, launch=_LAUNCH, memory=1e9 * memory, source=source)
+
+
+# SXM boards, from NVIDIA's data sheets. float32 is that of the CUDA cores: torch uses no TF32 for
+# it; float64 that of the tensor cores.
+GPUS: Mapping[str, Machine] = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("A100", 312, 19.5, 19.5, 2.0, 80),
+        _gpu("H100", 989, 67, 67, 3.35, 80),
+        _gpu("H200", 989, 67, 67, 4.8, 141),
+        _gpu("B200", 2250, 75, 37, 8.0, 180),
+    )
+}
+
+
+def this_cpu(dtype: torch.dtype) -> Machine:
+    """The CPU that this runs on, measured in half a second."""
+    side = 768
+    rates = []
+    for kind in (dtype, torch.float32, torch.float64):
+        matrix = torch.ones(side, side, dtype=kind, device=HOST)
+        rates.append(2 * side**3 / _fastest(partial(torch.mm, matrix, matrix)))
+    values = torch.ones(2**23, dtype=torch.float32, device=HOST)
+    half, single, double = rates
+    return Machine(
+        name="cpu",
+        half=half,
+        single=single,
+        double=double,
+        moved=2 * values.nbytes / _fastest(values.clone),
+        launch=5e-6,
+        memory=_memory(),
+        source="measured just now",
+    )
+
+
+def _fastest(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _memory() -> float | None:
+    """Bytes of this machine's memory, where it says."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the work: name; device, host: bytes at its peak; seconds, operations: of all
+    blocks together.
+    """
+
+    name: str
+    device: float
+    host: float
+    seconds: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job will take, on each rank unless it says otherwise; sizes in bytes.
+
+    activations: between blocks, of all streams. rests: where, "device" or "host". device, host:
+    peaks; with a CPU all is in `host`. chunked: stages that do not fit the device in one piece.
+    read, written, disk: of all ranks; disk is the checkpoint and what is kept beside it until the
+    job is done. seconds: by what takes them.
+    """
+
+    machine: Machine
+    ranks: int
+    blocks: int
+    weights: int
+    dtype: str
+    sequences: int
+    tokens: int
+    activations: float
+    rests: Place
+    device: float
+    host: float
+    chunked: tuple[str, ...]
+    stages: tuple[StagePlan, ...]
+    read: float
+    written: float
+    disk: float
+    disk_rate: float
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "total_seconds": self.total_seconds}
+
+    @property
+    def total_seconds(self) -> float:
+        """How long it takes."""
+        return sum(self.seconds.values())
+
+
+def plan_job(
+    model_config: Any,
+    config: QuantizeConfig,
+    *,
+    machine: Machine,
+    device_memory: float | None = None,
+    ranks: int = 1,
+    disk_rate: float = 1e9,
+) -> JobPlan:
+    """What `quantize_model` will take for a model of this configuration.
+
+    Args:
+        model_config: transformers configuration; no weights are needed.
+        machine: of `GPUS`, or `this_cpu`. device_memory: bytes, in the place of the machine's.
+        ranks: processes, each on a device of its own.
+        disk_rate: bytes a second, read or written.
+    Raises: InputError for a model that duqpp does not know, for more ranks than there are batches
+        of calibration sequences, and for a device in which one block has no room.
+    """
+    dtype = config.torch_dtype or getattr(model_config, "dtype", None) or torch.bfloat16
+    model = ShapedModel(model_config, dtype, config.seq_len)
+    model.family.check(config.skip)
+    return _Planner(model, config, machine, ranks).plan(device_memory or machine.memory, disk_rate)
+
+
+def resting_place(
+    model_config: Any, config: QuantizeConfig, dtype: torch.dtype, memory: float, ranks: int = 1
+) -> Place:
+    """Where the activations of a job rest, between blocks and while one is worked on.
+
+    Args: dtype: what blocks compute in. memory: bytes of the device, all that the job may use.
+    """
+    model = ShapedModel(model_config, dtype, config.seq_len)
+    return _Planner(model, config, GPUS["H100"], ranks).rests(memory)
+
+
+class _Planner:
+    """The parts of a plan."""
+
+    def __init__(
+        self, model: ShapedModel, config: QuantizeConfig, machine: Machine, ranks: int
+    ) -> None:
+        self.model, self.config, self.machine, self.ranks = model, config, machine, ranks
+        self.method = config.build_method()
+        self.text = text_of(config, ranks)
+        self.shapes = _shapes(model, config)
+        self.itemsize = model.dtype.itemsize
+        head = model.config.vocab_size * model.config.hidden_size
+        self.whole = ModelShape(self.shapes, head)
+
+    @property
+    def needs(self) -> Needs:
+        return self.method.needs
+
+    def streams(self) -> float:
+        """Bytes of the activations between blocks, of one rank."""
+        if self.text is None:
+            return 0.0
+        width = max(shape.between(self.text.all) for shape in self.shapes)
+        return width * (1 + self.needs.float_stream)
+
+    def costs(self) -> list[tuple[Cost, int]]:
+        """Every stage, for each kind of block, and how many blocks there are of that kind."""
+        return [
+            (cost, count)
+            for shape, count in self.shapes.items()
+            for cost in (*self.method.stages(shape, self.text), *self.advance(shape))
+        ]
+
+    def advance(self, shape: BlockShape) -> list[Cost]:
+        """The pass of the quantized block, for what enters the next one."""
+        if self.text is None or self.config.next_inputs == "float":
+            return []
+        batch = {"forward pass of a batch": shape.forward.bytes}
+        return [Cost("quantized pass", batch, shape.passes(self.text.all))]
+
+    def plan(self, memory: float | None, disk_rate: float) -> JobPlan:
+        costs, streams = self.costs(), self.streams()
+        fixed = self.fixed()
+        resting = streams + max(cost.resting for cost, _ in costs)
+        on_device = not self.machine.is_gpu or self.rests(memory) == "device"
+        stages = self.stages(costs, fixed, streams, on_device)
+        return JobPlan(
+            machine=self.machine,
+            ranks=self.ranks,
+            blocks=len(self.model),
+            weights=self.whole.weights,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            sequences=self.config.sequences if self.needs.inputs else 0,
+            tokens=self.config.sequences * self.config.seq_len if self.needs.inputs else 0,
+            activations=resting,
+            rests="device" if self.machine.is_gpu and on_device else "host",
+            device=max(stage.device for stage in stages),
+            host=max(stage.host for stage in stages),
+            chunked=(),
+            stages=tuple(stages),
+            disk_rate=disk_rate,
+            notes=(),
+            **self.disk(disk_rate, stages),
+        )
+
+    def rests(self, memory: float | None) -> Place:
+        """Where activations rest: on the device if that has room for them beside any stage."""
+        most = max(cost.peak + cost.resting for cost, _ in self.costs())
+        needed = self.fixed() + most + self.streams()
+        return "device" if memory is None or needed <= _USABLE * memory else "host"
+
+    def fixed(self) -> float:
+        """Bytes on a GPU whatever the stage: the block as it was read, the embedding."""
+        if not self.machine.is_gpu:
+            return 0.0
+        embedding: float = self.whole.head * self.itemsize
+        return _CONTEXT + embedding + max(shape.stored for shape in self.shapes)
+
+    def stages(
+        self, costs: list[tuple[Cost, int]], fixed: float, streams: float, on_device: bool
+    ) -> list[StagePlan]:
+        """By name, for the most memory of any block and the time of all."""
+        found: dict[str, StagePlan] = {}
+        if self.needs.whole_model and self.text is not None:
+            costs = [*costs, (self.method.training(self.whole, self.text), 1)]
+        for cost, count in costs:
+            rests = cost.resting + streams
+            device = fixed + cost.peak + (rests if on_device else 0)
+            host = _INTERPRETER + (0 if on_device else rests)
+            if not self.machine.is_gpu:
+                device, host = 0.0, host + device
+            operations = cost.operations.times(count)
+            before = found.get(cost.name, StagePlan(cost.name, 0, 0, 0, 0))
+            found[cost.name] = StagePlan(
+                cost.name,
+                max(device, before.device),
+                max(host, before.host),
+                before.seconds + self.machine.seconds(operations),
+                before.operations + operations.total,
+            )
+        return list(found.values())
+
+    def disk(self, rate: float, stages: list[StagePlan]) -> dict[str, Any]:
+        """What is read and written, and the seconds of everything."""
+        layout = self.method.layout(self.config.skip)
+        rest = sum(shape.numel() for shape in self.model.rest().values()) * self.itemsize
+        source = rest + sum(count * shape.stored for shape, count in self.shapes.items())
+        shards, latents = self.written(layout)
+        whole_model = self.needs.whole_model
+        state = (12 + 4 + 17 / 32) * self.whole.weights if whole_model else 0
+        kept = latents + 2 * state if whole_model else 0
+        written = rest + shards + (latents + shards if whole_model else 0)
+        read = 2 * source + (shards + latents if whole_model else 0)
+        work = sum(stage.seconds for stage in stages)
+        files = (source + written + (shards + latents if whole_model else 0)) / rate
+        seconds = {
+            "fingerprint of the model": source / min(rate, _HASHED),
+            "reading and writing": files,
+            "computing": work,
+        }
+        return {
+            "read": read,
+            "written": written,
+            "disk": rest + shards + kept,
+            "seconds": seconds,
+        }
+
+    def written(self, layout: Layout) -> tuple[int, int]:
+        """Bytes of all shards of blocks, and of what their codes were rounded from."""
+        shards = latents = 0
+        for index in range(len(self.model)):
+            groups = self.model.family.quantized_groups(index, self.config.skip)
+            own = block_bytes(self.model.block(index), groups, layout)
+            shards, latents = shards + own[0], latents + own[1]
+        return shards, latents
+
+
+def text_of(config: QuantizeConfig, ranks: int) -> Text | None:
+    """The calibration text of the rank that has most; None where no activations are read.
+
+    Raises: InputError for a rank without a batch.
+    """
+    if ranks < 1:
+        raise InputError(f"`ranks` must be at least 1, got {ranks}")
+    if not config.needs.inputs:
+        return None
+    sequences = max(1, TOKENS_PER_BATCH // config.seq_len)  # of a batch
+    batches = -(-config.samples // sequences)
+    if ranks > batches:
+        raise InputError(
+            f"`ranks` is {ranks}, and there are {batches} batches of calibration sequences: "
+            "more `samples` make more"
+        )
+    refining = -(-(config.sequences - config.samples) // sequences)
+    own, others = -(-batches // ranks), -(-refining // ranks)
+    calibrating = min(config.samples, own * sequences)
+    rest = min(config.sequences - config.samples, others * sequences)
+    return Text(
+        calibrating * config.seq_len,
+        (calibrating + rest) * config.seq_len,
+        own + others,
+        ranks,
+    )
+
+
+def _shapes(model: ShapedModel, config: QuantizeConfig) -> dict[BlockShape, int]:
+    """The kinds of blocks, and how many there are of each."""
+    kinds: Counter[BlockShape] = Counter()
+    known: dict[Any, BlockShape] = {}
+    for index in range(len(model)):
+        block = model.block(index)
+        groups = model.family.quantized_groups(index, config.skip)
+        key = (groups, tuple((n, p.shape) for n, p in block.named_parameters()))
+        if key not in known:
+            forward = model.forward(index)
+            known[key] = BlockShape.of(block, groups, model.config.hidden_size, forward)
+        kinds[known[key]] += 1
+    return dict(kinds)

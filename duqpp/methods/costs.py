@@ -1,0 +1,503 @@
+"""What quantizing a decoder block takes, from its shapes alone: memory stage by stage, operations.
+
+Beside every figure stands what the code of that stage holds; sizes are of bytes, and what is small
+beside a weight or an input of the block is left out. benchmarks/bench_memory.py holds the sums
+against measured peaks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Literal
+
+from torch import nn
+
+from duqpp.format import BLOCK_SIZE
+from duqpp.methods.refine.schedule import held_back
+from duqpp.models.family import LinearGroup
+from duqpp.models.shapes import Forward
+
+Rotated = Literal["none", "shared", "per-block"]
+
+SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
+CODES = 17 / 32  # bytes a weight: a code of 4 bits, and a scale for 32 of them
+_FLOAT32, _FLOAT64 = 4, 8
+_ROWS_AT_A_TIME = 2048  # of an input that is transformed and rounded for a Hessian
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations by what they are done in, and what else takes time.
+
+    half: products in the dtype of the model. single, double: in float32 and float64. moved: bytes
+    that rounding and the like read and write. steps: one after the other, each too small to fill a
+    GPU, whose time is that of a launch.
+    """
+
+    half: float = 0.0
+    single: float = 0.0
+    double: float = 0.0
+    moved: float = 0.0
+    steps: float = 0.0
+
+    def __add__(self, other: "Operations") -> "Operations":
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Operations(*(one + two for one, two in pairs))
+
+    def times(self, factor: float) -> "Operations":
+        """All of them so many times."""
+        return Operations(*(factor * getattr(self, each.name) for each in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """Floating-point operations of every kind."""
+        return self.half + self.single + self.double
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A part of the work on one block.
+
+    parts: bytes that it holds at its peak where blocks compute, by what they are. resting: bytes of
+    activations that it makes and puts where those rest, beside what is between the blocks.
+    """
+
+    name: str
+    parts: Mapping[str, float]
+    operations: Operations = field(default_factory=Operations)
+    resting: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """Bytes in all where blocks compute."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """A linear group that is quantized. channels: K. rows: N of each of its linears."""
+
+    name: str
+    channels: int
+    rows: tuple[int, ...]
+
+    @property
+    def outputs(self) -> int:
+        """N, of all linears together."""
+        return sum(self.rows)
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are."""
+        return self.channels * self.outputs
+
+    @property
+    def square(self) -> int:
+        """Entries of a matrix [K, K]."""
+        return self.channels**2
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A decoder block. groups: those that are quantized. stored: bytes of its parameters. width,
+    itemsize: of the activations between blocks, channels and bytes.
+    """
+
+    groups: tuple[GroupShape, ...]
+    stored: int
+    width: int
+    itemsize: int
+    forward: Forward
+
+    @classmethod
+    def of(
+        cls, block: nn.Module, groups: Sequence[LinearGroup], width: int, forward: Forward
+    ) -> "BlockShape":
+        """Of a block on any device, the meta device too."""
+        shapes = []
+        for group in groups:
+            linears = [block.get_submodule(name) for name in group.linears]
+            rows = tuple(linear.out_features for linear in linears)
+            shapes.append(GroupShape(group.name, linears[0].in_features, rows))
+        parameters = list(block.parameters())
+        stored = sum(p.numel() * p.element_size() for p in parameters)
+        return cls(tuple(shapes), stored, width, parameters[0].element_size(), forward)
+
+    @cached_property
+    def weights(self) -> int:
+        """Weights that are quantized."""
+        return sum(group.weights for group in self.groups)
+
+    @cached_property
+    def widest(self) -> int:
+        """K of the group with the most channels."""
+        return max((group.channels for group in self.groups), default=0)
+
+    def passes(self, tokens: float) -> Operations:
+        """One forward pass over so many tokens."""
+        return Operations(half=self.forward.operations * tokens / self.forward.tokens)
+
+    def between(self, tokens: float) -> float:
+        """Bytes of what so many tokens are between two blocks."""
+        return tokens * self.width * self.itemsize
+
+
+@dataclass(frozen=True)
+class Text:
+    """The calibration text of one rank.
+
+    calibrating: tokens that calibrate. all: with those that only refine. batches: they make.
+    ranks: how many ranks there are.
+    """
+
+    calibrating: int
+    all: int
+    batches: int
+    ranks: int = 1
+
+    @property
+    def held(self) -> float:
+        """Share of the text that training holds back."""
+        return len(held_back(self.batches)) / self.batches
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All blocks of a model, and what is behind them. head: weights of lm_head, tied or not."""
+
+    blocks: Mapping[BlockShape, int]
+    head: int
+
+    @property
+    def weights(self) -> int:
+        """Weights that are quantized."""
+        return sum(count * shape.weights for shape, count in self.blocks.items())
+
+    @property
+    def forward(self) -> float:
+        """Bytes of the forward pass through the block that takes most."""
+        return max(shape.forward.bytes for shape in self.blocks)
+
+    def passes(self, tokens: float) -> float:
+        """Operations of one forward pass over so many tokens."""
+        blocks = sum(n * s.passes(tokens).half for s, n in self.blocks.items())
+        return blocks + 2 * tokens * self.head
+
+
+def rounding(shape: BlockShape, *, rotated: Rotated = "none") -> list[Cost]:
+    """Of a method that reads no activations: every group folded, rounded and reported."""
+    kept = {"float32 weights of the block": _FLOAT32 * shape.weights}
+    return [_rounded(shape, kept, group, rotated) for group in shape.groups]
+
+
+# What stands beside the float32 weights while they are folded: float64 before and after, and for a
+# matrix per block the result once more in another order.
+_FOLD = {"none": 12, "shared": 16, "per-block": 24}
+# The report: dequantized weights, the exact ones, their difference, beside the exact ones.
+_REPORT = 16
+
+
+def _rounded(
+    shape: BlockShape,
+    kept: Mapping[str, float],
+    group: GroupShape,
+    rotated: Rotated,
+    report: float = 0.0,
+    operations: Operations | None = None,
+) -> Cost:
+    """Fold, round to nearest, report."""
+    fold, reported = _FOLD[rotated] * group.weights, _REPORT * group.weights + report
+    own = {"folding and rounding": fold} if fold > reported else {"its report": reported}
+    work = Operations(moved=110 * group.weights) + (operations or Operations())
+    if rotated != "none":
+        work += Operations(double=2 * BLOCK_SIZE * group.weights)
+    return Cost(f"{group.name}: fold, round, report", {**kept, **own}, work)
+
+
+def sampled_rows(tokens: int, channels: int) -> float:
+    """Rows kept of an input: random ones, and those with the peak of a channel, as many as there
+    are different ones where peaks fall on tokens at random."""
+    peaks = tokens * (1 - math.exp(-channels / tokens))
+    return min(SAMPLE_TOKENS, tokens) + peaks
+
+
+def independent(
+    shape: BlockShape,
+    text: Text | None,
+    *,
+    rotated: Rotated,
+    gptq: bool,
+    float_hessian: bool,
+    smoothed: bool,
+    float_outputs: bool,
+    search: int,
+) -> list[Cost]:
+    """Of methods that fit each group by itself, from one pass over float inputs.
+
+    text: None where no activations are read. search: steps of the greedy search of a rotation.
+    """
+    if text is None:
+        return rounding(shape, rotated=rotated)
+    tokens, groups = text.calibrating, shape.groups
+    samples = {g.name: _FLOAT32 * sampled_rows(tokens, g.channels) * g.channels for g in groups}
+    squares = sum(g.square for g in groups)
+    moments = {"second moments": _FLOAT32 * squares} if gptq and float_hessian else {}
+    resting = shape.between(tokens) if float_outputs else 0.0
+    # float32 of a batch's input, and its magnitudes.
+    watched = 2 * _FLOAT32 * shape.forward.tokens * shape.widest
+    grams = sum(2 * tokens * g.square for g in groups)
+    observe = Cost(
+        "float pass, statistics",
+        {
+            "forward pass of a batch": shape.forward.bytes + watched,
+            "sampled inputs": sum(samples.values()),
+            **moments,
+        },
+        shape.passes(tokens)
+        + Operations(
+            single=float(grams) if moments else 0.0,
+            moved=5 * _FLOAT32 * tokens * sum(g.channels for g in groups),
+        ),
+    )
+    # Statistics, samples, and what transforms are made for.
+    kept: dict[str, float] = {"float32 weights of the block": _FLOAT32 * shape.weights}
+    kept["sampled inputs, three times"] = 3 * sum(samples.values())
+    stages = [observe]
+    if smoothed and rotated != "per-block":
+        group = max(groups, key=lambda g: g.weights)
+        extra = _FLOAT32 * group.weights + (_FLOAT32 + _FLOAT64) * max(group.rows) * group.channels
+        stages.append(
+            Cost("smoothing", {**kept, **moments, "smoothed weights": extra},
+                  Operations(moved=48 * shape.weights))
+        )  # fmt: skip
+    if search:
+        steps = search * len(groups) * 12
+        stages.append(Cost("search of rotations", {**kept, **moments}, Operations(steps=steps)))
+    if gptq:
+        hessians = {"Hessians": _FLOAT32 * squares}
+        stages.append(_hessians(shape, text, {**kept, **hessians}, float_hessian))
+        kept |= hessians
+    for group in groups:
+        # Transformed samples, twice, and their magnitudes.
+        report = 3 * samples[group.name]
+        if gptq:
+            stages += _by_gptq(kept, group, text, rotated, drift=False)
+        stages.append(_rounded(shape, kept, group, rotated, report))
+    return [replace(stage, resting=resting) for stage in stages]
+
+
+def _hessians(
+    shape: BlockShape, text: Text, kept: Mapping[str, float], float_hessian: bool
+) -> Cost:
+    """All groups' Hessians before the first is rounded."""
+    largest = max(group.square for group in shape.groups)
+    if float_hessian:  # the moments, and beside them three more of one group while they turn
+        work = Operations(single=sum(4 * BLOCK_SIZE * g.square for g in shape.groups))
+        return Cost("Hessians", {**kept, "one in turning": 3 * _FLOAT32 * largest}, work)
+    rows = shape.forward.tokens * shape.widest
+    parts = {**kept, "rounded inputs of a batch": 20 * rows, "its forward": shape.forward.bytes}
+    products = sum(2 * text.calibrating * g.square for g in shape.groups)
+    return Cost("Hessians", parts, shape.passes(text.calibrating) + Operations(single=products))
+
+
+def _by_gptq(
+    kept: Mapping[str, float], group: GroupShape, text: Text, rotated: Rotated, *, drift: bool
+) -> list[Cost]:
+    """The factors of one Hessian, and rounding column by column. `kept` has the Hessian.
+
+    The rows of a weight are split over ranks.
+    """
+    k, n, weights = group.channels, group.outputs, group.weights
+    folded = {"folded weights": _FLOAT32 * weights}
+    stages = []
+    if drift:
+        stages.append(
+            Cost(
+                f"{group.name}: make up for the drift",
+                {
+                    **kept,
+                    **folded,
+                    "its factor in float64": _FLOAT64 * group.square,
+                    # The right side in float64, its copy, and the solution.
+                    "the equations": (3 * _FLOAT64 + _FLOAT32) * weights,
+                },
+                Operations(single=2 * n * k**2, double=k**3 / 3 + 2 * n * k**2, moved=60 * weights),
+            )
+        )
+        folded["what makes up for the drift"] = _FLOAT32 * weights
+    stages.append(
+        Cost(
+            f"{group.name}: factors of the Hessian",
+            {**kept, **folded, "factors": (_FLOAT64 + _FLOAT32) * group.square},
+            Operations(double=4 / 3 * k**3),
+        )
+    )
+    share = 1 / text.ranks
+    stages.append(
+        Cost(
+            f"{group.name}: GPTQ",
+            {
+                **kept,
+                **folded,
+                "factor": _FLOAT32 * group.square,
+                # What is left to round, the same in the order of the channels; codes, twice.
+                "rows in two orders": (2 * _FLOAT32 + 2) * weights,
+            },
+            Operations(
+                single=(n * k**2 + 2 * n * k**2) * share,
+                moved=16 * weights * share,
+                steps=12 * k / BLOCK_SIZE,
+            ),
+        )
+    )
+    return stages
+
+
+def sequential(
+    shape: BlockShape,
+    text: Text,
+    *,
+    gptq: bool,
+    drift: bool,
+    float_stream: bool,
+    float_outputs: bool,
+) -> list[Cost]:
+    """Of the method that quantizes groups one after the other, each on what it will really read."""
+    tokens, all_tokens = text.calibrating, text.all
+    kept: dict[str, float] = {}
+    stages: list[Cost] = []
+    if float_outputs:
+        batch = {"forward pass of a batch": shape.forward.bytes}
+        stages.append(Cost("float outputs", batch, shape.passes(all_tokens)))
+    if float_stream:
+        read = tokens * sum(g.channels for g in shape.groups) * shape.itemsize if drift else 0
+        # Batch by batch, and then in one tensor each.
+        parts = {**kept, "float inputs of its groups, twice": 2 * read}
+        parts["forward pass of a batch"] = shape.forward.bytes
+        stages.append(Cost("float pass", parts, shape.passes(all_tokens)))
+        if drift:
+            kept["float inputs of its groups"] = read
+    done = 0
+    for index, group in enumerate(shape.groups):
+        own = {**kept, "latents of the groups before": _FLOAT32 * done}
+        own["float32 weights"] = _FLOAT32 * group.weights
+        # Run up to the group: the whole block only for the last one.
+        passed = sum(g.weights for g in shape.groups[:index]) / max(1, shape.weights)
+        stages += _group_in_turn(shape, group, text, own, passed, gptq=gptq, drift=drift)
+        done += group.weights
+    resting = (float_outputs + float_stream) * shape.between(all_tokens)
+    return [replace(stage, resting=resting) for stage in stages]
+
+
+def _group_in_turn(
+    shape: BlockShape,
+    group: GroupShape,
+    text: Text,
+    kept: Mapping[str, float],
+    passed: float,
+    *,
+    gptq: bool,
+    drift: bool,
+) -> list[Cost]:
+    tokens, k = text.calibrating, group.channels
+    x = {"its input, float32": _FLOAT32 * tokens * k}
+    forward = {"forward pass of a batch": shape.forward.bytes}
+    chunk = min(tokens, _ROWS_AT_A_TIME) * k
+    sums = (1 + drift) if gptq else 0
+    matrices = {"Hessian and drift" if drift else "Hessian": sums * _FLOAT32 * group.square}
+    matrices = matrices if gptq else {}
+    products = sums * 2 * tokens * group.square
+    blocks = k // BLOCK_SIZE
+    stages = [
+        Cost(
+            f"{group.name}: its input",
+            {**kept, **x, **forward},
+            shape.passes(tokens).times(passed) + Operations(moved=12 * tokens * k),
+        ),
+        Cost(
+            f"{group.name}: transform",
+            {**kept, **x, "its weights in one": _FLOAT32 * group.weights},
+            Operations(
+                single=2 * BLOCK_SIZE * (tokens * k + group.weights), double=blocks * 2e6, steps=200
+            ),
+        ),
+        Cost(
+            f"{group.name}: Hessian, drift" if gptq else f"{group.name}: peaks of its input",
+            {**kept, **x, **matrices, "rows in turn": 32 * chunk},
+            Operations(single=products + 2 * BLOCK_SIZE * tokens * k, moved=60 * tokens * k),
+        ),
+    ]
+    if gptq:
+        stages += _by_gptq({**kept, **matrices}, group, text, "per-block", drift=drift)
+    stages.append(_rounded(shape, kept, group, "per-block"))
+    return stages
+
+
+def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
+    """Training of one block through its rounding. checks: of the held-back loss."""
+    latents = _FLOAT32 * shape.weights
+    trained, held = text.all * (1 - text.held), text.all * text.held
+    batches = trained / shape.forward.tokens
+    return Cost(
+        "refine",
+        {
+            "what codes were rounded from": latents,
+            "latents, gradients, two moments": 4 * latents,
+            "the best so far": latents,
+            "codes": CODES * shape.weights,
+            # Of gradients there are none yet while all rounded weights are kept for them.
+            "a batch, forwards and backwards": 6 * shape.forward.bytes,
+        },
+        Operations(
+            single=shape.passes(3 * trained + checks * held).half,
+            moved=60 * shape.weights * batches,
+            steps=400 * batches,
+        ),
+        shape.between(text.all),
+    )
+
+
+def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
+    """Training of one block's rotations: every weight is rotated and rounded for every batch."""
+    groups, tokens = shape.groups, text.calibrating
+    batches = epochs * tokens / shape.forward.tokens
+    products = shape.passes(epochs * tokens * (3 * (1 - text.held) + text.held)).half
+    samples = sum(sampled_rows(tokens, g.channels) * g.channels for g in groups)
+    return Cost(
+        "training of rotations",
+        {
+            "float32 weights of the block": _FLOAT32 * shape.weights,
+            "sampled inputs, three times": 3 * _FLOAT32 * samples,
+            "weights as they are rotated and rounded": 3 * _FLOAT32 * shape.weights,
+            "a batch, forwards and backwards": 6 * shape.forward.bytes,
+        },
+        Operations(
+            single=products + 6 * BLOCK_SIZE * shape.weights * batches,
+            moved=60 * shape.weights * batches,
+            steps=400 * batches,
+        ),
+        shape.between(tokens),
+    )
+
+
+def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -> Cost:
+    """Training of all blocks together."""
+    trained, held = text.all * (1 - text.held), text.all * text.held
+    batch = text.all / text.batches
+    steps = epochs * trained / batch
+    checks = 1 + steps / check_steps
+    return Cost(
+        "distill",
+        {
+            "latents, gradients, two moments": 4 * _FLOAT32 * model.weights,
+            "codes, and the best so far": 2 * CODES * model.weights,
+            "a block of a batch, forwards and backwards": 10 * model.forward,
+        },
+        Operations(
+            # Forwards, forwards again for the gradients, and backwards.
+            single=model.passes(4 * epochs * trained + checks * held),
+            moved=60 * model.weights * steps,
+            steps=600 * len(model.blocks) * steps,
+        ),
+    )

@@ -1,0 +1,132 @@
+"""Plans: shapes and operations against what really runs, sizes against a real checkpoint."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import duqpp
+from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
+from duqpp.job.plan import GPUS, plan_job, resting_place
+from duqpp.methods import METHODS
+from duqpp.models.shapes import ShapedModel
+from duqpp.models.source import open_source
+from duqpp.models.stack import DecoderStack
+
+H100 = GPUS["H100"]
+SMALL = {"samples": 2, "seq_len": 64, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama):
+    return open_source(str(tiny_llama)).config
+
+
+def planned(config, *, ranks=1, device_memory=None, machine=H100, **options):
+    options = QuantizeConfig(**SMALL | options)
+    return plan_job(config, options, machine=machine, ranks=ranks, device_memory=device_memory)
+
+
+def test_a_pass_without_weights_is_counted_as_one_with_them(tiny_llama, config):
+    """Operations to the last one; and no tensor of the model has memory."""
+    shaped = ShapedModel(config, torch.float32, 64)
+    forward = shaped.forward(1)
+    assert all(p.is_meta for p in shaped.block(1).parameters())
+    stack = DecoderStack(open_source(str(tiny_llama)))
+    inputs = stack.first_inputs(torch.zeros(forward.tokens // 64, 64, dtype=torch.int64))
+    with FlopCounterMode(display=False) as counter:
+        inputs.run(stack.block(1), 1, 0)
+    heads = config.num_attention_heads * config.head_dim
+    attention = 4 * forward.tokens * 64 * heads  # which torch does not count on a CPU
+    assert forward.operations == counter.get_total_flops() + attention
+    mlp = 4 * forward.tokens * config.intermediate_size
+    assert 2 * mlp < forward.bytes < 8 * mlp
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_on_disk_is_known_to_the_byte(make_tiny, tmp_path, family):
+    folder = make_tiny(family)
+    options = {**SMALL, "method": "duqpp", "skip": ("down_proj",)}
+    tokens = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(0))
+    report = duqpp.quantize_model(
+        str(folder), tmp_path / "out", QuantizeConfig(**options), calibration=tokens, device="cpu"
+    )
+    plan = planned(open_source(str(folder)).config, **options)
+    headers = sum(
+        8 + int.from_bytes(file.read_bytes()[:8], "little")
+        for file in (tmp_path / "out").glob("*.safetensors")
+    )
+    assert plan.disk == plan.written == report.weight_bytes - headers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_plan(config, method):
+    plan = planned(config, method=method, samples=64)
+    assert plan.total_seconds > 0 and plan.blocks == 2
+    assert plan.device > plan.host > 0 and plan.rests == "device"
+    assert {"rtn", "hadamard", "random"} >= {method} or plan.activations > 0
+    names = [stage.name for stage in plan.stages]
+    assert len(names) == len(set(names))
+    assert all(stage.device > 0 and stage.seconds > 0 for stage in plan.stages)
+
+
+def test_what_costs_more_is_said_to():
+    """On shapes that are large enough to show it."""
+    config = open_config(1024, 4096)
+    rtn, plain, gptq, ours, blocks, distill = (
+        planned(config, seq_len=1024, samples=16, **options)
+        for options in (
+            {"method": "rtn"},
+            {"method": "duquant++"},
+            {"method": "duquant++", "gptq": True},
+            {"method": "duqpp"},
+            {"method": "duqpp", "refine": "blocks"},
+            {"method": "duqpp", "refine": "distill"},
+        )
+    )
+    assert rtn.total_seconds < plain.total_seconds < gptq.total_seconds < ours.total_seconds
+    assert ours.total_seconds < blocks.total_seconds < distill.total_seconds
+    assert rtn.device < plain.device < gptq.device < blocks.device < distill.device
+    assert distill.disk > blocks.disk == ours.disk
+
+
+def open_config(hidden, intermediate):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=4,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        vocab_size=2048,
+        dtype=torch.bfloat16,
+    )
+
+
+def test_ranks_share_the_text_and_not_the_weights():
+    config = open_config(1024, 4096)
+    options = {"method": "duqpp", "samples": 16, "seq_len": 1024}
+    one, four = (planned(config, ranks=ranks, **options) for ranks in (1, 4))
+    assert one.activations == 4 * four.activations
+    assert four.device < one.device and four.disk == one.disk and four.read == one.read
+    assert one.seconds["computing"] / 4 < four.seconds["computing"] < one.seconds["computing"]
+
+
+def test_activations_rest_where_there_is_room():
+    config = open_config(1024, 4096)
+    options = QuantizeConfig(method="duqpp", samples=64, seq_len=1024)
+    plan = plan_job(config, options, machine=H100)
+    assert plan.rests == "device"
+    needed = plan.device / 0.95
+    for memory, place in ((needed * 1.001, "device"), (needed * 0.999, "host")):
+        assert resting_place(config, options, torch.bfloat16, memory) == place
+        assert plan_job(config, options, machine=H100, device_memory=memory).rests == place
+    on_host = plan_job(config, options, machine=H100, device_memory=needed * 0.9)
+    assert on_host.host - plan.host == pytest.approx(plan.activations)
+
+
+@pytest.mark.parametrize("ranks, message", [(0, "at least 1"), (17, "16 batches of calibration")])
+def test_ranks_that_cannot_be(config, ranks, message):
+    with pytest.raises(InputError, match=message):
+        planned(config, ranks=ranks, method="duqpp", samples=16, seq_len=2048)
