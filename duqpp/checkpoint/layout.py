@@ -1,22 +1,19 @@
 """How a quantized model is laid out: the `quantization_config` of a checkpoint, and its modules."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from duqpp.checkpoint.shard import read_shard
 from duqpp.checkpoint.transforms import verify_transforms
 from duqpp.errors import CheckpointError
 from duqpp.format import BLOCK_SIZE, ScaleRule
 from duqpp.models.family import Family, LinearGroup, family_of
 from duqpp.models.stack import DecoderStack
 from duqpp.nn import MXFP4Linear, share_input
-from duqpp.placement.stages import stage
 
 QUANT_METHOD = "duqpp"
 FORMAT_VERSION = 1
@@ -212,17 +209,39 @@ def _blocks(
         yield block, family.quantized_groups(index, layout.skip)
 
 
-@stage("reading")
-def quantized_block(stack: DecoderStack, index: int, layout: Layout, shard: Path) -> nn.Module:
-    """Decoder block `index` with the values of its shard, verified and ready to run.
+def expected_tensors(config: Any, layout: Layout) -> dict[str, Tensor]:
+    """What a checkpoint of this configuration must hold: by name, on the meta device.
 
-    Raises: CheckpointError.
+    Raises: what transformers does for a configuration that it cannot build a model of.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family_of(config).check_sizes(layout.skip)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    convert_model(skeleton, layout)
+    return tensors_of(skeleton)
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """The tensors that are loaded into a model, tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def quantized_block(
+    stack: DecoderStack, index: int, layout: Layout, stored: Mapping[str, Tensor]
+) -> nn.Module:
+    """Decoder block `index` with values that are verified one by one, ready to run.
+
+    Args: stored: its tensors, by their names in the model.
+    Raises: CheckpointError where linears of a group differ in their transform.
     """
     block, groups = stack.skeleton(index), stack.family.quantized_groups(index, layout.skip)
     convert_block(block, groups, layout)
     name = stack.family.block_name(index)
-    device, stored = stack.placement.compute, read_shard(shard)
     verify_transforms([(name, group) for group in groups], stored, stored.__getitem__)
+    device = stack.placement.compute
     tensors = {n.removeprefix(f"{name}."): t.to(device) for n, t in stored.items()}
     block.load_state_dict(tensors, assign=True)
     for module in block.modules():

@@ -9,13 +9,13 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from duqpp.errors import CheckpointError
@@ -33,6 +33,38 @@ _LINEAR = ("weight_packed", "weight_scale", "rotation", "pre_rotation", "permuta
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a shard: where it begins there, in bytes, and the checksum that it should have.
+
+    checksum: None where the shard has none of it.
+    """
+
+    shard: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    checksum: str | None
+
+    def read(self) -> Tensor:
+        """Its values. Raises: CheckpointError for altered ones, and such as no model may hold."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        # transformers calls this in a context where tensors are made on the meta device.
+        with HOST:
+            data = torch.empty(size, dtype=torch.uint8, device=HOST)
+            with open(self.shard, "rb") as file:
+                file.seek(self.begin)
+                file.readinto(data.numpy().data)
+            if checksum(data) != self.checksum:
+                raise CheckpointError(
+                    f"{self.shard}: {self.name} is altered (its checksum differs)"
+                )
+            tensor = data.view(self.dtype).view(self.shape)
+            _check_values(self.shard, self.name, tensor)
+        return tensor
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -68,9 +100,7 @@ def write_block(path: Path, name: str, block: nn.Module) -> None:
 
 def read_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a shard, verified. Raises: CheckpointError."""
-    verify_shard(path)
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
+    return {each.name: each.read() for each in shard_contents(path)}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -172,60 +202,77 @@ def settle_metadata(path: Path) -> None:
         file.write(text.ljust(start - 8))
 
 
-def verify_checkpoint(
-    shards: list[Path], expected: dict[str, Tensor], progress: Progress | None = None
-) -> None:
-    """Check shards against the tensors that the model needs, and every tensor's checksum.
+def checkpoint_contents(
+    shards: Sequence[Path], expected: Mapping[str, Tensor]
+) -> dict[str, StoredTensor]:
+    """What shards hold, checked against the tensors that the model needs; no value is read.
 
     Args:
         expected: name to a tensor (on the meta device) of the right shape and dtype. Integer
             tensors and rotations must match in dtype, other floating-point ones need not.
-        progress: called with ("verify", shards done, shards in all).
     Raises: CheckpointError naming the file and the tensor.
     """
-    found: dict[str, Path] = {}
-    for done, shard in enumerate(shards):
-        if progress:
-            progress("verify", done, len(shards))
-        header, _ = _read_header(shard)
-        header.pop("__metadata__", None)
-        for name, entry in header.items():  # before any value is read
-            if name in found:
-                raise CheckpointError(f"{name} is in both {found[name].name} and {shard.name}")
-            if name not in expected:
-                raise CheckpointError(f"{shard}: {name} does not belong to this model")
-            found[name] = shard
-            _check_entry(shard, name, entry, expected[name])
-        verify_shard(shard)
-    if progress:
-        progress("verify", len(shards), len(shards))
+    found: dict[str, StoredTensor] = {}
+    for stored in (each for shard in shards for each in shard_contents(shard)):
+        name, shard = stored.name, stored.shard
+        if name in found:
+            raise CheckpointError(f"{name} is in both {found[name].shard.name} and {shard.name}")
+        if name not in expected:
+            raise CheckpointError(f"{shard}: {name} does not belong to this model")
+        found[name] = stored
+        _check_kind(shard, name, stored.dtype, stored.shape, expected[name])
     if missing := sorted(set(expected) - set(found)):
         raise CheckpointError(
             f"{shards[0].parent} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
         )
+    return found
+
+
+def verify_values(contents: Mapping[str, StoredTensor], progress: Progress | None = None) -> None:
+    """Read every tensor, to check its values.
+
+    Args: progress: called with ("verify", shards done, shards in all).
+    Raises: CheckpointError naming the file and the tensor.
+    """
+    shards = list(dict.fromkeys(stored.shard for stored in contents.values()))
+    for done, shard in enumerate(shards):
+        if progress:
+            progress("verify", done, len(shards))
+        for stored in contents.values():
+            if stored.shard == shard:
+                stored.read()
+    if progress:
+        progress("verify", len(shards), len(shards))
 
 
 def verify_tensor(where: str, name: str, tensor: Tensor, expected: Tensor) -> None:
-    """Check a tensor that is to be written as `verify_checkpoint` will check it in its shard.
+    """Check a tensor that is to be written as it will be checked in its shard.
 
     Args: where: it is, in words.
     Raises: CheckpointError naming the tensor.
     """
     if tensor.dtype not in _DTYPE_NAMES:
         raise CheckpointError(f"{where}: {name} has the dtype {tensor.dtype}")
-    entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-    _check_entry(where, name, entry, expected)
+    _check_kind(where, name, tensor.dtype, tensor.shape, expected)
     if name.rpartition(".")[2] in _LINEAR:
-        _check_values(where, name, entry, bytes(_bytes(tensor)))
+        _check_values(where, name, tensor.detach().to(HOST))
 
 
-def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
+def verify_shard(path: Path) -> list[str]:
     """Check one shard by itself: header, size, checksums, scale bytes, rotations.
 
-    Returns: the header's entry of each tensor (dtype, shape, data_offsets).
+    Returns: the names of its tensors.
     Raises: CheckpointError naming the file, and the tensor where it is one tensor's fault.
     """
+    contents = shard_contents(path)
+    for stored in contents:
+        stored.read()
+    return [stored.name for stored in contents]
+
+
+def shard_contents(path: Path) -> list[StoredTensor]:
+    """What a shard holds, from its header; no value is read. Raises: CheckpointError."""
     header, start = _read_header(path)
     checksums = _checksums(path, header.pop("__metadata__", {}))
     try:
@@ -233,16 +280,17 @@ def verify_shard(path: Path) -> dict[str, dict[str, Any]]:
             pass
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the safetensors library cannot read it: {error}") from error
-    # transformers calls this in a context where tensors are made on the meta device.
-    with open(path, "rb") as file, HOST:
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            file.seek(start + begin)
-            data = file.read(end - begin)
-            if f"{zlib.crc32(data):08x}" != checksums.get(name):
-                raise CheckpointError(f"{path}: {name} is altered (its checksum differs)")
-            _check_values(path, name, entry, data)
-    return header
+    return [
+        StoredTensor(
+            path,
+            name,
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            checksums.get(name),
+        )
+        for name, entry in header.items()
+    ]
 
 
 def header_bytes(path: Path) -> bytes:
@@ -316,31 +364,36 @@ def _checksums(path: Path, metadata: Any) -> dict[str, str]:
     return checksums
 
 
-def _check_values(path: Path | str, name: str, entry: dict[str, Any], data: bytes) -> None:
+def _check_values(where: Path | str, name: str, tensor: Tensor) -> None:
     """What no model may hold: scale bytes of 255, singular rotations, bad permutations."""
-    if name.endswith(".weight_scale") and NAN_SCALE in data:
-        raise CheckpointError(f"{path}: {name} has a scale byte of 255 (NaN)")
-    if not data:
+    flat = tensor.reshape(-1)
+    if name.endswith(".weight_scale") and bool((flat.view(torch.uint8) == NAN_SCALE).any()):
+        raise CheckpointError(f"{where}: {name} has a scale byte of 255 (NaN)")
+    if not len(flat):
         return
-    if name.endswith("rotation") and entry["dtype"] == "BF16" and entry["shape"][-2:] == [32, 32]:
-        matrix = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, 32, 32)
-        check_invertible(matrix, f"{path}: {name}", CheckpointError)
-    if name.endswith(".permutation") and entry["dtype"] == "I32":
-        channels = torch.frombuffer(bytearray(data), dtype=torch.int32).sort().values
+    is_matrix = tensor.dtype == torch.bfloat16 and tensor.shape[-2:] == (32, 32)
+    if name.endswith("rotation") and is_matrix:
+        check_invertible(flat.view(-1, 32, 32), f"{where}: {name}", CheckpointError)
+    if name.endswith(".permutation") and tensor.dtype == torch.int32:
+        channels = flat.sort().values
         if not torch.equal(channels, torch.arange(len(channels), dtype=torch.int32, device=HOST)):
-            raise CheckpointError(f"{path}: {name} does not name every channel once")
+            raise CheckpointError(f"{where}: {name} does not name every channel once")
 
 
-def _check_entry(path: Path | str, name: str, entry: dict[str, Any], expected: Tensor) -> None:
-    if list(entry["shape"]) != list(expected.shape):
-        raise CheckpointError(
-            f"{path}: {name} must be {list(expected.shape)}, got {list(entry['shape'])}"
-        )
-    kind = _DTYPES[entry["dtype"]]
-    exact = not expected.is_floating_point() or name.endswith("rotation")
-    if kind != expected.dtype if exact else not kind.is_floating_point:
+def _check_kind(
+    where: Path | str, name: str, dtype: torch.dtype, shape: Sequence[int], expected: Tensor
+) -> None:
+    if list(shape) != list(expected.shape):
+        raise CheckpointError(f"{where}: {name} must be {list(expected.shape)}, got {list(shape)}")
+    exact = is_exact(name, expected)
+    if dtype != expected.dtype if exact else not dtype.is_floating_point:
         wanted = expected.dtype if exact else "floating point"
-        raise CheckpointError(f"{path}: {name} must be {wanted}, got {kind}")
+        raise CheckpointError(f"{where}: {name} must be {wanted}, got {dtype}")
+
+
+def is_exact(name: str, expected: Tensor) -> bool:
+    """Whether a tensor has one dtype; others have any floating-point one, and are cast to it."""
+    return not expected.is_floating_point() or name.endswith("rotation")
 
 
 def checksum(tensor: Tensor) -> str:

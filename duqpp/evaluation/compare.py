@@ -1,8 +1,7 @@
 """compare: quantize one model by several methods, and set their evaluations side by side."""
 
-import gc
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from duqpp.calibration.tokens import BUILTIN, is_stream, read_text, sample_sequences, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
+from duqpp.checkpoint.stack import CheckpointSource, QuantizedStack
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Reference
@@ -24,13 +24,14 @@ from duqpp.evaluation.perplexity import (
     perplexity_and_reference,
 )
 from duqpp.evaluation.scores import Comparison, Row, Run, Scores
-from duqpp.integrations.transformers import from_pretrained
 from duqpp.job.companions import Companions
 from duqpp.job.quantize import quantize_model
 from duqpp.models.family import family_of
 from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source
-from duqpp.models.stack import float_model
+from duqpp.models.stack import DecoderStack
+from duqpp.placement import Placement
+from duqpp.placement.devices import choose_device
 
 FLOAT = "float"
 
@@ -107,14 +108,15 @@ def compare(
     *,
     work: Path | None = None,
     resume: bool = False,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
     """Evaluate the float model, then quantize it by each method and evaluate that on every text.
 
-    One model is in memory at a time, besides the source and, for each text, the float model's final
-    hidden states. Quantized models live in a temporary folder, or in `work`, and are removed after
-    their evaluation; a temporary folder goes whatever happens.
+    One decoder block is in memory at a time, besides what the source keeps and, for each text, the
+    float model's final hidden states. Quantized models live in a temporary folder, or in `work`,
+    and are removed after their evaluation; a temporary folder goes whatever happens.
 
     Args:
         work: folder, new or empty, that keeps the results of finished quantizations and the blocks
@@ -123,12 +125,14 @@ def compare(
         resume: go on with the comparison in `work`, if there is one: of the same model, texts and
             windows, though perhaps of other methods and seeds. The float model is evaluated again.
             Seconds of a quantization that was interrupted are those of its last part.
+        device: where models are quantized and evaluated, as for `quantize_model`.
         progress: called with (method and stage, done, total).
         on_row: called with each row as soon as it is complete.
     Raises: InputError, before any work where that is possible.
     """
     progress = progress or (lambda stage, done, total: None)
     on_row = on_row or (lambda row: None)
+    placement = Placement(choose_device(device))
     for config in plan.methods.values():
         family_of(source.config).check(config.skip)
     check_seq_len(source.config, plan.seq_len, "windows")
@@ -145,10 +149,12 @@ def compare(
         progress("fingerprint", 0, 1)
         job = comparison_job(source, tokens, plan.windowing) | {"dtype": str(plan.dtype)}
         folder = stack.enter_context(ComparisonFolder(work, job, calibration, resume=resume))
-        row, references = _float_row(source, plan, tokens, _staged(progress, FLOAT))
+        row, references = _float_row(
+            DecoderStack(source, plan.dtype, placement), plan, tokens, _staged(progress, FLOAT)
+        )
         rows = [row]
         on_row(row)
-        runner = _Runner(source, plan, folder, tokens, references, resume, progress)
+        runner = _Runner(source, plan, folder, placement, tokens, references, resume, progress)
         for name in plan.methods:
             rows.append(_row(name, [runner.run(run) for run in plan.runs(name)], rows[0]))
             on_row(rows[-1])
@@ -174,6 +180,7 @@ class _Runner:
     source: Source
     plan: Plan
     folder: ComparisonFolder
+    placement: Placement
     tokens: Mapping[str, Tensor]
     references: Mapping[str, Reference]
     resume: bool
@@ -195,21 +202,26 @@ class _Runner:
         """Seconds that it took, now or before an interruption."""
         seconds = self.folder.quantized(config, out)
         if seconds is None:
-            options: dict[str, Any] = {"calibration": self.plan.calibration, "resume": self.resume}
-            report = quantize_model(self.source, out, config, **options, progress=progress)
+            report = quantize_model(
+                self.source,
+                out,
+                config,
+                calibration=self.plan.calibration,
+                resume=self.resume,
+                device=self.placement.compute,
+                progress=progress,
+            )
             seconds = report.seconds
             self.folder.record_quantized(config, seconds)
         return seconds
 
     def _evaluate(self, folder: Path, seed: int, seconds: float, progress: Progress) -> Finished:
         """A quantized model on every text."""
-        model, runs = from_pretrained(folder, progress=progress).eval(), {}
+        model, runs = QuantizedStack(CheckpointSource(folder), self.placement), {}
         for text, tokens in self.tokens.items():
             options = {**self.plan.windowing, "reference": self.references[text]}
             result = perplexity(model, tokens, **options, progress=progress)
             runs[text] = _run(seed, seconds, result)
-        del model
-        gc.collect()  # a model's modules refer to each other
         return Finished(runs, *linear_storage(folder))
 
 
@@ -246,24 +258,30 @@ def _calibration_text(model_config: Any, tokenizer: Any, plan: Plan) -> str:
 
 
 def _float_row(
-    source: Source, plan: Plan, tokens: Mapping[str, Tensor], progress: Progress
+    model: DecoderStack, plan: Plan, tokens: Mapping[str, Tensor], progress: Progress
 ) -> tuple[Row, dict[str, Reference]]:
     """The float model's row, and its reference on each text.
 
     Its size is that of the linears that some method quantizes.
     """
-    model, scores, references = float_model(source, plan.dtype), [], {}
+    scores, references = [], {}
     for text, own in tokens.items():
         result, references[text] = perplexity_and_reference(
             model, own, **plan.windowing, progress=progress
         )
         scores.append(Scores(text, result.windows, result.perplexity, (_run(None, 0.0, result),)))
+    weights = sum(map(Tensor.numel, _quantized_weights(model, plan)))
+    return Row(FLOAT, tuple(scores), weights * model.dtype.itemsize, weights), references
+
+
+def _quantized_weights(model: DecoderStack, plan: Plan) -> Iterator[Tensor]:
+    """The weights that some method quantizes, on the meta device."""
     skips = {config.skip for config in plan.methods.values()}
-    names = {name for skip in skips for name in family_of(source.config).quantized_linears(skip)}
-    weights = [model.get_submodule(name).weight for name in names]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    count = sum(weight.numel() for weight in weights)
-    return Row(FLOAT, tuple(scores), size, count), references
+    for index in range(len(model)):
+        block = model.skeleton(index)
+        groups = [g for skip in skips for g in model.family.quantized_groups(index, skip)]
+        for linear in {name for group in groups for name in group.linears}:
+            yield block.get_submodule(linear).weight
 
 
 def _row(name: str, finished: Sequence[Finished], float_row: Row) -> Row:

@@ -1,16 +1,18 @@
 """Perplexity, in the convention of the quantization papers, and divergence from a float model."""
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from duqpp.checkpoint.shard import Progress
-from duqpp.errors import InputError, refusing
+from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Divergence, Reference
+from duqpp.evaluation.final_states import final_states, rounds
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.models.positions import check_seq_len
 from duqpp.placement import HOST
@@ -61,21 +63,23 @@ def perplexity(
     """Perplexity of a causal language model over non-overlapping windows.
 
     Args:
-        model: a transformers causal language model, with `.model` and `.lm_head`.
+        model: a transformers causal language model, with `.model` and `.lm_head`; or a stack, from
+            `duqpp.evaluation.models.open_model`, of which one decoder block is in memory at a time.
         tokens: int64 [tokens], the whole text.
         seq_len: window length in tokens; each window predicts seq_len - 1 of them.
         windows: how many, from the beginning; None is all.
         reference: the float model's, from `perplexity_and_reference` with the same tokens, seq_len
             and windows; the result then has the divergence from it.
-        progress: called with ("evaluate", windows done, windows in all).
+        progress: called with ("evaluate", steps done, steps in all): a step is a window, of a stack
+            a window in one of the blocks or in the head.
     Raises: InputError when the text is shorter than one window, or not in the model's vocabulary,
         a window longer than the model's positions, or the reference of another vocabulary or other
         tokens.
     """
     chosen = _windows(model, tokens, seq_len, windows)
     if reference:
-        reference.check(chosen, model.lm_head.weight.shape[0])
-    return _evaluate(model, chosen, reference, None, progress)
+        reference.check(chosen, model.config.vocab_size)
+    return _evaluate(model, chosen, reference, None, progress)[0]
 
 
 def perplexity_and_reference(
@@ -91,9 +95,9 @@ def perplexity_and_reference(
     The reference holds the final hidden states of every window, 2 to 4 bytes times tokens times
     hidden size, and the model's lm_head; the rest of the model can be released.
     """
-    chosen = _windows(model, tokens, seq_len, windows)
-    reference = Reference(chosen, [], model.lm_head)
-    return _evaluate(model, chosen, None, reference.hidden, progress), reference
+    chosen, kept = _windows(model, tokens, seq_len, windows), list[Tensor]()
+    result, head = _evaluate(model, chosen, None, kept, progress)
+    return result, Reference(chosen, kept, head)
 
 
 def _windows(model: Any, tokens: Tensor, seq_len: int, windows: int | None) -> Tensor:
@@ -122,34 +126,37 @@ def _evaluate(
     reference: Reference | None,
     kept: list[Tensor] | None,
     progress: Progress | None,
-) -> PerplexityResult:
-    """The result over windows [windows, seq_len]; hidden states are appended to `kept`."""
+) -> tuple[PerplexityResult, nn.Module]:
+    """The result over windows [windows, seq_len], and the head; states are appended to `kept`."""
     started = time.monotonic()
     count, seq_len = windows.shape
+    steps, total = itertools.count(), count * (rounds(model) + 1)
+
+    def step() -> None:
+        if progress:
+            progress("evaluate", next(steps), total)
+
+    head, states = final_states(model, windows, step)
     means = []
     for index, window in enumerate(windows):
-        if progress:
-            progress("evaluate", index, count)
-        ids = window[None].to(model.device)
+        step()
+        hidden = next(states)[:-1]
         against = (reference, reference.hidden[index]) if reference else None
-        with torch.no_grad():
-            with refusing("the model cannot read the text"):  # as one quantized by others may say
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-            sums = _sums(model, hidden, ids[0, 1:], against)
+        sums = _sums(head, hidden, window[1:], against)
         means.append([total / (seq_len - 1) for total in sums])
         if kept is not None:
             kept.append(hidden.to(HOST))
-    if progress:
-        progress("evaluate", count, count)
+    step()
     nll, kl, agreement = map(list, zip(*means, strict=True))
     mean = torch.tensor(nll, dtype=torch.float64, device=HOST).mean()
     divergence = Divergence.of_windows(kl, agreement) if reference else None
     seconds = time.monotonic() - started
-    return PerplexityResult(float(mean.exp()), nll, seq_len, count, seconds, divergence)
+    return PerplexityResult(float(mean.exp()), nll, seq_len, count, seconds, divergence), head
 
 
+@torch.no_grad()
 def _sums(
-    model: Any, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
+    head: nn.Module, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
 ) -> tuple[float, float, int]:
     """Sums over the tokens of a window, from logits that are never whole.
 
@@ -160,8 +167,8 @@ def _sums(
     nll, kl, agreeing = 0.0, 0.0, 0
     for start in range(0, len(targets), LOGIT_TOKENS):
         part = slice(start, start + LOGIT_TOKENS)
-        logits = model.lm_head(hidden[part]).float()
-        nll += float(F.cross_entropy(logits, targets[part], reduction="sum"))
+        logits = head(hidden[part]).float()
+        nll += float(F.cross_entropy(logits, targets[part].to(logits.device), reduction="sum"))
         if against:
             reference, theirs = against
             there = reference.logits(theirs[part]).to(logits.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duqpp.checkpoint.card import finish_folder
-from duqpp.checkpoint.layout import Layout, convert_model, quantization_of
+from duqpp.checkpoint.layout import Layout, expected_tensors, quantization_of
 from duqpp.checkpoint.shard import CHECKSUMS_KEY, INDEX_FILE, checksum, verify_tensor
 from duqpp.checkpoint.transforms import groups_of, verify_transforms
 from duqpp.errors import CheckpointError, InputError, refusing
@@ -137,26 +137,6 @@ def savable_state(model: Any, given: dict[str, Tensor] | None = None) -> State:
     except CheckpointError as error:
         raise InputError(f"the model is not saved, as it would not load again: {error}") from error
     return _without_aliases(state), {CHECKSUMS_KEY: json.dumps(checksums)}
-
-
-def expected_tensors(config: Any, layout: Layout) -> dict[str, Tensor]:
-    """What a checkpoint of this configuration must hold: by name, on the meta device.
-
-    Raises: what transformers does for a configuration that it cannot build a model of.
-    """
-    from transformers import AutoModelForCausalLM
-
-    family_of(config).check_sizes(layout.skip)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    convert_model(skeleton, layout)
-    return tensors_of(skeleton)
-
-
-def tensors_of(model: Any) -> dict[str, Tensor]:
-    """The tensors that are loaded into a model, tied ones once."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _settle_head(model: Any, state: dict[str, Tensor]) -> None:

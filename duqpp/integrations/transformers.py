@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,24 +22,19 @@ from duqpp.checkpoint.layout import (
     Layout,
     convert_model,
     is_duqpp,
-    quantization_of,
     share_inputs,
+    tensors_of,
 )
 from duqpp.checkpoint.manifest import MANIFEST_FILE, verify_manifest
-from duqpp.checkpoint.shard import Progress, read_json, shard_files, verify_checkpoint
+from duqpp.checkpoint.shard import Progress, checkpoint_contents, read_json, verify_values
+from duqpp.checkpoint.stack import CheckpointSource, layout_of
 from duqpp.checkpoint.transforms import verify_transforms_of
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError, first_line, refusing
 from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
-from duqpp.integrations.saving import (
-    complete_on_save,
-    expected_tensors,
-    forget_on_save,
-    state_to_save,
-    tensors_of,
-)
+from duqpp.integrations.saving import complete_on_save, forget_on_save, state_to_save
 from duqpp.job.finish import provenance
 from duqpp.models.family import check_blocks, family_of
 from duqpp.models.folder import check_float_folder, check_folder
@@ -180,7 +174,8 @@ class DuqppQuantizer(HfQuantizer):
             raise CheckpointError(f"the index names a shard that is not in {files[0].parent}")
         if _verified.get() != {file.resolve() for file in files}:
             verify_manifest(_with_manifest(files[0].parent))
-            _verify(tensors_of(model), files, model.config, layout)
+            verify_values(checkpoint_contents(files, tensors_of(model)))
+            verify_transforms_of(files, family, layout.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._on_load is not None:
@@ -274,33 +269,19 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
         options: for `AutoModelForCausalLM.from_pretrained`, such as dtype and device_map.
     Raises: CheckpointError when the checkpoint is damaged, inconsistent, or not duqpp's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = model_path(model)
     if not folder.exists():
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        folder = download(str(model), check=_layout, **hub)
-    layout = _layout(folder)
-    verify_manifest(folder)
-    files = shard_files(folder)
-    with refusing(str(folder / "config.json"), CheckpointError):
-        config = AutoConfig.from_pretrained(str(folder))
-        del config.quantization_config
-        expected = expected_tensors(config, layout)
-    _verify(expected, files, config, layout, progress)
-    token = _verified.set(frozenset(file.resolve() for file in files))
+        folder = download(str(model), check=layout_of, **hub)
+    source = CheckpointSource(folder)
+    source.verify(progress)
+    token = _verified.set(frozenset(file.resolve() for file in source.files))
     try:
         return AutoModelForCausalLM.from_pretrained(str(folder), **options)
     finally:
         _verified.reset(token)
-
-
-def _layout(folder: Path) -> Layout:
-    """What config.json says of a checkpoint. Raises: CheckpointError when it is not duqpp's."""
-    values = quantization_of(read_json(folder / "config.json"))
-    if not values:
-        raise CheckpointError(f"{folder} is not quantized: no quantization_config")
-    return Layout.from_dict(values)
 
 
 def load_model(
@@ -352,15 +333,3 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
                 check_files(folder)  # whose error says which
                 raise
         return loaded.eval(), AutoTokenizer.from_pretrained(str(folder))
-
-
-def _verify(
-    expected: dict[str, Tensor],
-    files: list[Path],
-    config: Any,
-    layout: Layout,
-    progress: Progress | None = None,
-) -> None:
-    """Check the shards of a checkpoint: each tensor, and the linear groups."""
-    verify_checkpoint(files, expected, progress)
-    verify_transforms_of(files, family_of(config), layout.skip)

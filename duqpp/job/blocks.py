@@ -161,9 +161,10 @@ class BlockFolder:
         check_files(path, record)
         return record
 
+    @stage("reading")
     def quantized(self, stack: DecoderStack, index: int) -> Block:
         """A finished block, verified and ready to run. Raises: CheckpointError."""
-        module = quantized_block(stack, index, self.layout, self.shards[index])
+        module = quantized_block(stack, index, self.layout, read_shard(self.shards[index]))
         return Block.of(module, index, self.layout.skip, stack.family)
 
     def latents(self, index: int) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ def train_shards(
     """Train all blocks of a folder together, and replace their shards.
 
     Args:
-        stack: with none of its blocks released.
         first: what enters block 0. exact: what leaves the float model's last block.
     Raises: CheckpointError for a damaged file.
     """

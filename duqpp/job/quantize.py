@@ -219,7 +219,6 @@ def _quantize_blocks(
                 streams.advance(block, result)
                 folder.write(block, result)
             results.add(result)
-            stack.release(index)
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
         again = DecoderStack(stack.source, stack.dtype, stack.placement)

@@ -7,7 +7,7 @@ tests included, asks that registry.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -309,10 +309,15 @@ def check_blocks(count: Any) -> None:
         raise InputError(f"num_hidden_layers of config.json is {count}, and at most {_MOST_BLOCKS}")
 
 
+def is_known(kind: Any) -> TypeGuard[str]:
+    """Whether a `model_type` is that of a family."""
+    return isinstance(kind, str) and kind in FAMILIES
+
+
 def family_of(config: Any) -> Family:
     """The family of a model. Raises: InputError for a configuration of none that duqpp knows."""
     kind = getattr(config, "model_type", None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not is_known(kind):
         raise InputError(
             f"model_type {kind!r} is not supported; duqpp quantizes {', '.join(FAMILIES)}"
         )

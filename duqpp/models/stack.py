@@ -1,5 +1,6 @@
 """Decoder blocks that run one at a time, and the activations between them."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves
 
 
 class DecoderStack:
-    """The decoder blocks of a source, run one at a time; only one has its weights in memory.
+    """The decoder blocks of a source, run one at a time; the stack keeps the weights of none.
 
     source, config, family: what the blocks are built from. dtype: what they compute in. placement:
     where they compute, and where activations rest.
@@ -43,7 +44,7 @@ class DecoderStack:
         skeleton: Any = empty_model(self.config, self.dtype)
         tied = getattr(skeleton, "all_tied_weights_keys", {})
         self._rest = {
-            name: tensor.shape
+            name: tensor
             for name, tensor in skeleton.state_dict().items()
             if not name.startswith(f"{self.family.blocks}.") and name not in tied
         }
@@ -56,20 +57,25 @@ class DecoderStack:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where blocks compute, as transformers calls it of a whole model."""
+        return self.placement.compute
+
     def skeleton(self, index: int) -> nn.Module:
-        """Block `index` on the meta device, in eval mode, for weights from elsewhere."""
-        return self._blocks[index].eval()
+        """A block like `index` on the meta device, in eval mode, for weights from elsewhere."""
+        return copy.deepcopy(self._blocks[index]).eval()
 
     @stage("reading")
     def block(self, index: int) -> nn.Module:
-        """Block `index` with its float weights, in eval mode.
+        """Block `index` with its weights, in eval mode; whoever has it keeps them.
 
         Raises: InputError when a tensor is missing, misshapen, or has NaN or infinite values.
         """
         prefix = self.family.block_name(index)
         block = self.skeleton(index)
         weights = {
-            name: self._tensor(f"{prefix}.{name}", expected.shape).to(self.placement.compute)
+            name: self._tensor(f"{prefix}.{name}", expected).to(self.placement.compute)
             for name, expected in block.state_dict().items()
         }
         block.load_state_dict(weights, assign=True)
@@ -86,15 +92,15 @@ class DecoderStack:
 
         Raises: as `block` does.
         """
-        return {name: self._tensor(name, shape) for name, shape in self._rest.items()}
+        return {name: self._tensor(name, expected) for name, expected in self._rest.items()}
 
     def head(self) -> nn.Module:
         """From the last block's outputs to logits: the final norm, and lm_head or its tied twin.
 
         Raises: as `block` does.
         """
-        norm = self._body.norm
-        weight = self._tensor(f"{self.family.body}.norm.weight", norm.weight.shape)
+        norm = copy.deepcopy(self._body.norm)
+        weight = self._tensor(f"{self.family.body}.norm.weight", norm.weight)
         norm.load_state_dict({"weight": weight.to(self.placement.compute)}, assign=True)
         untied = "lm_head.weight" in self._rest
         rows = self._tensor("lm_head.weight", self._rest["lm_head.weight"]) if untied else None
@@ -103,60 +109,38 @@ class DecoderStack:
         head.weight = nn.Parameter(rows)
         return nn.Sequential(norm, head).requires_grad_(False)
 
-    def _tensor(self, name: str, shape: torch.Size) -> Tensor:
+    def _tensor(self, name: str, expected: Tensor) -> Tensor:
         tensor = _stored(self.source, self.family, name).to(self.dtype)
-        if tensor.shape != shape:
-            raise InputError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        if tensor.shape != expected.shape:
+            raise InputError(f"{name} must be {list(expected.shape)}, got {list(tensor.shape)}")
         check_finite(tensor, name)
         return tensor
 
-    def release(self, index: int) -> None:
-        """Let go of block `index` and its weights."""
-        self._blocks[index] = nn.Identity()
-
     @stage("tokens")
-    def first_inputs(self, tokens: Tensor) -> "BlockInputs":
-        """What block 0 reads for token sequences int64 [samples, seq_len]."""
+    def first_inputs(self, tokens: Tensor, batch: int | None = None) -> "BlockInputs":
+        """What block 0 reads for token sequences int64 [samples, seq_len].
+
+        Args: batch: sequences in one forward pass; by default, those of `TOKENS_PER_BATCH` tokens.
+        """
         probes = nn.ModuleList(_Probe() for _ in self._blocks)
         layers, norm = self._body.layers, self._body.norm
         self._body.layers, self._body.norm = probes, nn.Identity()
         self._body.rotary_emb = self._rotary
         self._body.embed_tokens.weight = nn.Parameter(self._embedding, requires_grad=False)
-        batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         inputs = BlockInputs([], [], self.placement)
+        # Positions and masks depend on the shape alone: batches of one shape share them.
+        arguments: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
-            for part in tokens.split(batch):
+            for part in tokens.split(batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])):
                 self._body(input_ids=part.to(self.placement.compute), use_cache=False)
                 inputs.hidden.append(probes[0].hidden_states.to(self.placement.storage))
-                inputs.arguments.append([probe.arguments for probe in probes])
+                own = [probe.arguments for probe in probes]
+                inputs.arguments.append(arguments.setdefault(len(part), own))
         self._body.layers, self._body.norm = layers, norm
         self._body.embed_tokens.weight = nn.Parameter(
             torch.empty_like(self._embedding, device="meta"), requires_grad=False
         )
         return inputs
-
-
-def float_model(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
-    """The source as a whole transformers model, in eval mode; it shares the source's tensors.
-
-    Args: dtype: None is the dtype of the embedding.
-    Raises: InputError when the source lacks a tensor.
-    """
-    family = family_of(source.config)
-    dtype = dtype or _stored(source, family, f"{family.body}.embed_tokens.weight").dtype
-    model: Any = empty_model(source.config, dtype)
-    names = [n for n in model.state_dict() if family.stored(n).name in source.names]
-    weights = {name: _stored(source, family, name).to(dtype) for name in names}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise InputError(f"the model has no tensor {missing[0]}")
-    body = model.get_submodule(family.body)
-    # Its buffers are computed, not stored, and on the meta device they were not.
-    body.rotary_emb = type(body.rotary_emb)(config=source.config)
-    evaluated: nn.Module = model.eval()
-    return evaluated
 
 
 def _stored(source: Source, family: Family, name: str) -> Tensor:

@@ -122,7 +122,6 @@ def inspect_source(
         result = method.quantize(block, streams)
         streams.advance(block, result)
         groups += result.groups
-        stack.release(index)
     if progress:
         progress("inspect", count, count)
     name = Path(source.config.name_or_path or "").name or "model"

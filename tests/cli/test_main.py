@@ -278,6 +278,7 @@ def test_the_device_reaches_the_model(command, name, gpus, fail, monkeypatch):
         raise InputError("recorded")
 
     monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    monkeypatch.setattr("duqpp.evaluation.models.open_model", record)
     given = [] if name == "auto" else ["--device", name]
     assert fail(*command, *given) == "recorded\n"
     assert got == [torch.device("cuda" if name == "auto" else name)]
@@ -287,22 +288,26 @@ def test_the_reference_runs_on_the_device_of_the_model(gpus, fail, monkeypatch):
     def record(model, **options):
         raise InputError(f"{model} on {options['device']}")
 
-    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    monkeypatch.setattr("duqpp.evaluation.models.open_model", record)
     assert fail("eval", "MODEL", "--reference", "FLOAT") == "FLOAT on cuda\n"
 
 
-@pytest.mark.parametrize("command", [["quantize", "MODEL", "OUT"], ["inspect", "MODEL"]])
-def test_the_device_reaches_the_job(command, fail, monkeypatch):
+@pytest.mark.parametrize(
+    "command", [["quantize", "MODEL", "OUT"], ["inspect", "MODEL"], ["compare", "MODEL"]]
+)
+def test_the_device_reaches_the_job(command, tiny_llama, fail, monkeypatch):
     def record(*_, device, **options):
         raise InputError(f"on {device}")
 
     monkeypatch.setattr("duqpp.job.quantize.quantize_model", record)
     monkeypatch.setattr("duqpp.tools.inspection.inspect_model", record)
+    monkeypatch.setattr("duqpp.evaluation.compare.compare", record)
+    command = [tiny_llama if word == "MODEL" else word for word in command]
     assert fail(*command) == "on auto\n"
     assert fail(*command, "--device", "cuda:1") == "on cuda:1\n"
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "eval", "generate"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "eval", "generate", "compare"])
 def test_a_device_that_is_not_here(command, tiny_llama, tmp_path, gpus, fail):
     more = {"quantize": [tmp_path / "out"], "generate": ["x"]}.get(command, [])
     message = fail(command, tiny_llama, *more, "--device", "gpu")
@@ -563,7 +568,7 @@ def test_a_damaged_checkpoint_is_one_line(quantized, tmp_path, fail):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    for command in (["eval", damaged], ["generate", damaged, "x"]):
+    for command in (["eval", damaged, "--seq-len", "16"], ["generate", damaged, "x"]):
         assert "its checksum differs" in fail(*command)
 
 
@@ -613,7 +618,7 @@ def test_interrupted_with_nothing_to_resume(tiny_llama, tmp_path, capsys, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("duqpp.job.quantize.open_source", interrupt)
-    monkeypatch.setattr("duqpp.integrations.transformers.load_model", interrupt)
+    monkeypatch.setattr("duqpp.evaluation.models.open_model", interrupt)
     for command in (["quantize", str(tiny_llama), str(tmp_path / "out")], ["eval", "model"]):
         assert main(command) == 130
         assert capsys.readouterr() == ("", "interrupted: nothing is left to resume\n")

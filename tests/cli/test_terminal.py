@@ -230,6 +230,7 @@ def test_numbers_that_suit_no_model_are_refused_before_one_is_opened(
 
     monkeypatch.setattr(open_source.__module__ + ".SafetensorsSource", opened)
     monkeypatch.setattr("duqpp.integrations.transformers._load_model", opened)
+    monkeypatch.setattr("duqpp.evaluation.models.open_model", opened)
     assert message in one_line(capsys, *placed(arguments, Path(".")))
 
 

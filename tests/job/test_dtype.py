@@ -13,7 +13,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation.compare import Plan, compare
 from duqpp.models.source import open_source
-from duqpp.models.stack import DecoderStack, float_model
+from duqpp.models.stack import DecoderStack
 from duqpp.tools.inspection import inspect_model
 from tests.checkpoint import damage
 
@@ -68,7 +68,6 @@ def test_inspect_and_compare_take_it(overflowing):
     config = QuantizeConfig(**OPTIONS, dtype="float32")
     assert len(inspect_model(str(overflowing), config).groups) == 8
     source = open_source(str(overflowing))
-    assert float_model(source, torch.float32).dtype == torch.float32
     found = compare(source, Plan(methods={"duquant++": config}, seq_len=32, windows=2))
     assert all(torch.tensor(row.headline.perplexity).isfinite() for row in found.rows)
     assert found.rows[1].headline.kl < 1

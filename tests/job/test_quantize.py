@@ -16,6 +16,7 @@ import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
+from duqpp.job.blocks import BlockFolder
 from duqpp.job.calibration import calibration_tokens
 from duqpp.models.family import is_skipped
 from duqpp.models.source import open_source
@@ -54,13 +55,13 @@ def hashes(folder: Path) -> dict[str, str]:
 def finished_blocks(monkeypatch) -> dict[int, torch.nn.Module]:
     """The decoder blocks as quantization leaves them in memory, by index."""
     blocks = {}
-    release = DecoderStack.release
+    write = BlockFolder.write
 
-    def keep(stack, index):
-        blocks[index] = stack._blocks[index]
-        release(stack, index)
+    def keep(folder, block, result):
+        blocks[block.index] = block.module
+        write(folder, block, result)
 
-    monkeypatch.setattr(DecoderStack, "release", keep)
+    monkeypatch.setattr(BlockFolder, "write", keep)
     return blocks
 
 

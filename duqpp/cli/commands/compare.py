@@ -10,6 +10,7 @@ from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.options import (
     TEXT_HELP,
     CalibrationOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     WindowsOption,
@@ -22,6 +23,7 @@ from duqpp.cli.progress import Bars
 from duqpp.cli.tables import ComparisonTable, print_json
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.errors import InputError
+from duqpp.placement.devices import AUTO
 
 _METHODS = ["rtn", "hadamard", "duquant++", "duquant++ --gptq"]
 
@@ -60,13 +62,14 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the interrupted comparison in --work.")
     ] = False,
+    device: DeviceOption = AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a float MODEL by several methods, and set their evaluations side by side.
 
     Perplexity, its ratio to the float model's, KL divergence from it in nats per token, and the
     share of tokens where both expect the same next one most. The quantized models are removed
-    after their evaluation. All of it runs on the CPU; `duqpp eval` can use a GPU.
+    after their evaluation.
     """
     from duqpp.evaluation.compare import Plan
     from duqpp.evaluation.compare import compare as run
@@ -94,7 +97,8 @@ def compare(
 
         bars.open(model)
         source = open_source(model)
-        found = run(source, plan, work=work, resume=resume, progress=bars, on_row=show)
+        options: dict[str, Any] = {"work": work, "resume": resume, "device": device}
+        found = run(source, plan, **options, progress=bars, on_row=show)
     if as_json:
         print_json({"model": model, "seeds": plan.seeds, **found.to_dict()})
         return

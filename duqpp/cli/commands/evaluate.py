@@ -53,6 +53,7 @@ def evaluate(
 
     With --tasks, perplexity is left out unless --text or --reference asks for it.
     """
+    from duqpp.evaluation.models import open_model
     from duqpp.integrations.transformers import load_model
 
     if tasks is None and (tasks_dir is not None or limit is not None):
@@ -67,7 +68,8 @@ def evaluate(
         for evaluation in asked:
             evaluation.prepare(where, bars)
         bars.open(model)
-        loaded, tokenizer = load_model(model, device=where, progress=bars)
+        load = open_model if tasks is None else load_model  # lm-eval takes a whole model
+        loaded, tokenizer = load(model, device=where, progress=bars)
         found: dict[str, Any] = {"model": model, "device": str(loaded.device)}
         lines: list[str] = []
         for evaluation in asked:
@@ -92,16 +94,16 @@ class _TextEvaluation:
 
     def prepare(self, device: torch.device, bars: Bars) -> None:
         """Evaluate the reference: it is gone before the model is loaded."""
-        from duqpp.integrations.transformers import load_model
+        from duqpp.evaluation.models import open_model
 
         if self._reference is None:
             return
         bars.open(self._reference, "reference")
-        model, tokenizer = load_model(self._reference, device=device, progress=bars)
+        model, tokenizer = open_model(self._reference, device=device, progress=bars)
         tokens = tokenize(tokenizer, self._content)
         _, self._kept = perplexity_and_reference(model, tokens, **self._windowing, progress=bars)
         del model
-        gc.collect()  # a model's modules refer to each other
+        gc.collect()  # modules of a whole model refer to each other
 
     def run(self, model: Any, tokenizer: Any, bars: Bars) -> tuple[dict[str, Any], list[str]]:
         """Of a model: as JSON, and as lines for people."""
