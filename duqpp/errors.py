@@ -22,6 +22,10 @@ class CheckpointError(DuqppError, ValueError):
     """A quantized checkpoint that is truncated, altered, of another format, or inconsistent."""
 
 
+class RankLostError(DuqppError, RuntimeError):
+    """Another process of a job on several has ended, or cannot be reached: this one ends too."""
+
+
 class BackendUnavailableError(DuqppError, RuntimeError):
     """An operation was asked of a backend that cannot run it here (see `duqpp doctor`)."""
 

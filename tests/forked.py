@@ -42,7 +42,12 @@ class Forked:
 
     def has_ended(self) -> bool:
         """Whether it is no longer running. To be asked no more once it has ended."""
-        return os.waitpid(self._pid, os.WNOHANG) != (0, 0)
+        return self.poll() is not None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, once it has ended, and then no more; else None."""
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
 
     def wait(self) -> int:
         """The exit code, when it has ended by itself."""

@@ -1,8 +1,10 @@
-"""Where a job computes, where its data rest, and which generator draws its random numbers."""
+"""Where a job computes, and with whom; where its data rest; who draws its random numbers."""
 
 from dataclasses import dataclass
 
 import torch
+
+from duqpp.placement.ranks import ALONE, Ranks
 
 HOST = torch.device("cpu")  # where files are read, and random numbers are drawn
 
@@ -10,13 +12,14 @@ HOST = torch.device("cpu")  # where files are read, and random numbers are drawn
 @dataclass(frozen=True)
 class Placement:
     """compute: where decoder blocks are, and everything that is made of them. storage: where
-    activations rest while no block reads them.
+    activations rest while no block reads them. ranks: the processes that share the work.
 
     Modules below the job take devices from here or from the tensors that they are given.
     """
 
     compute: torch.device = HOST
     storage: torch.device = HOST
+    ranks: Ranks = ALONE
 
 
 ON_HOST = Placement()
