@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from duqpp.errors import InputError
-from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
-from duqpp.format.e2m1 import decode_e2m1, encode_e2m1, pack_e2m1
-from duqpp.format.e8m0 import decode_e8m0, inverse_scale
-from duqpp.ops import quantize
+from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.ops.backend import Backend
+from duqpp.ops.dispatch import select
 from duqpp.placement.stages import stage
-from duqpp.torch_state import single_thread
 
 BlockOrder = Literal["diagonal", "channels"]
 
 _DAMPING_ATTEMPTS = 6  # each ten times the damping of the one before
+_COLUMNS_AT_A_TIME = 256  # whose errors are fed into all later columns by one product
 _ROWS_AT_A_TIME = 1024  # of W, compared with rounding to nearest
 
 
@@ -39,17 +38,24 @@ class GptqResult:
 class Gptq:
     """What GPTQ makes of one Hessian, for weights whose rows are independent of each other.
 
-    hessian: H, float32 [K, K]. blocks: int64 [K / 32], those of 32 columns in the order in which
-    they are rounded; columns: int64 [K], the same of columns. factor: float32 [K, K], upper
-    triangular U in this order, U.T U the inverse of the damped H. added: to the diagonal of H,
-    float32 [K].
+    With the columns in the order in which they are rounded, the damped H is F diag(D) F.T, so that
+
+        (W - Q) H (W - Q).T = sum over j of D_j ((W - Q) F)_j**2,
+
+    with F upper triangular, and ones on its diagonal: term j has column j and those before it. Each
+    column is rounded from what would make its term 0. Before any column of a block is rounded, that
+    is W + (W - Q) F G, with (W - Q) F of the columns before the block, and G the inverse of its own
+    part of F.
+
+    blocks: int64 [K / 32], those of 32 columns in the order in which they are rounded. The others
+    are in this order. factor: F, float32 [K, K]. corners: G of each block, float32
+    [K / 32, 32, 32]. pivots: D, float32 [K].
     """
 
-    hessian: Tensor
     blocks: Tensor
-    columns: Tensor
     factor: Tensor
-    added: Tensor
+    corners: Tensor
+    pivots: Tensor
 
     @classmethod
     @stage("factor")
@@ -57,64 +63,71 @@ class Gptq:
         """Order and factor of a Hessian; the arguments, and what is raised, are those of `gptq`."""
         if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
             raise InputError("GPTQ: the Hessian has NaN or infinite values")
-        device = hessian.device
         if order == "diagonal":
             blocks = _by_falling_diagonal(hessian)
         else:
-            blocks = torch.arange(len(hessian) // BLOCK_SIZE, device=device)
-        inside = torch.arange(BLOCK_SIZE, device=device)
-        columns = (blocks[:, None] * BLOCK_SIZE + inside).view(-1)
-        factor, added = _inverse_cholesky(hessian, columns, damping)
-        return cls(hessian, blocks, columns, factor, added[columns.argsort()].float())
+            blocks = torch.arange(len(hessian) // BLOCK_SIZE, device=hessian.device)
+        return cls(blocks, *_factorized(hessian, _columns_of(blocks), damping))
 
     @stage("gptq")
     def round(self, weight: Tensor, rule: ScaleRule) -> GptqResult:
         """Quantize some rows of W, or all: float32 [N, K]."""
         rows, width = weight.shape
-        remaining = weight[:, self.columns]  # until the end everything is in this order
+        backend = select("rotate_quantize", weight.device)
+        codes = weight.new_empty((rows, width // BLOCK_SIZE, BLOCK_SIZE // 2), dtype=torch.uint8)
+        scales = weight.new_empty((rows, width // BLOCK_SIZE), dtype=torch.uint8)
+        compensated = torch.empty_like(weight)
         loss = weight.new_zeros(rows)  # (W - Q) H (W - Q).T of each row
-        codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-        scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
-        for start in range(0, width, BLOCK_SIZE):
-            stop = start + BLOCK_SIZE
-            block = remaining[:, start:stop].T.contiguous()  # [32, N]: a column is contiguous
-            exponent = quantize(block.T, rule=rule).scales[:, 0]  # [N]
-            scale, inverse = decode_e8m0(exponent), inverse_scale(exponent)
-            corner = self.factor[start:stop, start:stop]
-            errors = torch.empty_like(block)
-            with single_thread():
-                for j in range(BLOCK_SIZE):
-                    code = encode_e2m1(block[j] * inverse)
-                    codes[:, start + j] = code
-                    errors[j] = (block[j] - decode_e2m1(code) * scale) / corner[j, j]
-                    block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1.0)
-            scales[:, start // BLOCK_SIZE] = exponent
-            remaining[:, start:stop] = block.T
-            remaining[:, stop:].addmm_(errors.T, self.factor[start:stop, stop:], alpha=-1.0)
-            loss += errors.square().sum(0)
-        back = self.columns.argsort()
-        quantized = MXFP4Tensor(pack_e2m1(codes[:, back]), scales[:, self.blocks.argsort()])
-        result = GptqResult(quantized, remaining[:, back])
-        return self._better_of_nearest(weight, result, loss, rule)
+        fed = torch.zeros_like(weight)  # in this order, (W - Q) F of the columns before `done`
+        differences = weight.new_empty(rows, _COLUMNS_AT_A_TIME)  # W - Q of those behind it
+        for index, block in enumerate(self.blocks.cpu().tolist()):
+            start, stop = BLOCK_SIZE * index, BLOCK_SIZE * (index + 1)
+            own = slice(BLOCK_SIZE * block, BLOCK_SIZE * (block + 1))
+            done = start - start % _COLUMNS_AT_A_TIME
+            here = fed[:, start:stop]
+            here.addmm_(differences[:, : start - done], self.factor[done:start, start:stop])
+            values = torch.addmm(weight[:, own], here, self.corners[index])
+            made = backend.gptq_block(values, self.corners[index], rule)
+            codes[:, block], scales[:, block], compensated[:, own], rounded = made
+            loss += (made.compensated - rounded).square() @ self.pivots[start:stop]
+            differences[:, start - done : stop - done] = weight[:, own] - rounded
+            if stop - done == _COLUMNS_AT_A_TIME:
+                fed[:, stop:].addmm_(differences, self.factor[done:stop, stop:])
+        result = GptqResult(MXFP4Tensor(codes.flatten(1), scales), compensated)
+        self._round_to_nearest_where_better(weight, result, loss, rule, backend)
+        return result
 
-    def _better_of_nearest(
-        self, weight: Tensor, result: GptqResult, loss: Tensor, rule: ScaleRule
-    ) -> GptqResult:
-        """The result, with the rows that rounding to nearest serves better rounded to nearest.
+    def _round_to_nearest_where_better(
+        self, weight: Tensor, result: GptqResult, loss: Tensor, rule: ScaleRule, backend: Backend
+    ) -> None:
+        """Put rows into the result that rounding to nearest serves better.
 
         Args: loss: of the result's rows, float32 [N].
         """
-        quantized, compensated = result.weight, result.compensated
+        columns = _columns_of(self.blocks)
         for first in range(0, len(weight), _ROWS_AT_A_TIME):
-            rows = slice(first, first + _ROWS_AT_A_TIME)
-            nearest = quantize(weight[rows], rule=rule)
-            errors = weight[rows] - dequantize(nearest)
-            own = (errors * torch.addcmul(errors @ self.hessian, errors, self.added)).sum(1)
-            better = (own < loss[rows]).nonzero().flatten()
-            quantized.codes[first + better] = nearest.codes[better]
-            quantized.scales[first + better] = nearest.scales[better]
-            compensated[first + better] = weight[first + better]
-        return result
+            part = weight[first : first + _ROWS_AT_A_TIME]
+            blocks = part.reshape(-1, BLOCK_SIZE)
+            nearest = backend.gptq_block(blocks, None, rule)
+            errors = (part - nearest.rounded.view_as(part))[:, columns]
+            better = self._with_less_loss(errors, loss[first : first + _ROWS_AT_A_TIME])
+            result.weight.codes[first + better] = nearest.codes.view(len(part), -1)[better]
+            result.weight.scales[first + better] = nearest.scales.view(len(part), -1)[better]
+            result.compensated[first + better] = part[better]
+
+    def _with_less_loss(self, errors: Tensor, loss: Tensor) -> Tensor:
+        """Indices of the rows of `errors`, W - Q in this order, whose loss is below the one given.
+
+        A loss is a sum of what is never negative: a row is let go of when it is reached.
+        """
+        rows = torch.arange(len(errors), device=errors.device)
+        for start in range(0, errors.shape[1], _COLUMNS_AT_A_TIME):
+            stop = start + _COLUMNS_AT_A_TIME
+            fed = errors[:, :stop] @ self.factor[:stop, start:stop]
+            loss = loss - fed.square() @ self.pivots[start:stop]
+            below = loss > 0
+            rows, errors, loss = rows[below], errors[below], loss[below]
+        return rows
 
 
 def gptq(
@@ -150,14 +163,21 @@ def _by_falling_diagonal(hessian: Tensor) -> Tensor:
     return sums.argsort(descending=True, stable=True)
 
 
-def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Upper triangular U, float32 [K, K]: U.T U is the inverse of H[columns][:, columns], damped;
-    and what was added to its diagonal, float64 [K].
+def _columns_of(blocks: Tensor) -> Tensor:
+    """Indices of the columns of blocks, int64 [32 * number of blocks]."""
+    inside = torch.arange(BLOCK_SIZE, device=blocks.device)
+    return (blocks[:, None] * BLOCK_SIZE + inside).view(-1)
 
-    One float64 matrix holds in turn the damped Hessian, its factor, the inverse and that one's
-    factor. Its columns are contiguous, as LAPACK wants them: of other matrices torch makes copies.
+
+def _factorized(hessian: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor, corners and pivots of H[columns][:, columns], damped: see `Gptq`.
+
+    They are the Cholesky factor of the same matrix in the opposite order, turned around. One
+    float64 matrix holds in turn the damped Hessian and its factor. Its columns are contiguous, as
+    LAPACK wants them: of other matrices torch makes copies.
     """
-    diagonal = hessian.diagonal()[columns]
+    backwards = columns.flip(0)
+    diagonal = hessian.diagonal()[backwards]
     dead = diagonal == 0
     mean = diagonal[~dead].double().mean() if (~dead).any() else diagonal.new_ones(())
     matrix = torch.empty_like(
@@ -165,17 +185,31 @@ def _inverse_cholesky(hessian: Tensor, columns: Tensor, damping: float) -> tuple
     ).mT
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(_DAMPING_ATTEMPTS):
-        for rows, part in zip(matrix.mT.split(BLOCK_SIZE), columns.split(BLOCK_SIZE), strict=True):
-            rows.copy_(hessian[part][:, columns])  # part by part: a second matrix would be 4 K^2
-        added = dead.double() * mean + damping * 10.0**attempt * mean
-        matrix.diagonal().add_(added)
+        _copy_in_order(hessian, backwards, matrix)
+        matrix.diagonal().add_(dead.double() * mean + damping * 10.0**attempt * mean)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            torch.cholesky_inverse(matrix, out=matrix)
-            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
-            if not failed:
-                return matrix.float(), added
+            pivots = matrix.diagonal().square()
+            matrix.div_(matrix.diagonal().clone())
+            corners = _inverse_corners(matrix).float()
+            factor = matrix.float()
+            del matrix  # before the next copy of it
+            return factor.flip(0, 1), corners.flip(0, 1, 2), pivots.float().flip(0)
     raise InputError(
         f"GPTQ: the Hessian is not positive definite with damping up to "
         f"{damping * 10.0 ** (_DAMPING_ATTEMPTS - 1):g}; give more calibration text"
     )
+
+
+def _copy_in_order(hessian: Tensor, columns: Tensor, matrix: Tensor) -> None:
+    """Copy H[columns][:, columns] into a matrix, part by part: H in order would be 4 K^2 more."""
+    for rows, part in zip(matrix.mT.split(BLOCK_SIZE), columns.split(BLOCK_SIZE), strict=True):
+        rows.copy_(hessian[part][:, columns])
+
+
+def _inverse_corners(matrix: Tensor) -> Tensor:
+    """Inverses of what is on the diagonal of a lower triangular [K, K]: [K / 32, 32, 32]."""
+    tiles = matrix.unflatten(1, (-1, BLOCK_SIZE)).unflatten(0, (-1, BLOCK_SIZE))
+    corners = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    identity = torch.eye(BLOCK_SIZE, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(corners, identity, upper=False)

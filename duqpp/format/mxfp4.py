@@ -56,10 +56,7 @@ def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
     if x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"quantize: K must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
     blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., K/32, 32]
-    if rule == ScaleRule.MSE:
-        scales = _least_error_scales(blocks)
-    else:
-        scales = scale_exponent(block_amax(blocks), rule)
+    scales = block_scales(blocks, rule)
     return MXFP4Tensor(pack_e2m1(encode_blocks(blocks, scales).flatten(-2)), scales)
 
 
@@ -67,6 +64,13 @@ def dequantize(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     """Values of an MXFP4 tensor with row-major scales, [..., K]; float32 and bfloat16 are exact."""
     values = decode_packed_e2m1(tensor.codes).unflatten(-1, (-1, BLOCK_SIZE))
     return (values * decode_e8m0(tensor.scales)[..., None]).flatten(-2).to(dtype)
+
+
+def block_scales(blocks: Tensor, rule: ScaleRule) -> Tensor:
+    """The scale of each block under a rule: float32 [..., 32] to uint8 [...]."""
+    if rule == ScaleRule.MSE:
+        return _least_error_scales(blocks)
+    return scale_exponent(block_amax(blocks), rule)
 
 
 def block_amax(blocks: Tensor) -> Tensor:

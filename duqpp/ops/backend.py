@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
+from duqpp.ops.gptq_block import GptqBlock, gptq_block
 
 OPS = ("rotate_quantize", "mxfp4_gemm")  # those that a backend is chosen for
 
@@ -103,6 +104,10 @@ class Backend(ABC):
     ) -> Tensor:
         """`rotate_quantize`, then `mxfp4_gemm`, to the dtype of x."""
         return self.run_linear(Quantization(x, rotation, rule), weight, bias)
+
+    def gptq_block(self, values: Tensor, factor: Tensor | None, rule: ScaleRule) -> GptqBlock:
+        """See `duqpp.ops.gptq_block`."""
+        return gptq_block(values, factor, rule)
 
     @abstractmethod
     def _unavailable(self, device: torch.device) -> str | None:

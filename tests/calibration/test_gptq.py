@@ -286,6 +286,17 @@ def check_scales(block: np.ndarray, scales: np.ndarray, tolerance: np.ndarray, r
     assert ((least <= scales) & (scales <= most)).all()
 
 
+def test_errors_reach_all_columns_however_many():
+    """More columns than are fed forward at a time: each of the last ones hears of the first."""
+    k = module._COLUMNS_AT_A_TIME + 64
+    weight, H = inputs.gaussian(8, k, seed=15), correlated(k, seed=16)
+    found = module.gptq(weight, H, rule=ScaleRule.MSE, damping=0.01, order="channels")
+    factor = factorized_by_hand(H, torch.arange(k), 0.01)[0]
+    errors = (weight - dequantize(found.weight)).double() @ factor
+    made = found.compensated - dequantize(found.weight)
+    torch.testing.assert_close(made.double(), errors, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_the_compensated_weight_is_what_was_rounded(rule):
     """Each value of it rounds to its code, and behind the first column it is not the weight."""
@@ -320,13 +331,34 @@ def test_memory_is_one_matrix_in_float64_and_one_in_float32():
     assert 12 * k**2 <= grown < 13 * k**2
 
 
-def test_factors_are_those_of_separate_matrices():
-    """Bit by bit: working in place changes no result."""
-    k, damping = 96, 0.01
-    H = correlated(k, seed=3)
-    columns = torch.arange(k).flip(0)
+def factorized_by_hand(H: torch.Tensor, columns: torch.Tensor, damping: float):
+    """F and D of H in an order, by separate matrices: float64 [K, K] and [K]."""
     damped = H[columns][:, columns].double()
     damped.diagonal().add_(damping * H.diagonal().double().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    expected = torch.linalg.cholesky(inverse, upper=True).float()
-    oracle.assert_same(module._inverse_cholesky(H, columns, damping)[0], expected, "U")
+    root = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return root / root.diagonal(), root.diagonal().square(), damped
+
+
+def test_factors_are_those_of_separate_matrices():
+    """Bit by bit: working in place changes no result."""
+    H = correlated(96, seed=3)
+    columns = torch.arange(96).flip(0)
+    factor, pivots, _ = factorized_by_hand(H, columns, 0.01)
+    made = module._factorized(H, columns, 0.01)
+    oracle.assert_same(made[0], factor.float(), "F")
+    oracle.assert_same(made[2], pivots.float(), "D")
+
+
+def test_factors_are_those_of_the_damped_hessian():
+    H, columns = correlated(96, seed=4), torch.arange(96).roll(32)
+    factor, corners, pivots = (part.double() for part in module._factorized(H, columns, 0.01))
+    damped = factorized_by_hand(H, columns, 0.01)[2]
+    torch.testing.assert_close(
+        (factor * pivots) @ factor.T, damped, rtol=0, atol=2e-6 * damped.max()
+    )
+    assert torch.equal(factor, factor.triu()) and (factor.diagonal() == 1).all()
+    for index, corner in enumerate(corners):
+        here = slice(32 * index, 32 * index + 32)
+        torch.testing.assert_close(
+            corner @ factor[here, here], torch.eye(32).double(), rtol=0, atol=1e-5
+        )

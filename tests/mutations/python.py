@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 GPTQ = "duqpp/calibration/gptq.py"
+GPTQ_BLOCK = "duqpp/ops/gptq_block.py"
 HESSIAN = "duqpp/calibration/hessian.py"
 SMOOTHING = "duqpp/calibration/smoothing.py"
 STATISTICS = "duqpp/calibration/statistics.py"
@@ -51,6 +52,7 @@ GENERATE = "duqpp/tools/generate.py"
 INSPECTION = "duqpp/tools/inspection.py"
 
 GPTQ_TESTS = "tests/calibration/test_gptq.py"
+GPTQ_BLOCK_TESTS = "tests/ops/test_gptq_block.py"
 HESSIAN_TESTS = "tests/calibration/test_hessian.py"
 SMOOTHING_TESTS = "tests/calibration/test_smoothing.py"
 STATISTICS_TESTS = "tests/calibration/test_statistics.py"
@@ -100,8 +102,8 @@ MUTATIONS = (
     Mutation(
         "gptq: rows stay that rounding to nearest serves better",
         GPTQ,
-        "better = (own < loss[rows])",
-        "better = (own < -loss[rows])",
+        "below = loss > 0",
+        "below = loss > loss.max()",
         GPTQ_TESTS,
     ),
     Mutation(
@@ -126,24 +128,38 @@ MUTATIONS = (
         "tests/ops/test_mxfp4_gemm.py",
     ),
     Mutation(
-        "gptq: an error is not in units of its column",
+        "gptq: a block starts from what is fed into it, its own columns as they are",
         GPTQ,
-        "decode_e2m1(code) * scale) / corner[j, j]",
-        "decode_e2m1(code) * scale)",
+        "torch.addmm(weight[:, own], here, self.corners[index])",
+        "weight[:, own] + here",
         GPTQ_TESTS,
+    ),
+    Mutation(
+        "gptq: an error of a block stays in its column",
+        GPTQ_BLOCK,
+        "(columns[j] - rounded[j]) * factor[j, j + 1 :, None]",
+        "0 * factor[j, j + 1 :, None]",
+        GPTQ_BLOCK_TESTS,
     ),
     Mutation(
         "gptq: errors stay in their block",
         GPTQ,
-        "remaining[:, stop:].addmm_(errors.T, self.factor[start:stop, stop:], alpha=-1.0)",
+        "here.addmm_(differences[:, : start - done], self.factor[done:start, start:stop])",
+        "pass",
+        GPTQ_TESTS,
+    ),
+    Mutation(
+        "gptq: errors reach 256 columns",
+        GPTQ,
+        "fed[:, stop:].addmm_(differences, self.factor[done:stop, stop:])",
         "pass",
         GPTQ_TESTS,
     ),
     Mutation(
         "gptq: scales in the order of rounding",
         GPTQ,
-        "scales[:, self.blocks.argsort()]",
-        "scales[:, self.blocks]",
+        "codes[:, block], scales[:, block], compensated",
+        "codes[:, block], scales[:, index], compensated",
         GPTQ_TESTS,
     ),
     Mutation(
