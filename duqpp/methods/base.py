@@ -76,8 +76,8 @@ class Streams:
             self.exact.hidden = result.exact_outputs
         if self.inputs is None:
             return
-        if result.float_outputs is not None:
-            self.inputs.hidden = result.float_outputs
+        if result.outputs is not None:
+            self.inputs.hidden = result.outputs
         else:
             with stage("quantized pass"):
                 self.inputs.advance(block.module, block.index)
@@ -88,15 +88,15 @@ class BlockResult:
     """What a method has done to a block.
 
     groups, refined: reports. latents: by linear, what its codes were rounded from, float32 [N, K];
-    for a method that trains the whole model. float_outputs: the float block's outputs for the
-    inputs, batch by batch, where next_inputs="float" asks for them. exact_outputs: in the float
-    stream, where there is one.
+    for a method that trains the whole model. outputs: what the next block is calibrated
+    on, batch by batch, where that is known: the quantized block's outputs for the inputs, with
+    next_inputs="float" the float block's. exact_outputs: in the float stream, where there is one.
     """
 
     groups: list[GroupReport]
     refined: RefineReport | None = None
     latents: dict[str, Tensor] = field(default_factory=dict)
-    float_outputs: list[Tensor] | None = None
+    outputs: list[Tensor] | None = None
     exact_outputs: list[Tensor] | None = None
 
 

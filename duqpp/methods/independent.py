@@ -129,7 +129,7 @@ class Independent(Method):
             reports.append(
                 report_group(plan, weights, samples.get(name), rows, exact.get(name), rule)
             )
-        return BlockResult(reports, float_outputs=outputs)
+        return BlockResult(reports, outputs=outputs)
 
     @stage("float pass")
     def observe(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,9 @@ from duqpp.methods.options import SequentialOptions
 from duqpp.methods.refine.blocks import CHECKS, refine_block
 from duqpp.methods.refine.distill import CHECK_STEPS, EPOCHS, distill
 from duqpp.methods.reports import DistillReport, GroupReport
+from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
+from duqpp.models.standing import Known, standing_in
 from duqpp.ops import quantize
 from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
@@ -102,16 +104,18 @@ class Sequential(Method):
             calibrating = inputs.first(streams.calibrating)
             observed_batches = streams.calibrating if self.options.drift else 0
             targets, float_inputs = run_float_block(block, streams.exact, observed_batches)
-        groups, latents = self.quantize_groups(block, calibrating, float_inputs)
-        refined = None
+        found = self.quantize_groups(block, calibrating, float_inputs)
+        refined, latents = None, found.latents
         if self.options.refine != "none" and targets is not None:
             generator = group_generator(self.options.seed, f"{block.name}.refine")
             refined, latents = refine_block(
                 block, latents, inputs, targets, self.options.weight_rule, generator
             )
+        elif outputs is None:
+            outputs = _outputs_of_block(block, inputs, found.known)
         if not self.needs.whole_model:
             latents = {}
-        return BlockResult(groups, refined, latents, outputs, targets)
+        return BlockResult(found.reports, refined, latents, outputs, targets)
 
     def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
         generator = group_generator(self.options.seed, "distill")
@@ -121,44 +125,71 @@ class Sequential(Method):
         self,
         block: Block,
         inputs: BlockInputs,
-        float_inputs: Mapping[str, Tensor] | None = None,
-    ) -> tuple[list[GroupReport], dict[str, Tensor]]:
+        float_inputs: dict[str, Tensor] | None = None,
+    ) -> "QuantizedGroups":
         """Replace the linears of a float block by quantized ones, in place, group after group.
 
         Args:
             inputs: of the quantized stream.
             float_inputs: of the float model, from `run_float_block`, which `drift` aims at; None or
-                empty for nothing to make up for.
-        Returns: one report per linear group; and by linear what its codes were rounded from,
-            float32 [N, K], for refinement.
+                empty for nothing to make up for. Each is taken out when its group is quantized.
         Raises: InputError when an input is not finite, or a weight cannot be quantized.
         """
-        reports: list[GroupReport] = []
-        latents: dict[str, Tensor] = {}
+        done = QuantizedGroups()
         for group in block.groups:
-            plan = plan_group(block, group)
-            x = _group_input(block, group.linears[0], inputs)
-            drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
-            samples = x[drawn[report_rows(len(drawn))].to(x.device)]
-            exact = group_outputs(plan, samples)
-            with stage("statistics"):
-                plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
-            with named(plan.name):
-                generator = group_generator(self.options.seed, plan.name)
-                plan.transform = _transform(x, plan, generator)
-                exact_x = float_inputs[group.name] if float_inputs else None
-                hessian, drift, amax = _observe(x, exact_x, plan, self.options)
-            del x
-            weights = quantize_weights(plan, self.options, hessian, drift)
-            del hessian, drift
-            replace_linears(block, plan, weights, self.layout())
-            latents |= {name: weight.latent for name, weight in weights.items()}
-            every = torch.arange(len(samples), device=samples.device)
-            rule = self.options.activation_rule
-            report = report_group(plan, weights, samples, every, exact, rule)
-            before, after = (block_amax(channels) for channels in amax)
-            reports.append(replace(report, block_amax_before=before, block_amax=after))
-        return reports, latents
+            exact = float_inputs.pop(group.name) if float_inputs else None
+            self._quantize_group(block, group, inputs, exact, done)
+        return done
+
+    def _quantize_group(
+        self,
+        block: Block,
+        group: LinearGroup,
+        inputs: BlockInputs,
+        float_input: Tensor | None,
+        done: "QuantizedGroups",
+    ) -> None:
+        """Replace the linears of the next group, and add what was done to `done`."""
+        plan = plan_group(block, group)
+        x = _group_input(block, group.linears[0], inputs, done.known)
+        drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
+        samples = x[drawn[report_rows(len(drawn))].to(x.device)]
+        exact = group_outputs(plan, samples)
+        with stage("statistics"):
+            plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
+        with named(plan.name):
+            generator = group_generator(self.options.seed, plan.name)
+            plan.transform = _transform(x, plan, generator)
+            hessian, drift, amax = _observe(x, float_input, plan, self.options)
+        del float_input
+        read = x.to(inputs.placement.storage, inputs.hidden[0].dtype) if group.returns else None
+        del x
+        weights = quantize_weights(plan, self.options, hessian, drift)
+        del hessian, drift
+        replace_linears(block, plan, weights, self.layout())
+        if group.returns is not None and read is not None:
+            outputs = _outputs_of_linear(block, group.linears[0], inputs, read)
+            done.known[group.owner] = Known(outputs, group.returns)
+        done.latents.update({name: weight.latent for name, weight in weights.items()})
+        every = torch.arange(len(samples), device=samples.device)
+        rule = self.options.activation_rule
+        report = report_group(plan, weights, samples, every, exact, rule)
+        before, after = (block_amax(channels) for channels in amax)
+        done.reports.append(replace(report, block_amax_before=before, block_amax=after))
+
+
+@dataclass
+class QuantizedGroups:
+    """The groups of a block that are quantized so far.
+
+    reports: one for each. latents: by linear, what its codes were rounded from, float32 [N, K], for
+    refinement. known: by name, the modules of the block that will compute nothing else than they
+    have computed, until something in them is trained.
+    """
+
+    reports: list[GroupReport] = field(default_factory=list)
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    known: dict[str, Known] = field(default_factory=dict)
 
 
 @stage("float pass")
@@ -187,7 +218,9 @@ def run_float_block(
 
 
 @stage("quantized pass")
-def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
+def _group_input(
+    block: Block, name: str, inputs: BlockInputs, known: Mapping[str, Known]
+) -> Tensor:
     """What a linear reads, every row: float32 [tokens, K]. Raises: InputError for NaN, infinity."""
     reader = block.module.get_submodule(name)
     x = torch.empty(
@@ -201,11 +234,32 @@ def _group_input(block: Block, name: str, inputs: BlockInputs) -> Tensor:
         x[filled : filled + len(rows)] = rows
         filled += len(rows)
 
-    with observed(reader, update):
+    with observed(reader, update), standing_in(block.module, known, inputs.placement.compute):
         inputs.run_up_to(block.module, block.index, reader)
     if not torch.isfinite(torch.stack(x.aminmax())).all():
         raise overflow_of_input(f"{block.name}.{name}", reader.weight.dtype)
     return x
+
+
+@stage("quantized pass")
+def _outputs_of_linear(block: Block, name: str, inputs: BlockInputs, read: Tensor) -> list[Tensor]:
+    """What a linear gives for its input [tokens, K], batch by batch, where activations rest."""
+    linear, outputs, placement = block.module.get_submodule(name), [], inputs.placement
+    shapes = [hidden.shape[:2] for hidden in inputs.hidden]
+    with torch.no_grad():
+        for rows, shape in zip(read.split([s.numel() for s in shapes]), shapes, strict=True):
+            x = rows.to(placement.compute).view(*shape, -1)
+            outputs.append(linear(x).to(placement.storage))
+    return outputs
+
+
+@stage("quantized pass")
+def _outputs_of_block(
+    block: Block, inputs: BlockInputs, known: Mapping[str, Known]
+) -> list[Tensor]:
+    """What a quantized block gives, batch by batch."""
+    with standing_in(block.module, known, inputs.placement.compute):
+        return list(inputs.outputs(block.module, block.index))
 
 
 @stage("transform")

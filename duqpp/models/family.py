@@ -5,7 +5,7 @@ tests included, asks that registry.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
@@ -96,6 +96,8 @@ class LinearGroup:
     reads: what the configuration calls the number of the input's channels, as in `Family.widths`.
     expert: of a mixture, the one that the linears belong to: they see only the tokens that are sent
         there, perhaps none. None for linears that see every token.
+    returns: what the owner returns for the output of the group's only linear, where that is the
+        last thing that it computes; else None.
     is_whole: whether all linears that read the input are among `linears`: only then can they
         share it when it is quantized, and its channels be scaled.
     """
@@ -107,6 +109,7 @@ class LinearGroup:
     width: int = 1
     expert: int | None = None
     reads: str = ""
+    returns: Callable[[Tensor], Any] | None = None
     is_whole: bool = True
 
     @property
@@ -248,6 +251,14 @@ def is_skipped(name: str, skip: Sequence[str]) -> bool:
     return any(f".{entry}." in f".{name}." for entry in skip)
 
 
+def _as_it_is(output: Tensor) -> Tensor:
+    return output
+
+
+def _without_attention_weights(output: Tensor) -> tuple[Tensor, None]:
+    return output, None
+
+
 class Llama(Family):
     """Llama, and what is built like it: attention with separate projections, and a gated MLP."""
 
@@ -271,6 +282,7 @@ class Llama(Family):
                 repeats=config.num_attention_heads // config.num_key_value_heads,
                 width=self.head_dim,
                 reads="num_attention_heads * head_dim",
+                returns=_without_attention_weights,
             ),
             LinearGroup(
                 "gate_up",
@@ -278,7 +290,13 @@ class Llama(Family):
                 Norm("post_attention_layernorm"),
                 reads="hidden_size",
             ),
-            LinearGroup("down", ("mlp.down_proj",), Rows("mlp.up_proj"), reads="intermediate_size"),
+            LinearGroup(
+                "down",
+                ("mlp.down_proj",),
+                Rows("mlp.up_proj"),
+                reads="intermediate_size",
+                returns=_as_it_is,
+            ),
         )
 
     def widths(self) -> dict[str, int]:

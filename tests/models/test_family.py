@@ -83,6 +83,31 @@ def test_linears_of_a_group_read_one_tensor(model_type, make_tiny):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_an_owner_returns_for_its_last_linear(model_type, make_tiny):
+    """To the last bit, and in the same structure; each owner has one such linear."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(model_type)).eval()
+    family = family_of(model.config)
+    block = model.get_submodule(family.block_name(1))
+    groups = family.groups(1)
+    last = [group for group in groups if group.returns is not None]
+    assert {group.owner for group in last} == {group.owner for group in groups}
+    returned = {}
+    for group in last:
+        owner = block.get_submodule(group.owner)
+        owner.register_forward_hook(lambda _, __, out, o=group.owner: returned.update({o: out}))
+    read = inputs_of(model, block)
+    for group in last:
+        (name,) = group.linears
+        expected = returned[group.owner]
+        with torch.no_grad():
+            found = group.returns(block.get_submodule(name)(read[name]))
+        assert type(found) is type(expected)
+        found, expected = ([t] if isinstance(t, torch.Tensor) else t for t in (found, expected))
+        assert len(found) == len(expected) and found[1:] == expected[1:]
+        assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_producer_divides_the_channels_that_its_group_reads(model_type, make_tiny):
     generator = torch.Generator().manual_seed(2)
     config = open_source(str(make_tiny(model_type))).config

@@ -15,6 +15,7 @@ MANIFEST = "duqpp/checkpoint/manifest.py"
 CARD = "duqpp/checkpoint/card.py"
 FAMILY = "duqpp/models/family.py"
 STACK = "duqpp/models/stack.py"
+STANDING = "duqpp/models/standing.py"
 WEIGHTS = "duqpp/models/weights.py"
 POSITIONS = "duqpp/models/positions.py"
 GROUP = "duqpp/methods/group.py"
@@ -1057,6 +1058,27 @@ MUTATIONS = (
         'self._calibration if config.needs.inputs else ""',
         '""',
         f"{COMPARE_TESTS}::test_another_calibration_text_is_another_run",
+    ),
+    Mutation(
+        "standing in: every batch gets the first one's outputs",
+        STANDING,
+        "self._known.outputs[next(self._calls)]",
+        "self._known.outputs[0]",
+        SEQUENTIAL_TESTS,
+    ),
+    Mutation(
+        "standing in: the module does not come back",
+        STANDING,
+        "in replaced.items()",
+        "in {}.items()",
+        SEQUENTIAL_TESTS,
+    ),
+    Mutation(
+        "duqpp: a block is run from its beginning for each group",
+        SEQUENTIAL,
+        "done.known[group.owner] = Known(outputs, group.returns)",
+        "pass",
+        SEQUENTIAL_TESTS,
     ),
     # Where the time goes.
     Mutation(

@@ -37,7 +37,7 @@ def job(make_tiny):
         block = stack.block(0)
         targets = list(block_inputs.outputs(block, 0))
         own = Block.of(block, 0, config.skip, stack.family)
-        _, latents = config.build_method().quantize_groups(own, block_inputs.first(1))
+        latents = config.build_method().quantize_groups(own, block_inputs.first(1)).latents
         return own, latents, block_inputs, targets
 
     return make

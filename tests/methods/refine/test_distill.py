@@ -71,7 +71,7 @@ def job(make_tiny, tmp_path, monkeypatch):
         for index in range(len(stack)):
             block = Block.of(stack.block(index), index, (), stack.family)
             exact.hidden = list(exact.outputs(block.module, index))
-            _, found = method.quantize_groups(block, stream.first(1))
+            found = method.quantize_groups(block, stream.first(1)).latents
             stream.hidden = list(stream.outputs(block.module, index))
             blocks.append(block)
             latents.append(found)
