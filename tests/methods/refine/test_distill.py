@@ -154,7 +154,7 @@ def falling(values, monkeypatch) -> None:
 
 def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_worse(job, monkeypatch):
     """Checks after steps 1, 2, 3 and 4: the second is the best, so 4 of 8 steps are taken."""
-    monkeypatch.setattr(module, "_CHECK_STEPS", 1)
+    monkeypatch.setattr(module, "CHECK_STEPS", 1)
     saved = []
     monkeypatch.setattr(module, "_save", lambda _, parameters, *__: saved.append(parameters))
     falling([0.5, 0.4, 0.3, 0.35, 0.4], monkeypatch)
@@ -203,7 +203,7 @@ def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeyp
 @pytest.mark.parametrize("best", ["start", "saved", "end"])
 def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     """Whichever is the best of the checks: the start, that of the state, or the last."""
-    monkeypatch.setattr(module, "_CHECK_STEPS", 3)
+    monkeypatch.setattr(module, "CHECK_STEPS", 3)
     divergences = {"start": [0.1, 0.2, 0.2], "saved": [0.3, 0.1, 0.2], "end": [0.3, 0.2, 0.15, 0.1]}
     falling(divergences[best], monkeypatch)
     whole, parts = job(), job()
@@ -270,7 +270,7 @@ def test_a_distilled_checkpoint_has_the_files_of_any_other_and_the_trained_codes
 def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch, three_batches):
     import duqpp.job.distillation as shards
 
-    monkeypatch.setattr(module, "_CHECK_STEPS", 1)
+    monkeypatch.setattr(module, "CHECK_STEPS", 1)
     quantize(tiny_llama, tmp_path / "whole")
 
     def stop_training(stage, done, total):
