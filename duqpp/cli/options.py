@@ -21,6 +21,7 @@ from duqpp.calibration.tokens import BUILTIN, read_text
 from duqpp.cli.interruption import ResumableError, interruptible
 from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
+from duqpp.placement.devices import AUTO, choose_device
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub name.")
@@ -41,6 +42,13 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto is the GPU where torch sees one."
+    ),
+]
+DeviceMapOption = Annotated[
+    Literal["auto"] | None,
+    typer.Option(
+        help="Spread a whole model over all GPUs, by accelerate, in the place of --device.",
+        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -177,6 +185,15 @@ def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> No
     if not calibration.startswith("hf:"):  # which may be large
         read_text(calibration)
     print("--calib is not used: the method reads no activations", file=sys.stderr)
+
+
+def placed(device: str, device_map: str | None) -> dict[str, Any]:
+    """Where a model is to run, as arguments of what loads one. Raises: InputError."""
+    if device_map is None:
+        return {"device": choose_device(device)}
+    if device != AUTO:
+        raise InputError("--device and --device-map exclude each other: give one of them")
+    return {"device_map": device_map}
 
 
 @contextmanager

@@ -26,7 +26,7 @@ STAGES = {
     "inspect": "inspecting decoder blocks",
     "verify": "checking the checkpoint's shards",
     "selfcheck": "running the kernels",
-    "evaluate": "evaluating windows",
+    "evaluate": "evaluating the text",
     "export": "converting shards",
 }
 PATIENCE = 10.0  # seconds of a stage before the first line of it, where stderr is no terminal

@@ -65,4 +65,6 @@ class Reference:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [tokens, vocabulary] of some of the hidden states."""
-        return self.head(hidden.to(self.head.weight.device)).float()
+        device = self.head.weight.device
+        # A head that accelerate has offloaded is on the meta device, and fetches its input itself.
+        return self.head(hidden if device.type == "meta" else hidden.to(device)).float()

@@ -19,7 +19,7 @@ def rounds(model: Any) -> int:
 
 def final_states(
     model: Any, windows: Tensor, step: Callable[[], None]
-) -> tuple[nn.Module, Iterator[Tensor]]:
+) -> tuple[nn.Linear, Iterator[Tensor]]:
     """A model's lm_head, and the states [seq_len, hidden size] of each window that it is for.
 
     A stack gives what the whole model gives, bit by bit: windows go through its blocks one by one.
@@ -32,7 +32,9 @@ def final_states(
     Raises: InputError, CheckpointError when weights cannot be read, or do not fit each other.
     """
     if not isinstance(model, DecoderStack):
-        return model.lm_head, (_whole(model, window[None]) for window in windows)
+        with refusing(_READING):
+            head = model.lm_head
+        return head, (_whole(model, window[None]) for window in windows)
     with refusing(_READING):
         inputs = model.first_inputs(windows, batch=1)
     for index in range(len(model)):

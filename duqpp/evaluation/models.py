@@ -20,7 +20,11 @@ from duqpp.placement import HOST, Placement
 
 
 def open_model(
-    model: str, *, device: torch.device = HOST, progress: Progress | None = None
+    model: str,
+    *,
+    device: torch.device = HOST,
+    device_map: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """A model as `perplexity` takes it, and its tokenizer.
 
@@ -30,15 +34,16 @@ def open_model(
     Args:
         model: duqpp checkpoint or float model folder, .gguf file, or hub name.
         device: where the model is to run.
+        device_map: as for `load_model`; the model is then whole.
         progress: as for `load_model`.
     Raises: InputError when it cannot be opened; CheckpointError for a damaged duqpp checkpoint.
     """
     path = model_path(model)
     if not path.exists() and not is_gguf(model):
         path = download(model)
-    source = _source(path)
+    source = None if device_map else _source(path)
     if source is None:
-        return load_model(str(path), device=device, progress=progress)
+        return load_model(str(path), device=device, device_map=device_map, progress=progress)
     source.generation_config()  # a damaged one is an error to every loader
     placement = Placement(device)
     if isinstance(source, CheckpointSource):

@@ -126,7 +126,7 @@ def _evaluate(
     reference: Reference | None,
     kept: list[Tensor] | None,
     progress: Progress | None,
-) -> tuple[PerplexityResult, nn.Module]:
+) -> tuple[PerplexityResult, nn.Linear]:
     """The result over windows [windows, seq_len], and the head; states are appended to `kept`."""
     started = time.monotonic()
     count, seq_len = windows.shape
@@ -156,7 +156,7 @@ def _evaluate(
 
 @torch.no_grad()
 def _sums(
-    head: nn.Module, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
+    head: nn.Linear, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
 ) -> tuple[float, float, int]:
     """Sums over the tokens of a window, from logits that are never whole.
 

@@ -3,6 +3,7 @@
 import copy
 from contextlib import suppress
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -285,17 +286,28 @@ def from_pretrained(model: str | Path, *, progress: Progress | None = None, **op
 
 
 def load_model(
-    model: str, *, device: torch.device | str = HOST, progress: Progress | None = None
+    model: str,
+    *,
+    device: torch.device | str = HOST,
+    device_map: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
-    """Any model that duqpp can evaluate, quantized or float, with its tokenizer; in eval mode.
+    """Any model that duqpp can evaluate, quantized or float, with its tokenizer.
+
+    It is whole, and in eval mode.
 
     Args:
         model: duqpp checkpoint or float model folder, .gguf file, or hub name.
         device: where the model is to run. It is read into main memory first.
+        device_map: "auto" to spread it over all GPUs by accelerate, whatever `device` says.
         progress: as for `from_pretrained`.
     Raises: InputError when it cannot be loaded, or is too large for the device; CheckpointError for
         a damaged duqpp checkpoint.
     """
+    if device_map is not None:
+        if find_spec("accelerate") is None:
+            raise InputError("`device_map` needs accelerate: pip install accelerate")
+        return _load_model(model, progress, device_map=device_map)
     loaded, tokenizer = _load_model(model, progress)
     device = torch.device(device)
     if loaded.device != device:
@@ -309,13 +321,13 @@ def load_model(
     return loaded, tokenizer
 
 
-def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
-    """`load_model` for the CPU."""
+def _load_model(model: str, progress: Progress | None, **options: Any) -> tuple[Any, Any]:
+    """`load_model` for the CPU, or where options of transformers' `from_pretrained` say."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_path(model)
     if is_gguf(model):
-        return load_gguf(folder)
+        return load_gguf(folder, **options)
     folder = folder if folder.exists() else download(model)
     check_folder(folder)
     values = read_json(folder / "config.json")
@@ -323,12 +335,13 @@ def _load_model(model: str, progress: Progress | None) -> tuple[Any, Any]:
     quantized = is_duqpp(values)
     with refusing(f"cannot load {model}"):
         if quantized:
-            loaded = from_pretrained(folder, progress=progress)
+            loaded = from_pretrained(folder, progress=progress, **options)
         else:
             check_float_folder(folder)
             load_generation_config(folder)  # transformers would do without a damaged one
             try:
-                loaded = load_whole_model(AutoModelForCausalLM, folder, "model", dtype="auto")
+                options |= {"dtype": "auto"}
+                loaded = load_whole_model(AutoModelForCausalLM, folder, "model", **options)
             except InputError:
                 check_files(folder)  # whose error says which
                 raise

@@ -57,13 +57,16 @@ def gguf_config(file: Path) -> Any:
     return config
 
 
-def load_gguf(file: Path) -> tuple[Any, Any]:
-    """The float32 model in a GGUF file, in eval mode, and its tokenizer. Raises: InputError."""
+def load_gguf(file: Path, **options: Any) -> tuple[Any, Any]:
+    """The float32 model in a GGUF file, in eval mode, and its tokenizer.
+
+    Args: options: for transformers' `from_pretrained`, such as device_map.
+    Raises: InputError.
+    """
     import transformers
 
     if not file.is_file():
         raise InputError(f"no such file: {file}")
-    options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The bar over a GGUF file's tensors is plain tqdm, which knows nothing of transformers' switch.

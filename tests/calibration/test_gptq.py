@@ -1,8 +1,5 @@
 """GPTQ: round-to-nearest where it must be, better where it can be, and a textbook in float64."""
 
-import itertools
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +9,7 @@ from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize, quantize
 from duqpp.format.e2m1 import unpack_e2m1
 from tests import inputs, oracle
+from tests.memory import peak_growth
 
 RULES = list(ScaleRule)
 
@@ -312,15 +310,6 @@ def test_the_compensated_weight_is_what_was_rounded(rule):
     assert torch.equal(found.compensated[:, first], weight[:, first])
     others = torch.arange(96) != first
     assert ((found.compensated - weight)[:, others] != 0).float().mean() > 0.99
-
-
-def peak_growth(run: Callable[[], object]) -> int:
-    """Bytes of tensors, torch's own copies included, that a call has at once at most."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
-    changes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(changes))
 
 
 def test_memory_is_one_matrix_in_float64_and_one_in_float32():

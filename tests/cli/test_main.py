@@ -284,6 +284,19 @@ def test_the_device_reaches_the_model(command, name, gpus, fail, monkeypatch):
     assert got == [torch.device("cuda" if name == "auto" else name)]
 
 
+@pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["eval", "MODEL"]])
+def test_a_device_map_takes_the_place_of_the_device(command, fail, monkeypatch):
+    def record(model, **options):
+        del options["progress"]
+        raise InputError(str(options))
+
+    monkeypatch.setattr("duqpp.integrations.transformers.load_model", record)
+    monkeypatch.setattr("duqpp.evaluation.models.open_model", record)
+    assert fail(*command, "--device-map", "auto") == "{'device_map': 'auto'}\n"
+    message = "--device and --device-map exclude each other: give one of them\n"
+    assert fail(*command, "--device-map", "auto", "--device", "cpu") == message
+
+
 def test_the_reference_runs_on_the_device_of_the_model(gpus, fail, monkeypatch):
     def record(model, **options):
         raise InputError(f"{model} on {options['device']}")

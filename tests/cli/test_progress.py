@@ -91,7 +91,7 @@ def test_a_stage_that_ends_erases_its_bar(terminal):
         bars.wait("opening the model")
         wait_for("opening the model", terminal)
         bars("duquant++ --gptq: evaluate", 0, 2)
-        wait_for("duquant++ --gptq: evaluating windows", terminal)
+        wait_for("duquant++ --gptq: evaluating the text", terminal)
         bars("duquant++ --gptq: evaluate", 2, 2)
         shown = terminal.file.getvalue()
         assert shown.endswith("\x1b[2K")  # erase the line

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import duqpp
 from duqpp.checkpoint.manifest import MANIFEST_FILE
 from duqpp.checkpoint.shard import INDEX_FILE
 from duqpp.errors import DuqppError
+from duqpp.evaluation.models import open_model
+from duqpp.evaluation.perplexity import perplexity
 from duqpp.integrations.compressed_tensors import export_compressed_tensors
 from duqpp.integrations.serving import verify_folder
 from duqpp.integrations.transformers import load_model
@@ -93,6 +96,12 @@ def fault(load, what: str) -> str | None:
     return f"{what}: loaded"
 
 
+def evaluated(folder: Path) -> None:
+    """A model goes through a few tokens, block by block."""
+    model, _ = open_model(str(folder))
+    perplexity(model, torch.arange(6), seq_len=3)
+
+
 FILES = [
     *("chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"),
     *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
@@ -124,7 +133,8 @@ def test_every_loader_refuses_an_altered_file(name, made, tmp_path):
     folder = Path(shutil.copytree(made, tmp_path / "out"))
     loaders = {
         "AutoModel": lambda: AutoModelForCausalLM.from_pretrained(folder),
-        "commands": lambda: load_model(str(folder)),
+        "generate": lambda: load_model(str(folder)),
+        "eval": lambda: evaluated(folder),
         "inspect": lambda: inspect_model(str(folder)),
         "export": lambda: export_compressed_tensors(folder, tmp_path / "exported"),
         "vLLM": lambda: verify_folder(folder),
@@ -157,6 +167,7 @@ def test_without_a_manifest_no_value_is_more_than_one_line(name, made, tmp_path)
     changes = random_.sample(changes, min(len(changes), 60)) + list(alterations.of_kind())[1:]
     for what, change in changes:
         with altered(made, folder / name, change):
-            found = fault(lambda: load_model(str(folder)), what)
-            faults += [found] if found and not found.endswith(": loaded") else []
+            for load in (lambda: load_model(str(folder)), lambda: evaluated(folder)):
+                found = fault(load, what)
+                faults += [found] if found and not found.endswith(": loaded") else []
     assert not faults, name

@@ -41,6 +41,7 @@ JOB_CALIBRATION = "duqpp/job/calibration.py"
 JOB_FOLDER = "duqpp/job/folder.py"
 JOB_DISTILLATION = "duqpp/job/distillation.py"
 PERPLEXITY = "duqpp/evaluation/perplexity.py"
+FINAL_STATES = "duqpp/evaluation/final_states.py"
 DIVERGENCE = "duqpp/evaluation/divergence.py"
 SCORES = "duqpp/evaluation/scores.py"
 COMPARE = "duqpp/evaluation/compare.py"
@@ -84,6 +85,7 @@ JOB_TESTS = "tests/job/test_quantize.py"
 STAGES_TESTS = "tests/placement/test_stages.py"
 RESUME_TESTS = "tests/job/test_resume.py"
 PERPLEXITY_TESTS = "tests/evaluation/test_perplexity.py"
+STREAMING_TESTS = "tests/evaluation/test_streaming.py"
 DIVERGENCE_TESTS = "tests/evaluation/test_divergence.py"
 COMPARE_TESTS = "tests/evaluation/test_compare.py"
 OPTIONS_TESTS = "tests/cli/test_options.py"
@@ -1009,6 +1011,48 @@ MUTATIONS = (
         "most >= model.config.vocab_size",
         "most > model.config.vocab_size",
         PERPLEXITY_TESTS,
+    ),
+    Mutation(
+        "perplexity: the targets stay on the host",
+        PERPLEXITY,
+        "targets[part].to(logits.device)",
+        "targets[part]",
+        f"{STREAMING_TESTS}::test_a_stack_computes_where_its_placement_says",
+    ),
+    Mutation(
+        "streaming: the stack keeps the blocks that it gives away",
+        STACK,
+        "copy.deepcopy(self._blocks[index]).eval()",
+        "self._blocks[index].eval()",
+        f"{STREAMING_TESTS}::test_memory_does_not_grow_with_the_number_of_blocks",
+    ),
+    Mutation(
+        "streaming: several windows at a time",
+        FINAL_STATES,
+        "model.first_inputs(windows, batch=1)",
+        "model.first_inputs(windows)",
+        f"{STREAMING_TESTS}::test_streamed_results_are_those_of_the_whole_model",
+    ),
+    Mutation(
+        "streaming: the head without the last norm",
+        FINAL_STATES,
+        "yield norm(hidden.to(inputs.placement.compute))[0]",
+        "yield hidden.to(inputs.placement.compute)[0]",
+        f"{STREAMING_TESTS}::test_streamed_results_are_those_of_the_whole_model",
+    ),
+    Mutation(
+        "streaming: a model that others quantized is read as a float one",
+        "duqpp/evaluation/models.py",
+        'and not values.get("quantization_config")',
+        "",
+        f"{STREAMING_TESTS}::test_what_cannot_stream_is_loaded_whole",
+    ),
+    Mutation(
+        "checkpoint: norms stay in the dtype that they are stored in",
+        "duqpp/checkpoint/stack.py",
+        "return tensor if is_exact(name, self._expected[name]) else tensor.to(self.config.dtype)",
+        "return tensor",
+        f"{STREAMING_TESTS}::test_norms_in_another_dtype_are_cast_as_transformers_does",
     ),
     Mutation(
         "divergence: reference and model swapped",

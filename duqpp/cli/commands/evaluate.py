@@ -4,16 +4,17 @@ import gc
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.cli.options import (
     TEXT_HELP,
+    DeviceMapOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
     WindowsOption,
+    placed,
 )
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import percent, print_json
@@ -26,7 +27,7 @@ from duqpp.evaluation.perplexity import (
     perplexity_and_reference,
 )
 from duqpp.evaluation.tasks import Tasks, TaskScore
-from duqpp.placement.devices import AUTO, choose_device
+from duqpp.placement.devices import AUTO
 
 
 def evaluate(
@@ -47,18 +48,21 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="For --tasks: samples of each.")] = None,
     device: DeviceOption = AUTO,
+    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized MODEL, divergence from its float model, lm-eval tasks.
 
-    With --tasks, perplexity is left out unless --text or --reference asks for it.
+    With --tasks, perplexity is left out unless --text or --reference asks for it. A model goes
+    through the text block by block, and need not fit into the memory; for --tasks and --device-map
+    it is loaded whole.
     """
     from duqpp.evaluation.models import open_model
     from duqpp.integrations.transformers import load_model
 
     if tasks is None and (tasks_dir is not None or limit is not None):
         raise InputError("--tasks-dir and --limit are for --tasks")
-    where = choose_device(device)
+    where = placed(device, device_map)
     asked: list[_TextEvaluation | _TaskEvaluation] = []
     with Bars() as bars:
         if tasks is None or text is not None or reference is not None:
@@ -69,7 +73,7 @@ def evaluate(
             evaluation.prepare(where, bars)
         bars.open(model)
         load = open_model if tasks is None else load_model  # lm-eval takes a whole model
-        loaded, tokenizer = load(model, device=where, progress=bars)
+        loaded, tokenizer = load(model, **where, progress=bars)
         found: dict[str, Any] = {"model": model, "device": str(loaded.device)}
         lines: list[str] = []
         for evaluation in asked:
@@ -92,14 +96,14 @@ class _TextEvaluation:
         self._reference = reference
         self._kept: Reference | None = None
 
-    def prepare(self, device: torch.device, bars: Bars) -> None:
+    def prepare(self, where: dict[str, Any], bars: Bars) -> None:
         """Evaluate the reference: it is gone before the model is loaded."""
         from duqpp.evaluation.models import open_model
 
         if self._reference is None:
             return
         bars.open(self._reference, "reference")
-        model, tokenizer = open_model(self._reference, device=device, progress=bars)
+        model, tokenizer = open_model(self._reference, **where, progress=bars)
         tokens = tokenize(tokenizer, self._content)
         _, self._kept = perplexity_and_reference(model, tokens, **self._windowing, progress=bars)
         del model
@@ -125,7 +129,7 @@ class _TaskEvaluation:
         bars.wait("reading the tasks")
         self._tasks = Tasks(names, folder, limit=limit)
 
-    def prepare(self, device: torch.device, bars: Bars) -> None:
+    def prepare(self, where: dict[str, Any], bars: Bars) -> None:
         """Nothing is to be done."""
 
     def run(self, model: Any, tokenizer: Any, bars: Bars) -> tuple[dict[str, Any], list[str]]:

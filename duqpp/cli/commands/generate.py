@@ -5,10 +5,16 @@ from typing import Annotated
 
 import typer
 
-from duqpp.cli.options import DeviceOption, JsonOption, ModelArgument
+from duqpp.cli.options import (
+    DeviceMapOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    placed,
+)
 from duqpp.cli.progress import Bars
 from duqpp.cli.tables import print_json
-from duqpp.placement.devices import AUTO, choose_device
+from duqpp.placement.devices import AUTO
 
 
 def generate(
@@ -19,16 +25,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     device: DeviceOption = AUTO,
+    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT with a float or quantized MODEL."""
     from duqpp.integrations.transformers import load_model
     from duqpp.tools.generate import generate as run
 
-    where = choose_device(device)
+    where = placed(device, device_map)
     with Bars() as bars:
         bars.open(model)
-        loaded, tokenizer = load_model(model, device=where, progress=bars)
+        loaded, tokenizer = load_model(model, **where, progress=bars)
     result = run(
         loaded,
         tokenizer,
