@@ -1,5 +1,7 @@
 """Ranks without torchrun: forked processes that find each other as it tells its own to."""
 
+import faulthandler
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -35,6 +37,8 @@ class ForkedRanks:
 
         def run(rank: int) -> Callable[[], object]:
             def start() -> object:
+                gc.freeze()  # what the parent has, such as its stores, is not the child's to end
+                faulthandler.dump_traceback_later(TIMEOUT - 5)
                 os.environ |= self._environment(rank, count)
                 return function(rank)
 

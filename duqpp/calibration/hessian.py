@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from duqpp.placement import HOST
+from duqpp.placement.ranks import ALONE, Ranks
+
+_PART = 2**24  # elements of a product that are in memory at a time
 
 
 def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -19,21 +22,35 @@ def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor],
     return apply(half.T.contiguous()).mul_(2.0 / tokens)
 
 
-class HessianAccumulator:
-    """H = mean over tokens of 2 x.T x, of rows that are in the rotated basis already.
+class ProductSum:
+    """The sum over tokens of x.T y, of all ranks' tokens.
+
+    Products of a batch are in float32, and their sum in float64: rounded to float32, it is the same
+    however the batches are shared out, but where it lies at a tie.
+
+    tokens: how many there are; of all ranks, once the sum is taken.
 
     Args: channels: K. device: where the rows will be.
     """
 
     def __init__(self, channels: int, device: torch.device = HOST) -> None:
-        self._gram = torch.zeros(channels, channels, dtype=torch.float32, device=device)
-        self._tokens = 0
+        self._sum = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._part = max(1, _PART // channels)
+        self.tokens = 0
 
-    def update(self, x: Tensor) -> None:
-        """Take in the next rows: x float32 [n, K]."""
-        self._gram.addmm_(x.T, x)
-        self._tokens += len(x)
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Take in a batch: x, y float32 [n, K]."""
+        for start in range(0, len(self._sum), self._part):
+            rows = slice(start, start + self._part)
+            self._sum[rows] += x[:, rows].T @ y
+        self.tokens += len(x)
 
-    def hessian(self) -> Tensor:
-        """float32 [K, K]."""
-        return self._gram * (2.0 / self._tokens)
+    def take(self, ranks: Ranks = ALONE) -> Tensor:
+        """The sum, float32 [K, K], which is let go of here. Every rank asks for it at once."""
+        total, self._sum = ranks.sum_(self._sum), self._sum[:0]
+        self.tokens = sum(ranks.all(self.tokens))
+        return total.float()
+
+    def mean(self, ranks: Ranks = ALONE) -> Tensor:
+        """`take`, as the mean over tokens of 2 x.T y: with y = x the Hessian."""
+        return self.take(ranks).mul_(2.0 / self.tokens)

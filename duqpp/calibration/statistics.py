@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from duqpp.calibration.hessian import ProductSum
 from duqpp.errors import InputError
 from duqpp.placement import HOST, host_generator
+from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 
 
@@ -19,7 +21,8 @@ class InputStatistics:
         name: of the linear group, for errors.
         channels: K.
         sample: int64 [S], ascending: which of all tokens to keep.
-        second_moment: whether to accumulate x.T x, float32 [K, K].
+        second_moment: whether to accumulate x.T x.
+        before: how many tokens other ranks have before this one's.
         device: where x will be.
     """
 
@@ -30,14 +33,13 @@ class InputStatistics:
         sample: Tensor,
         *,
         second_moment: bool,
+        before: int = 0,
         device: torch.device = HOST,
     ) -> None:
         self.name, self.tokens = name, 0
         self.amax = torch.zeros(channels, dtype=torch.float32, device=device)
-        self.gram: Tensor | None = None
-        if second_moment:
-            self.gram = torch.zeros(channels, channels, dtype=torch.float32, device=device)
-        self._sample = sample.to(device)
+        self._gram = ProductSum(channels, device) if second_moment else None
+        self._sample = sample.to(device) - before
         self._sampled: list[Tensor] = []
         self._peaks = torch.zeros(1, channels, dtype=torch.float32, device=device)
         self._peak_row = torch.zeros(channels, dtype=torch.int64, device=device)  # into _peaks
@@ -52,8 +54,8 @@ class InputStatistics:
         amax = x.abs().amax(0)  # NaN wins over any number
         if not torch.isfinite(amax).all():
             raise overflow_of_input(self.name, dtype)
-        if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+        if self._gram is not None:
+            self._gram.update(x, x)
         local = self._sample[(self._sample >= self.tokens) & (self._sample < self.tokens + len(x))]
         self._sampled.append(x[local - self.tokens].clone())
         kept, holder = len(self._peaks), self._peak_row
@@ -65,12 +67,20 @@ class InputStatistics:
         self.amax = torch.maximum(self.amax, amax)
         self.tokens += len(x)
 
-    def take_gram(self) -> Tensor:
-        """x.T x, which is then let go of here: it is as large as the Hessian, and is read once."""
-        if self.gram is None:
+    def merge(self, ranks: Ranks) -> None:
+        """Be what one process would have seen, which takes in the tokens of all ranks in order."""
+        own = ranks.gather(self.amax[None]).argmax(0) == ranks.index  # the first that has the peak
+        self._peaks = ranks.gather(self._peaks[self._peak_row[own].unique()])
+        self._sampled = [ranks.gather(torch.cat(self._sampled))]
+        self.tokens = sum(ranks.all(self.tokens))
+        ranks.max_(self.amax)
+
+    def take_gram(self, ranks: Ranks = ALONE) -> Tensor:
+        """x.T x of all ranks, float32 [K, K], which is let go of here: it is read once."""
+        if self._gram is None:
             raise ValueError(f"{self.name}: second moments are not kept, or were taken")
-        gram, self.gram = self.gram, None
-        return gram
+        gram, self._gram = self._gram, None
+        return gram.take(ranks)
 
     def samples(self) -> Tensor:
         """The sampled rows and the rows of channel peaks: float32 [n, K]."""

@@ -21,8 +21,9 @@ from duqpp.cli.commands.quantize import quantize
 from duqpp.cli.commands.selfcheck import selfcheck
 from duqpp.cli.interruption import ResumableError, interruptible
 from duqpp.cli.options import in_options
-from duqpp.errors import DuqppError, first_line
+from duqpp.errors import DuqppError, InputError, first_line
 from duqpp.models.quiet import quiet_libraries
+from duqpp.placement.ranks import has_a_say, started_ranks
 from duqpp.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _make_printable()
     code, message = _outcome(list(sys.argv[1:] if arguments is None else arguments))
+    if not has_a_say():
+        message = ""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -66,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
     except OSError:  # nobody reads it: the exit code is left
         _discard(sys.stderr)
+    if code and started_ranks() > 1:  # at once: libraries wait for the other ranks at their end
+        os._exit(code)
     return code
 
 
@@ -83,6 +88,8 @@ def _outcome(arguments: list[str]) -> tuple[int, str]:
         end = again.index("--") if "--" in again else len(again)  # behind it, no options
         # To be pasted: not a space is changed.
         command = shlex.join(["duqpp", *again[:end], "--resume", *again[end:]])
+        if started_ranks() > 1:
+            command = f"torchrun ... -m {command}"
         return INTERRUPTED, f"interrupted: go on at the last whole block with {command}"
     except DuqppError as error:
         return 2, _one_line(f"error: {in_options(str(error), _command(arguments))}")
@@ -152,6 +159,10 @@ def _start(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit()
+    if started_ranks() > 1 and context.invoked_subcommand != "quantize":
+        raise InputError(
+            f"duqpp {context.invoked_subcommand} is one process: start it without torchrun"
+        )
     context.with_resource(quiet_libraries())
 
 

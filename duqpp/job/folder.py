@@ -206,7 +206,7 @@ def check_same_job(work: Path, job: dict[str, Any]) -> None:
         earlier = {key: None for key in job} if _maker(work) != digest else job
     else:
         earlier = _earlier_job(work, digest) or job
-    if differing := _differing(earlier, job):
+    if differing := differing_parts(earlier, job):
         raise InputError(
             f"{work} is the unfinished job of another {' and '.join(differing)}; "
             "remove it, or choose another output folder"
@@ -243,7 +243,7 @@ def _maker(work: Path) -> str | None:
     return provenance.get(JOB_FIELD) if isinstance(provenance, dict) else None
 
 
-def _differing(earlier: dict[str, Any], job: dict[str, Any]) -> list[str]:
+def differing_parts(earlier: dict[str, Any], job: dict[str, Any]) -> list[str]:
     """What another job has that this one has not, for people."""
     differing = [key for key in job if earlier.get(key) != job[key]]
     if "configuration" in differing and isinstance(earlier.get("configuration"), dict):

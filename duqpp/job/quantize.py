@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from duqpp.checkpoint.manifest import write_manifest
 from duqpp.checkpoint.shard import Progress, read_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
+from duqpp.job.agreement import check_agreement, check_shared
 from duqpp.job.blocks import BlockFolder, Results
 from duqpp.job.calibration import calibration_tokens, first_streams
 from duqpp.job.companions import REPORT_FILE, Companions
@@ -38,6 +39,7 @@ from duqpp.models.stack import DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import Placement
 from duqpp.placement.devices import choose_device
+from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import profiled, stage
 from duqpp.torch_state import plain_torch
 
@@ -71,6 +73,7 @@ def quantize_model(
     resume: bool = False,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
+    ranks: Ranks = ALONE,
     profile: bool = False,
 ) -> QuantizeReport:
     """Quantize a model of a known family to MXFP4 W4A4 and save it as a duqpp checkpoint.
@@ -88,6 +91,8 @@ def quantize_model(
         resume: continue an interrupted job of the same model, data and configuration.
         device: where blocks compute: "cpu", "cuda" or "cuda:N"; None for the GPU where torch sees
             one, unless DUQPP_BACKEND asks for the kernels of the CPU.
+        ranks: processes that share the work, each of which makes this call with the same arguments;
+            the first alone writes. From `duqpp.placement.ranks.joined`.
         progress: called with ("fingerprint" or "quantize", blocks done, blocks in all), and while
             distilling with ("distill", steps done, steps in all).
         profile: whether the report says where the time of this call goes.
@@ -97,7 +102,7 @@ def quantize_model(
         another process works in is refused.
     """
     config = config or QuantizeConfig()
-    placement = Placement(choose_device(device))
+    placement = Placement(choose_device(device), ranks=ranks)
     progress = progress or (lambda stage, done, total: None)
     options: tuple[Any, ...] = (calibration, resume, progress, placement)
     with profiled(placement.compute) if profile else nullcontext() as stages:
@@ -115,8 +120,8 @@ def _quantize_model(
     placement: Placement,
 ) -> QuantizeReport:
     """`quantize_model`, whose arguments these are."""
-    started = time.monotonic()
-    output.check(resume=resume)
+    started, ranks = time.monotonic(), placement.ranks
+    ranks.first(lambda: output.check(resume=resume))
     with stage("opening"):
         source = open_source(model) if isinstance(model, str) else model
     family_of(source.config).check(config.skip)
@@ -129,36 +134,45 @@ def _quantize_model(
     progress("fingerprint", 0, 1)
     with stage("fingerprint"):
         job = describe_job(source, config, tokens)
-    output.check(resume=resume)  # again: a job that began meanwhile may be there, or done
+    check_agreement(job, placement)
+    ranks.first(lambda: output.check(resume=resume))  # again: another job may have begun meanwhile
     work, digest = output.work, digest_of(job)
-    is_new = not work.exists()
+    is_new = ranks.first(lambda: not work.exists())
     method = config.build_method()
     layout = method.layout(config.skip, provenance(source.config.name_or_path, config, data))
     blocks = source.config.num_hidden_layers
     folder = BlockFolder(work, blocks, layout, digest, keeps_latents=method.needs.whole_model)
-    output.make()
-    with locked(work):
-        if not is_new:
-            check_same_job(work, job)
+    with ExitStack() as held:
+        if ranks.is_first:
+            output.make()
+            held.enter_context(locked(work))
+            if not is_new:
+                check_same_job(work, job)
         results = None
-        if not is_whole(work):
-            with _saying_how_to_go_on(folder, is_new):
-                write_record(work / JOB_FILE, digest, job)
+        if not ranks.first(lambda: is_whole(work)):
+            with _saying_how_to_go_on(folder, is_new, ranks):
+                ranks.first(lambda: write_record(work / JOB_FILE, digest, job))
+                check_shared(work, digest, ranks)
                 with stage("opening"):
                     stack = DecoderStack(source, config.torch_dtype, placement)
-                output.check_space(folder.bytes_needed(stack))
-                stage_companions(companions, folder, stack.dtype)
+                if ranks.is_first:
+                    output.check_space(folder.bytes_needed(stack))
+                    stage_companions(companions, folder, stack.dtype)
                 results = _quantize_blocks(stack, config, tokens, folder, progress)
-                write_companions(companions, folder, stack.dtype, results)
-                with stage("finishing"):
-                    write_manifest(work, leftovers=[JOB_FILE, *(f.name for f in folder.leftovers)])
+                if ranks.is_first:
+                    write_companions(companions, folder, stack.dtype, results)
+                    with stage("finishing"):
+                        leftovers = [JOB_FILE, *(f.name for f in folder.leftovers)]
+                        write_manifest(work, leftovers=leftovers)
         with stage("finishing"):
-            output.finish(folder.leftovers)
-    results = results or Results.from_dict(read_json(output.out / REPORT_FILE), resumed=blocks)
+            ranks.first(lambda: output.finish(folder.leftovers))
+    if results is None:
+        values = ranks.first(lambda: read_json(output.out / REPORT_FILE))
+        results = Results.from_dict(values, resumed=blocks)
     return QuantizeReport(
         output.out,
         time.monotonic() - started,
-        sum(file.stat().st_size for file in output.out.glob("*.safetensors")),
+        ranks.first(lambda: sum(f.stat().st_size for f in output.out.glob("*.safetensors"))),
         results.resumed,
         results.groups,
         results.refined,
@@ -167,10 +181,11 @@ def _quantize_model(
 
 
 @contextmanager
-def _saying_how_to_go_on(folder: BlockFolder, is_new: bool) -> Iterator[None]:
+def _saying_how_to_go_on(folder: BlockFolder, is_new: bool, ranks: Ranks) -> Iterator[None]:
     """Add to an error how the job continues, which keeps its finished blocks.
 
-    Args: is_new: this call has made the folder, and removes it where no block is finished.
+    Args: is_new: this call has made the folder, and the first rank removes it where no block is
+        finished.
     """
     work = folder.work
     try:
@@ -181,7 +196,8 @@ def _saying_how_to_go_on(folder: BlockFolder, is_new: bool) -> Iterator[None]:
         ) from error
     except DuqppError as error:
         if is_new and not any(folder.finished()):
-            shutil.rmtree(work)
+            if ranks.is_first:
+                shutil.rmtree(work)
             raise
         raise type(error)(f"{error}; continue with `resume=True`, or remove {work}") from error
     except OSError as error:  # such as a full disk: what is finished stays
@@ -200,12 +216,11 @@ def _quantize_blocks(
 ) -> Results:
     """Write every shard that is missing, and train the whole model where the method asks for it."""
     method, results, total = config.build_method(), Results(), len(stack)
-    folder.write_rest(stack)
+    ranks = stack.placement.ranks
+    if ranks.is_first:
+        folder.write_rest(stack)
     streams = first_streams(stack, tokens, config)
-    finished = folder.finished()
-    if is_trained(folder) and not all(finished):
-        forget_training(folder)
-        finished = [False] * total
+    finished = ranks.first(lambda: _finished(folder))
     for index in range(total):
         progress("quantize", index, total)
         with stage("other", index):
@@ -217,7 +232,8 @@ def _quantize_blocks(
                 block = Block.of(stack.block(index), index, config.skip, stack.family)
                 result = method.quantize(block, streams)
                 streams.advance(block, result)
-                folder.write(block, result)
+                if ranks.is_first:
+                    folder.write(block, result)
             results.add(result)
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
@@ -225,6 +241,15 @@ def _quantize_blocks(
         first = first_streams(again, tokens, config)
         results.distilled = train_shards(method, again, folder, first, streams.exact, progress)
     return results
+
+
+def _finished(folder: BlockFolder) -> list[bool]:
+    """Of each block, whether an earlier run has finished it."""
+    finished = folder.finished()
+    if is_trained(folder) and not all(finished):
+        forget_training(folder)
+        finished = [False] * len(finished)
+    return finished
 
 
 def _pass_by(

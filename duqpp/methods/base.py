@@ -17,6 +17,7 @@ from duqpp.methods.options import Options
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import Family, LinearGroup
 from duqpp.models.stack import BlockInputs
+from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
@@ -69,6 +70,11 @@ class Streams:
     inputs: BlockInputs | None = None
     exact: BlockInputs | None = None
     calibrating: int = 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the batches, each of which has some."""
+        return ALONE if self.inputs is None else self.inputs.placement.ranks
 
     def advance(self, block: Block, result: "BlockResult") -> None:
         """Move on to what enters the next block."""

@@ -22,6 +22,7 @@ from duqpp.models.family import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.placement import HOST, host_generator
+from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
@@ -116,13 +117,18 @@ def named(name: str) -> Iterator[None]:
 
 
 def quantize_weights(
-    plan: GroupPlan, options: Options, hessian: Tensor | None, drift: Drift | None = None
+    plan: GroupPlan,
+    options: Options,
+    hessian: Tensor | None,
+    drift: Drift | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, RoundedWeight]:
     """Folded weights of a group by name.
 
     Args:
         hessian: float32 [K, K] for GPTQ, which takes it over; None for rounding to nearest.
         drift: what GPTQ makes up for; None for nothing.
+        ranks: those that have the same arguments, and share the rows of GPTQ.
     """
     names = list(plan.weights)
     with stage("fold"):
@@ -133,7 +139,7 @@ def quantize_weights(
         with stage("rounding"):
             quantized, latent = quantize(exact, rule=options.weight_rule), exact
     else:
-        start = _gptq_target(plan, exact, hessian, drift)
+        start = _gptq_target(plan, exact[ranks.share(len(exact))], hessian, drift)
         with named(plan.first_linear):
             result = gptq(
                 start,
@@ -142,7 +148,8 @@ def quantize_weights(
                 damping=options.damping,
                 order=options.block_order,
             )
-        quantized, latent = result.weight, result.compensated
+        codes, scales = ranks.gather(result.weight.codes), ranks.gather(result.weight.scales)
+        quantized, latent = MXFP4Tensor(codes, scales), ranks.gather(result.compensated)
     rows = [plan.weights[n].shape[0] for n in names]
     parts = zip(
         names,

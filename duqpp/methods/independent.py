@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duqpp.calibration.hessian import HessianAccumulator, transform_second_moment
+from duqpp.calibration.hessian import ProductSum, transform_second_moment
 from duqpp.calibration.silent import silent_channels
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, dequantize
@@ -105,11 +105,8 @@ class Independent(Method):
         for name, own in statistics.items():
             plans[name].silent = silent_channels(own.amax)
         samples = {name: own.samples() for name, own in statistics.items()}
-        rows = (
-            report_rows(min(streams.inputs.tokens, SAMPLE_TOKENS))
-            if streams.inputs is not None
-            else None
-        )
+        ranks, tokens = streams.ranks, [own.tokens for own in statistics.values()]
+        rows = report_rows(min(tokens[0], SAMPLE_TOKENS)) if tokens else None
         exact = {name: group_outputs(plans[name], samples[name][rows]) for name in samples}
         folded = self._smooth(block, plans, statistics)
         groups = {
@@ -123,7 +120,8 @@ class Independent(Method):
         hessians = self._hessians(block, plans, streams.inputs, statistics)
         reports = []
         for name, plan in plans.items():
-            weights = quantize_weights(plan, self.options, hessians.pop(name, None))
+            hessian = hessians.pop(name, None)
+            weights = quantize_weights(plan, self.options, hessian, ranks=ranks)
             replace_linears(block, plan, weights, self.layout())
             rule = self.options.activation_rule
             reports.append(
@@ -137,12 +135,14 @@ class Independent(Method):
     ) -> tuple[dict[str, InputStatistics], list[Tensor] | None]:
         """Run the float block over its inputs.
 
-        Returns: statistics by group name, empty without inputs; and the block's outputs if the next
-            block reads those.
+        Returns: statistics by group name, of the tokens of all ranks, empty without inputs; and the
+            block's outputs if the next block reads those.
         """
         if inputs is None:
             return {}, None
-        sample = draw_sample(inputs.tokens, SAMPLE_TOKENS, self.options.seed)
+        ranks, outputs = inputs.placement.ranks, None
+        before, tokens = ranks.place(inputs.tokens)
+        sample = draw_sample(tokens, SAMPLE_TOKENS, self.options.seed)
         wants_moment = self.options.gptq and self.options.hessian == "float"
         statistics = {}
         with ExitStack() as hooks:
@@ -153,14 +153,17 @@ class Independent(Method):
                     reader.in_features,
                     sample,
                     second_moment=wants_moment,
+                    before=before,
                     device=reader.weight.device,
                 )
                 hooks.enter_context(observed(reader, statistics[group.name].update))
             if self.options.next_inputs == "float" or not statistics:
-                return statistics, list(inputs.outputs(block.module, block.index))
-            # Groups are listed in the order of the forward pass.
-            inputs.run_up_to(block.module, block.index, reader)
-        return statistics, None
+                outputs = list(inputs.outputs(block.module, block.index))
+            else:  # groups are listed in the order of the forward pass
+                inputs.run_up_to(block.module, block.index, reader)
+        for own in statistics.values():
+            own.merge(ranks)
+        return statistics, outputs
 
     @stage("smoothing")
     def _smooth(
@@ -199,23 +202,26 @@ class Independent(Method):
         """GPTQ Hessians by group name; `hessian="quantized"` takes one more pass over inputs."""
         if not self.options.gptq or inputs is None:
             return {}
+        ranks = inputs.placement.ranks
         if self.options.hessian == "float":
             hessians = {}
             for name, plan in plans.items():
                 own = statistics[name]
-                hessians[name] = transform_second_moment(own.take_gram(), own.tokens, plan.apply)
+                gram = own.take_gram(ranks)
+                hessians[name] = transform_second_moment(gram, own.tokens, plan.apply)
             return hessians
-        accumulators = {
-            name: HessianAccumulator(plan.scales.numel(), plan.scales.device)
+        sums = {
+            name: ProductSum(plan.scales.numel(), plan.scales.device)
             for name, plan in plans.items()
         }
 
-        def observe(plan: GroupPlan, accumulator: HessianAccumulator) -> Callable[[Tensor], None]:
+        def observe(plan: GroupPlan, products: ProductSum) -> Callable[[Tensor], None]:
             # The block's producers have absorbed the smoothing by now: only the transform is left.
             @stage("hessian")
             def update(x: Tensor) -> None:
                 rotated = plan.transform.apply(x.flatten(0, -2).float())
-                accumulator.update(dequantize(quantize(rotated, rule=self.options.activation_rule)))
+                rounded = dequantize(quantize(rotated, rule=self.options.activation_rule))
+                products.update(rounded, rounded)
 
             return update
 
@@ -223,11 +229,11 @@ class Independent(Method):
         with ExitStack() as hooks:
             for name, plan in plans.items():
                 reader = block.module.get_submodule(plan.group.linears[0])
-                hooks.enter_context(observed(reader, observe(plan, accumulators[name])))
+                hooks.enter_context(observed(reader, observe(plan, sums[name])))
             with stage("float pass"):
                 for _ in inputs.outputs(block.module, block.index):
                     pass
-        return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
+        return {name: products.mean(ranks) for name, products in sums.items()}
 
 
 class GroupByGroup(Independent):

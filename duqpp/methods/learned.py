@@ -20,7 +20,15 @@ from duqpp.methods.independent import GroupInput, Independent
 from duqpp.methods.options import LearnedOptions, Options
 from duqpp.methods.refine.blocks import block_loss
 from duqpp.methods.refine.latent import RoundedInput, round_straight_through
-from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
+from duqpp.methods.refine.schedule import (
+    EarlyStopping,
+    LatentOptimizer,
+    held_back,
+    mean_gradients,
+    mean_loss,
+    shuffled,
+    steps_of,
+)
 from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.ops.reference import rotate_blocks
@@ -110,9 +118,9 @@ def learn_rotations(
     Args:
         inputs: what the block reads. generator: of the signs, and of the order of batches.
     Returns: float64 [32, 32] or [K/32, 32, 32] by group name.
-    Raises: InputError when there are fewer than two batches.
+    Raises: InputError when a rank has fewer than two batches.
     """
-    held = held_back(len(inputs.hidden))
+    ranks, held = inputs.placement.ranks, held_back(len(inputs.hidden))
     if not block.groups:  # all skipped
         return {}
     module = block.module
@@ -126,7 +134,8 @@ def learn_rotations(
             linear = RotatedLinear(floats[name], rotation, rounded_input, options.weight_rule)
             module.set_submodule(name, linear)
     turns = [parameter for rotation in rotations.values() for parameter in rotation.parameters()]
-    steps = _EPOCHS * held.start
+    order = [steps_of(shuffled(held.start, generator), ranks) for _ in range(_EPOCHS)]
+    steps = sum(len(epoch) for epoch in order)
     optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, betas=(0.9, 0.95), relative=False)
 
     def matrices() -> dict[str, Tensor]:
@@ -134,12 +143,14 @@ def learn_rotations(
 
     start = matrices()
     stopping = EarlyStopping(
-        lambda: sum(float(loss(batch)) for batch in held) / len(held), matrices
+        lambda: mean_loss([float(loss(batch)) for batch in held], ranks), matrices
     )
     with torch.enable_grad():
-        for _ in range(_EPOCHS):
-            for batch in shuffled(held.start, generator):
-                loss(batch).backward()
+        for epoch in order:
+            for batch, batches in epoch:
+                if batch is not None:
+                    loss(batch).backward()
+                mean_gradients(turns, ranks, batches)
                 optimizer.step()
             if not stopping.check():
                 break

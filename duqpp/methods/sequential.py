@@ -1,5 +1,6 @@
 """The method duqpp: a decoder block, group by group, each on what those before it made."""
 
+import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from duqpp.calibration.hessian import ProductSum
 from duqpp.calibration.silent import silent_channels, with_silent_excited
 from duqpp.calibration.statistics import draw_sample, overflow_of_input
 from duqpp.checkpoint.shard import Progress
@@ -39,6 +41,7 @@ from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.models.standing import Known, standing_in
 from duqpp.ops import quantize
+from duqpp.placement.ranks import Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments
@@ -152,19 +155,19 @@ class Sequential(Method):
         """Replace the linears of the next group, and add what was done to `done`."""
         plan = plan_group(block, group)
         x = _group_input(block, group.linears[0], inputs, done.known)
-        drawn = draw_sample(len(x), SAMPLE_TOKENS, self.options.seed)
-        samples = x[drawn[report_rows(len(drawn))].to(x.device)]
+        ranks, parts = inputs.placement.ranks, _parts(inputs)
+        samples = _report_sample(x, self.options.seed, ranks)
         exact = group_outputs(plan, samples)
         with stage("statistics"):
-            plan.silent = silent_channels(torch.maximum(x.amax(0), -x.amin(0)))
+            plan.silent = silent_channels(ranks.max_(torch.maximum(x.amax(0), -x.amin(0))))
         with named(plan.name):
             generator = group_generator(self.options.seed, plan.name)
-            plan.transform = _transform(x, plan, generator)
-            hessian, drift, amax = _observe(x, float_input, plan, self.options)
+            plan.transform = _transform(x, parts, plan, generator, ranks)
+            hessian, drift, amax = _observe(x, float_input, parts, plan, self.options, ranks)
         del float_input
         read = x.to(inputs.placement.storage, inputs.hidden[0].dtype) if group.returns else None
         del x
-        weights = quantize_weights(plan, self.options, hessian, drift)
+        weights = quantize_weights(plan, self.options, hessian, drift, ranks)
         del hessian, drift
         replace_linears(block, plan, weights, self.layout())
         if group.returns is not None and read is not None:
@@ -262,11 +265,34 @@ def _outputs_of_block(
         return list(inputs.outputs(block.module, block.index))
 
 
+def _parts(inputs: BlockInputs) -> list[int]:
+    """How many tokens are summed up in float32 at a time: no part has those of two batches, so that
+    it is the same however the batches are shared out over ranks."""
+    batches = [hidden.shape[0] * hidden.shape[1] for hidden in inputs.hidden]
+    return [
+        min(_ROWS_AT_A_TIME, tokens - start)
+        for tokens in batches
+        for start in range(0, tokens, _ROWS_AT_A_TIME)
+    ]
+
+
+def _report_sample(x: Tensor, seed: int, ranks: Ranks) -> Tensor:
+    """The rows of a group's input that its report is of, from all ranks' x [tokens, K]."""
+    before, tokens = ranks.place(len(x))
+    drawn = draw_sample(tokens, SAMPLE_TOKENS, seed)
+    rows = drawn[report_rows(len(drawn))] - before
+    own = rows[(rows >= 0) & (rows < len(x))]
+    return ranks.gather(x[own.to(x.device)])
+
+
 @stage("transform")
-def _transform(x: Tensor, plan: GroupPlan, generator: torch.Generator) -> InputTransform:
+def _transform(
+    x: Tensor, parts: list[int], plan: GroupPlan, generator: torch.Generator, ranks: Ranks
+) -> InputTransform:
     """What balances a group's input x [tokens, K] with its weights, as it is stored."""
     weights = torch.cat(list(plan.weights.values()))
-    activation_moments, weight_moments = second_moments(x), second_moments(weights)
+    activation_moments = ranks.sum_(second_moments(x, parts))
+    weight_moments = second_moments(weights)
     for name, moments in (("input", activation_moments), ("weights", weight_moments)):
         if not torch.isfinite(moments).all():
             raise InputError(f"the squares of its {name} overflow float32")
@@ -289,34 +315,37 @@ class _Observed(NamedTuple):
 
 @stage("hessian")
 def _observe(
-    x: Tensor, exact: Tensor | None, plan: GroupPlan, options: SequentialOptions
+    x: Tensor,
+    exact: Tensor | None,
+    parts: list[int],
+    plan: GroupPlan,
+    options: SequentialOptions,
+    ranks: Ranks,
 ) -> _Observed:
     """Go once through a group's input x [tokens, K] as it is quantized.
 
     Args: exact: what the group reads in the float model, [tokens, K] in any dtype.
     """
-    channels = x.shape[1]
-    hessian = x.new_zeros(channels, channels) if options.gptq else None
-    drift = x.new_zeros(channels, channels) if options.gptq and exact is not None else None
+    channels, device = x.shape[1], x.device
+    hessians = ProductSum(channels, device) if options.gptq else None
+    drifts = ProductSum(channels, device) if options.gptq and exact is not None else None
     before, after = x.new_zeros(1, channels), x.new_zeros(1, channels)
-    for start in range(0, len(x), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        rotated = plan.transform.apply(x[rows])
-        before = torch.maximum(before, x[rows].abs().amax(0))
+    exact_parts = itertools.repeat(None) if exact is None else exact.split(parts)
+    for rows, exact_rows in zip(x.split(parts), exact_parts, strict=False):
+        rotated = plan.transform.apply(rows)
+        before = torch.maximum(before, rows.abs().amax(0))
         after = torch.maximum(after, rotated.abs().amax(0))
-        if hessian is None:
+        if hessians is None:
             continue
         rounded = rotated
         if options.hessian == "quantized":
             rounded = dequantize(quantize(rotated, rule=options.activation_rule))
-        hessian.addmm_(rounded.T, rounded)
-        if exact is not None and drift is not None:
-            change = plan.transform.apply(exact[rows].to(x.device).float()) - rotated
-            drift.addmm_(change.T, rounded)
-    for sums in (hessian, drift):
-        if sums is not None:
-            sums.mul_(2.0 / len(x))
+        hessians.update(rounded, rounded)
+        if exact_rows is not None and drifts is not None:
+            change = plan.transform.apply(exact_rows.to(device).float()) - rotated
+            drifts.update(change, rounded)
+    hessian, drift = (None if sums is None else sums.mean(ranks) for sums in (hessians, drifts))
     if drift is not None and not torch.isfinite(drift).all():
         raise InputError("the float model's activations are not finite, or overflow float32")
     made_up = None if drift is None else Drift(drift, options.drift)
-    return _Observed(hessian, made_up, (before, after))
+    return _Observed(hessian, made_up, (ranks.max_(before), ranks.max_(after)))

@@ -1,7 +1,7 @@
 """Decoder blocks that run one at a time, and the activations between them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from duqpp.models.family import Family, family_of
 from duqpp.models.source import Source
 from duqpp.models.weights import empty_model
 from duqpp.placement import ON_HOST, Placement
+from duqpp.placement.ranks import Ranks
 from duqpp.placement.stages import stage
 
 TOKENS_PER_BATCH = 2048  # of a forward pass through one block; more only leaves the cache
@@ -118,10 +119,12 @@ class DecoderStack:
 
     @stage("tokens")
     def first_inputs(self, tokens: Tensor, batch: int | None = None) -> "BlockInputs":
-        """What block 0 reads for token sequences int64 [samples, seq_len].
+        """What block 0 reads for token sequences int64 [samples, seq_len], in batches.
 
         Args: batch: sequences in one forward pass; by default, those of `TOKENS_PER_BATCH` tokens.
+        Raises: InputError when there is not a batch for each rank.
         """
+        batches = _own_batches(tokens, batch, self.placement.ranks)
         probes = nn.ModuleList(_Probe() for _ in self._blocks)
         layers, norm = self._body.layers, self._body.norm
         self._body.layers, self._body.norm = probes, nn.Identity()
@@ -131,7 +134,7 @@ class DecoderStack:
         # Positions and masks depend on the shape alone: batches of one shape share them.
         arguments: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
-            for part in tokens.split(batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])):
+            for part in batches:
                 self._body(input_ids=part.to(self.placement.compute), use_cache=False)
                 inputs.hidden.append(probes[0].hidden_states.to(self.placement.storage))
                 own = [probe.arguments for probe in probes]
@@ -147,6 +150,19 @@ def _stored(source: Source, family: Family, name: str) -> Tensor:
     """A tensor of the model as the source has it."""
     stored = family.stored(name)
     return source.tensor(stored.name)[stored.part]
+
+
+def _own_batches(tokens: Tensor, batch: int | None, ranks: Ranks) -> Sequence[Tensor]:
+    """Sequences in batches: of several ranks each has a run of them, in their order."""
+    batch = batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    batches: Sequence[Tensor] = tokens.split(batch)
+    if len(batches) < ranks.count:
+        raise InputError(
+            f"{ranks.count} ranks need {batch * (ranks.count - 1) + 1} calibration sequences, "
+            f"{batch} a batch, and there are {len(tokens)}: start fewer ranks, or raise `samples` "
+            "(with `refine`: `refine_samples`)"
+        )
+    return batches[ranks.share(len(batches))]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 
 import torch
 
@@ -31,6 +32,13 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     if chosen.type == "cuda" and (reason := _why_not(chosen)):
         raise InputError(f"`device` {device}: {reason}; `device=cpu` runs anywhere")
     return chosen
+
+
+def kind_of(device: torch.device) -> str:
+    """What a device is: on two of one kind, an operation gives the same bits."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _parsed(name: str) -> torch.device | None:

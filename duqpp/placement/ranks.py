@@ -113,12 +113,35 @@ def started_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Which of the processes on this machine this is, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def has_a_say() -> bool:
+    """Whether this process says why it fails: of ranks that have not met yet, one a machine; of
+    those that have, see `joined`."""
+    return local_rank() == 0 or dist.is_initialized()
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device of a rank that is asked to compute on such a device: of several GPUs its own.
+
+    Raises: InputError for one GPU that all ranks of a machine would be on.
+    """
+    if device.type != "cuda" or started_ranks() == 1:
+        return device
+    if device.index is not None:
+        raise InputError(f"`device` {device} is one GPU, and each rank has its own: give cuda")
+    return torch.device(device.type, local_rank())
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun has started, or ALONE without it, for as long as the context lasts.
 
-    Once one of them fails the others do too, and only the first to do so raises its error; the
-    others end without a word.
+    Once one of them fails the others do too: the first to do so raises its error, and the others
+    end at once, without a word.
 
     Args: device: what this rank computes on.
     Raises: InputError where its GPU has no NCCL, or the others cannot be reached.
@@ -131,14 +154,16 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             f"several GPUs need NCCL, which torch {torch.__version__} here is built without: "
             "install a torch for CUDA, or use `device=cpu`"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank())
     try:
         with _ended_from_outside(store):
             yield ranks
-    except BaseException as error:
+    except BaseException:
         if not _is_first_failure(store):
-            raise SystemExit(1) from error
+            os._exit(1)
         raise
     dist.destroy_process_group()
 

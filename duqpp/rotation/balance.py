@@ -11,6 +11,8 @@ gives every channel an equal share. Smoothing is the special case of a diagonal 
 Source: the closed form is that of WUSH (arXiv 2512.00956), for single blocks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,16 @@ from duqpp.rotation.basis import hadamard, random_signs
 RIDGE = 1e-3
 
 
-def second_moments(x: Tensor) -> Tensor:
-    """x.T x of each block of 32 columns, for rows x [n, K]: float64 [K/32, 32, 32]."""
-    blocks = x.unflatten(-1, (-1, BLOCK_SIZE)).transpose(0, 1)  # [K/32, n, 32]
-    return (blocks.mT @ blocks).double()
+def second_moments(x: Tensor, parts: Sequence[int] = ()) -> Tensor:
+    """x.T x of each block of 32 columns, for rows x [n, K]: float64 [K/32, 32, 32].
+
+    Args: parts: how many rows are summed up in float32 at a time; none for all.
+    """
+    total = x.new_zeros(x.shape[1] // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.float64)
+    for rows in x.split(list(parts) or len(x)):
+        blocks = rows.unflatten(-1, (-1, BLOCK_SIZE)).transpose(0, 1)  # [K/32, n, 32]
+        total += blocks.mT @ blocks
+    return total
 
 
 def balanced_transform(activations: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:

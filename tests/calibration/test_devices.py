@@ -6,7 +6,7 @@ from torch import Tensor
 
 from duqpp.calibration.drift import make_up_for_drift
 from duqpp.calibration.gptq import gptq
-from duqpp.calibration.hessian import HessianAccumulator
+from duqpp.calibration.hessian import ProductSum
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.placement import host_generator
 from duqpp.rotation.balance import balanced_transform, second_moments
@@ -35,11 +35,11 @@ def balanced(x: Tensor, weight: Tensor) -> list[Tensor]:
 def observed(x: Tensor, weight: Tensor) -> list[Tensor]:
     sample = draw_sample(len(x), 50, seed=3)
     statistics = InputStatistics("x", K, sample, second_moment=True, device=x.device)
-    hessian = HessianAccumulator(K, x.device)
+    products = ProductSum(K, x.device)
     for part in x.split(40):
         statistics.update(part)
-        hessian.update(part)
-    return [statistics.samples(), statistics.amax, statistics.take_gram(), hessian.hessian()]
+        products.update(part, part)
+    return [statistics.samples(), statistics.amax, statistics.take_gram(), products.mean()]
 
 
 def rounded(x: Tensor, weight: Tensor) -> list[Tensor]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from duqpp.calibration.hessian import HessianAccumulator, transform_second_moment
+from duqpp.calibration import hessian as module
+from duqpp.calibration.hessian import ProductSum, transform_second_moment
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.basis import random_orthogonal
 from duqpp.rotation.construct import duquant_transform
@@ -53,10 +54,33 @@ def test_a_map_without_symmetry_acts_on_both_sides():
 @pytest.mark.parametrize("sizes", [[64], [1, 2, 61], [32, 32]])
 def test_accumulating_in_batches(sizes):
     x = inputs.small_integers(64, K, seed=7)
-    accumulator = HessianAccumulator(K)
+    products = ProductSum(K)
     for part in x.split(sizes):
-        accumulator.update(part)
-    H = accumulator.hessian()
+        products.update(part, part)
+    H = products.mean()
     assert H.dtype == torch.float32
     oracle.assert_same(H, x.T @ x / 32, "H of 64 rows")
-    oracle.assert_same(accumulator.hessian(), H, "asked again")
+
+
+def test_products_are_summed_up_in_parts_of_rows_and_not_symmetric(monkeypatch):
+    x, y = inputs.small_integers(40, K, seed=8), inputs.small_integers(40, K, seed=9)
+    monkeypatch.setattr(module, "_PART", 7 * K)
+    products = ProductSum(K)
+    products.update(x, y)
+    oracle.assert_same(products.take(), x.T @ y, "sum")
+    assert products.tokens == 40
+
+
+def test_the_order_of_batches_changes_no_bit():
+    """In float32 it does."""
+    parts = inputs.outliers(640, K, seed=10).split(64)
+    orders = [list(parts), list(reversed(parts))]
+    found = []
+    for order in orders:
+        products = ProductSum(K)
+        for part in order:
+            products.update(part, part)
+        found.append(products.take())
+    oracle.assert_same(found[1], found[0], "sum in the other order")
+    single = [sum(part.T @ part for part in order) for order in orders]
+    assert not torch.equal(*single)

@@ -91,7 +91,7 @@ def test_each_group_is_calibrated_on_what_it_will_read(run, monkeypatch):
     monkeypatch.setattr(
         module,
         "second_moments",
-        lambda x, real=module.second_moments: seen.append(x) or real(x),
+        lambda x, *rest, real=module.second_moments: seen.append(x) or real(x, *rest),
     )
     monkeypatch.setattr(
         module,
@@ -189,15 +189,15 @@ def test_the_drift_is_from_the_input_before_rounding_to_the_float_models(make_ti
     monkeypatch.setattr(
         module,
         "quantize_weights",
-        lambda plan, options, hessian, drift, real=module.quantize_weights: (
-            seen.append((plan, drift.sums)) or real(plan, options, hessian, drift)
+        lambda plan, options, hessian, drift, ranks, real=module.quantize_weights: (
+            seen.append((plan, drift.sums)) or real(plan, options, hessian, drift, ranks)
         ),
     )
     xs = []
     monkeypatch.setattr(
         module,
         "second_moments",
-        lambda x, real=module.second_moments: xs.append(x) or real(x),
+        lambda x, *rest, real=module.second_moments: xs.append(x) or real(x, *rest),
     )
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     own, other = (
@@ -231,7 +231,9 @@ def test_reports_are_of_all_that_a_group_reads(gptq, run, monkeypatch):
     monkeypatch.setattr(common, "REPORT_ROWS", 7)
     seen, plans, reported = [], [], []
     monkeypatch.setattr(
-        module, "second_moments", lambda x, real=module.second_moments: seen.append(x) or real(x)
+        module,
+        "second_moments",
+        lambda x, *rest, real=module.second_moments: seen.append(x) or real(x, *rest),
     )
     monkeypatch.setattr(
         module,
@@ -257,7 +259,7 @@ def test_the_input_is_let_go_of_before_gptq(run, monkeypatch):
     monkeypatch.setattr(
         module,
         "second_moments",
-        lambda x, real=module.second_moments: alive.append(weakref.ref(x)) or real(x),
+        lambda x, *rest, real=module.second_moments: alive.append(weakref.ref(x)) or real(x, *rest),
     )
     monkeypatch.setattr(
         module,

@@ -189,8 +189,8 @@ MUTATIONS = (
     Mutation(
         "hessian: tokens of the last rows alone",
         HESSIAN,
-        "self._tokens += len(x)",
-        "self._tokens = len(x)",
+        "self.tokens += len(x)",
+        "self.tokens = len(x)",
         HESSIAN_TESTS,
     ),
     Mutation(
@@ -606,8 +606,8 @@ MUTATIONS = (
     Mutation(
         "group: refinement starts from uncompensated weights",
         GROUP,
-        "quantized, latent = result.weight, result.compensated",
-        "quantized, latent = result.weight, exact",
+        "MXFP4Tensor(codes, scales), ranks.gather(result.compensated)",
+        "MXFP4Tensor(codes, scales), exact",
         f"{GROUP_TESTS} {SEQUENTIAL_TESTS} {REFINE_BLOCKS_TESTS}",
     ),
     Mutation(
@@ -620,8 +620,8 @@ MUTATIONS = (
     Mutation(
         "independent: Hessians of rounded inputs are of inputs as they are",
         INDEPENDENT,
-        "accumulator.update(dequantize(quantize(rotated, rule=self.options.activation_rule)))",
-        "accumulator.update(rotated)",
+        "products.update(rounded, rounded)",
+        "products.update(rotated, rotated)",
         INDEPENDENT_TESTS,
     ),
     Mutation(
@@ -781,23 +781,23 @@ MUTATIONS = (
     Mutation(
         "duqpp: drift is the float model's inputs themselves",
         SEQUENTIAL,
-        "change = plan.transform.apply(exact[rows].to(x.device).float()) - rotated",
-        "change = plan.transform.apply(exact[rows].to(x.device).float())",
+        "change = plan.transform.apply(exact_rows.to(device).float()) - rotated",
+        "change = plan.transform.apply(exact_rows.to(device).float())",
         SEQUENTIAL_TESTS,
     ),
     Mutation(
-        "duqpp: sums, not means, over tokens",
-        SEQUENTIAL,
-        "sums.mul_(2.0 / len(x))",
-        "sums.mul_(2.0)",
-        SEQUENTIAL_TESTS,
+        "hessian: sums, not means, over tokens",
+        HESSIAN,
+        "mul_(2.0 / self.tokens)",
+        "mul_(2.0)",
+        HESSIAN_TESTS,
     ),
     Mutation(
-        "duqpp: the Hessian of one part of the rows",
-        SEQUENTIAL,
-        "hessian.addmm_(rounded.T, rounded)",
-        "hessian.copy_(rounded.T @ rounded)",
-        SEQUENTIAL_TESTS,
+        "hessian: the products of the last batch alone",
+        HESSIAN,
+        "self._sum[rows] += x[:, rows].T @ y",
+        "self._sum[rows] = (x[:, rows].T @ y).double()",
+        HESSIAN_TESTS,
     ),
     Mutation(
         "learned: rounded weights are not rotated",

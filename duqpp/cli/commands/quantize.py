@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.options import (
@@ -20,7 +21,8 @@ from duqpp.cli.tables import percent, print_json, size
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.files import check_writable
-from duqpp.placement.devices import AUTO
+from duqpp.placement.devices import AUTO, choose_device
+from duqpp.placement.ranks import device_of_rank, joined
 
 
 @takes_fields(*DESCRIPTIONS)
@@ -91,7 +93,12 @@ def quantize(
     if profile is not None:
         check_writable(profile, "write the profile to")
     check_calibration(calib, [options])
-    with Bars() as bars, resumable(Output.at(out).work):
+    own_device = device_of_rank(choose_device(device))
+    with (
+        joined(own_device) as started,
+        Bars(None if started.is_first else Console(quiet=True)) as bars,
+        resumable(Output.at(out).work),
+    ):
         bars.open(model)
         report = quantize_model(
             model,
@@ -99,10 +106,13 @@ def quantize(
             options,
             calibration=calib,
             resume=resume,
-            device=device,
+            device=own_device,
+            ranks=started,
             progress=bars,
             profile=profile is not None,
         )
+    if not started.is_first:
+        return
     if profile is not None and report.profile is not None:
         try:
             write_json(profile, report.profile)

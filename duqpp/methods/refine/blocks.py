@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from duqpp.format import ScaleRule
 from duqpp.methods.base import Block
 from duqpp.methods.refine.latent import to_codes, to_latents
-from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
+from duqpp.methods.refine.schedule import (
+    EarlyStopping,
+    LatentOptimizer,
+    held_back,
+    mean_gradients,
+    mean_loss,
+    shuffled,
+    steps_of,
+)
 from duqpp.methods.reports import RefineReport
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
@@ -48,9 +56,10 @@ def refine_block(
     """Train the weights of a quantized block through their rounding, in place.
 
     The block reads the quantized stream and is asked for the float stream's outputs, so that it
-    also makes up for what the blocks before it got wrong. Batches are seen once. The latents with
-    the least loss on held-back batches are kept, and nothing is changed where that is the start;
-    training stops early when checks are clearly worse.
+    also makes up for what the blocks before it got wrong. Batches are seen once; of several ranks
+    each has one of its own in a step, so that there are fewer steps. The latents with the least
+    loss on held-back batches are kept, and nothing is changed where that is the start; training
+    stops early when checks are clearly worse.
 
     Args:
         latents: by linear, from `Sequential.quantize_groups`.
@@ -58,26 +67,29 @@ def refine_block(
             batch by batch.
         rule: scale rule of the weights. generator: of the order of batches.
     Returns: the report; and the latents of the codes that stay, by linear.
-    Raises: InputError when there are fewer than two batches.
+    Raises: InputError when a rank has fewer than two batches.
     """
-    held = held_back(len(inputs.hidden))
+    ranks, held = inputs.placement.ranks, held_back(len(inputs.hidden))
     module, groups = block.module, block.groups
     parameters = to_latents(module, groups, latents, rule=rule)
     loss = block_loss(module, block.index, inputs, targets)
     stopping = EarlyStopping(
-        lambda: sum(float(loss(batch)) for batch in held) / len(held),
+        lambda: mean_loss([float(loss(batch)) for batch in held], ranks),
         lambda: {name: latent.detach().clone() for name, latent in parameters.items()},
     )
     if not groups:  # all skipped
         return RefineReport(stopping.first, stopping.least, 0), {}
-    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=held.start)
-    steps, every = 0, -(-held.start // CHECKS)
+    order = steps_of(shuffled(held.start, generator), ranks)
+    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=len(order))
+    steps, every = 0, -(-len(order) // CHECKS)
     with torch.enable_grad():
-        for batch in shuffled(held.start, generator):
-            loss(batch).backward()
+        for batch, batches in order:
+            if batch is not None:
+                loss(batch).backward()
+            mean_gradients(parameters.values(), ranks, batches)
             optimizer.step()
             steps += 1
-            if (steps % every == 0 or steps == held.start) and not stopping.check():
+            if (steps % every == 0 or steps == len(order)) and not stopping.check():
                 break
     report = RefineReport(stopping.first, stopping.least, steps)
     if stopping.best is None:

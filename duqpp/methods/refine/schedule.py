@@ -1,7 +1,7 @@
 """How latents are trained: which batches, Adam in units of each weight's size, when to stop."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from duqpp.errors import InputError
 from duqpp.placement import HOST
+from duqpp.placement.ranks import Ranks
 
 _HELD_SHARE = 16  # one batch in so many is held back, and decides which weights are kept
 _WARM_UP_STEPS = 5
@@ -30,6 +31,33 @@ def held_back(batches: int) -> range:
     if batches < 2:
         raise InputError("training needs more calibration text: one batch to train, one to check")
     return range(batches - max(1, batches // _HELD_SHARE), batches)
+
+
+def mean_loss(losses: Sequence[float], ranks: Ranks) -> float:
+    """The mean over the batches of all ranks, each of which has the losses of its own."""
+    parts = ranks.all((sum(losses), len(losses)))
+    return sum(part for part, _ in parts) / sum(batches for _, batches in parts)
+
+
+def mean_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks, batches: int) -> None:
+    """Let each parameter have the mean gradient over ranks, of which so many have had a batch."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        ranks.sum_(parameter.grad).div_(batches)
+
+
+def steps_of(own: Sequence[int], ranks: Ranks) -> list[tuple[int | None, int]]:
+    """In each step every rank has one of its batches, until it has none left.
+
+    Args: own: this rank's batches, in their order.
+    Returns: by step the batch, or None, and how many ranks have one: there are as many steps as the
+        rank with the most batches has.
+    """
+    counts = ranks.all(len(own))
+    having = [sum(count > step for count in counts) for step in range(max(counts))]
+    batches: list[int | None] = [*own, *[None] * (len(having) - len(own))]
+    return list(zip(batches, having, strict=True))
 
 
 def shuffled(count: int, generator: torch.Generator) -> list[int]:
