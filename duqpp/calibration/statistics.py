@@ -38,7 +38,7 @@ class InputStatistics:
     ) -> None:
         self.name, self.tokens = name, 0
         self.amax = torch.zeros(channels, dtype=torch.float32, device=device)
-        self._gram = ProductSum(channels, device) if second_moment else None
+        self._gram = ProductSum(channels, device, symmetric=True) if second_moment else None
         self._sample = sample.to(device) - before
         self._sampled: list[Tensor] = []
         self._peaks = torch.zeros(1, channels, dtype=torch.float32, device=device)

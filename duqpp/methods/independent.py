@@ -211,7 +211,7 @@ class Independent(Method):
                 hessians[name] = transform_second_moment(gram, own.tokens, plan.apply)
             return hessians
         sums = {
-            name: ProductSum(plan.scales.numel(), plan.scales.device)
+            name: ProductSum(plan.scales.numel(), plan.scales.device, symmetric=True)
             for name, plan in plans.items()
         }
 

@@ -159,11 +159,12 @@ class Sequential(Method):
         samples = _report_sample(x, self.options.seed, ranks)
         exact = group_outputs(plan, samples)
         with stage("statistics"):
-            plan.silent = silent_channels(ranks.max_(torch.maximum(x.amax(0), -x.amin(0))))
+            amax = ranks.max_(torch.maximum(x.amax(0), -x.amin(0)))
+            plan.silent = silent_channels(amax)
         with named(plan.name):
             generator = group_generator(self.options.seed, plan.name)
             plan.transform = _transform(x, parts, plan, generator, ranks)
-            hessian, drift, amax = _observe(x, float_input, parts, plan, self.options, ranks)
+            hessian, drift, amax_after = _observe(x, float_input, parts, plan, self.options, ranks)
         del float_input
         read = x.to(inputs.placement.storage, inputs.hidden[0].dtype) if group.returns else None
         del x
@@ -177,7 +178,7 @@ class Sequential(Method):
         every = torch.arange(len(samples), device=samples.device)
         rule = self.options.activation_rule
         report = report_group(plan, weights, samples, every, exact, rule)
-        before, after = (block_amax(channels) for channels in amax)
+        before, after = (block_amax(channels[None]) for channels in (amax, amax_after))
         done.reports.append(replace(report, block_amax_before=before, block_amax=after))
 
 
@@ -305,12 +306,12 @@ def _transform(
 class _Observed(NamedTuple):
     """hessian, drift: H and C of `make_up_for_drift`, float32 [K, K], of the transformed input,
     rounded or not; None where GPTQ is off, and drift where it is not made up for.
-    amax: the largest magnitude of each channel, [1, K], untransformed and transformed.
+    amax: the largest magnitude of each transformed channel, [K].
     """
 
     hessian: Tensor | None
     drift: Drift | None
-    amax: tuple[Tensor, Tensor]
+    amax: Tensor
 
 
 @stage("hessian")
@@ -327,14 +328,13 @@ def _observe(
     Args: exact: what the group reads in the float model, [tokens, K] in any dtype.
     """
     channels, device = x.shape[1], x.device
-    hessians = ProductSum(channels, device) if options.gptq else None
+    hessians = ProductSum(channels, device, symmetric=True) if options.gptq else None
     drifts = ProductSum(channels, device) if options.gptq and exact is not None else None
-    before, after = x.new_zeros(1, channels), x.new_zeros(1, channels)
+    amax = x.new_zeros(channels)
     exact_parts = itertools.repeat(None) if exact is None else exact.split(parts)
     for rows, exact_rows in zip(x.split(parts), exact_parts, strict=False):
         rotated = plan.transform.apply(rows)
-        before = torch.maximum(before, rows.abs().amax(0))
-        after = torch.maximum(after, rotated.abs().amax(0))
+        amax = torch.maximum(amax, rotated.abs().amax(0))
         if hessians is None:
             continue
         rounded = rotated
@@ -348,4 +348,4 @@ def _observe(
     if drift is not None and not torch.isfinite(drift).all():
         raise InputError("the float model's activations are not finite, or overflow float32")
     made_up = None if drift is None else Drift(drift, options.drift)
-    return _Observed(hessian, made_up, (ranks.max_(before), ranks.max_(after)))
+    return _Observed(hessian, made_up, ranks.max_(amax))

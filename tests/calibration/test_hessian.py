@@ -71,6 +71,18 @@ def test_products_are_summed_up_in_parts_of_rows_and_not_symmetric(monkeypatch):
     assert products.tokens == 40
 
 
+@pytest.mark.parametrize("panel", [32, 40, 96, 256])
+def test_of_a_symmetric_sum_half_is_computed(panel, monkeypatch):
+    """Whatever the width of the panels, and whether it divides K or not."""
+    monkeypatch.setattr(module, "_PANEL", panel)
+    x = inputs.small_integers(64, K, seed=8)
+    products = ProductSum(K, symmetric=True)
+    for part in x.split(40):
+        products.update(part, part)
+    assert not products._sum.tril(-panel).any()
+    oracle.assert_same(products.take(), x.T @ x, "x.T x")
+
+
 def test_the_order_of_batches_changes_no_bit():
     """In float32 it does."""
     parts = inputs.outliers(640, K, seed=10).split(64)

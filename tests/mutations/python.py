@@ -194,6 +194,20 @@ MUTATIONS = (
         HESSIAN_TESTS,
     ),
     Mutation(
+        "hessian: what is below the diagonal is left out",
+        HESSIAN,
+        "total[rows, :start] = total[:start, rows].T",
+        "pass",
+        HESSIAN_TESTS,
+    ),
+    Mutation(
+        "hessian: every sum is taken for symmetric",
+        HESSIAN,
+        "slice(start if self._symmetric else 0, None)",
+        "slice(start, None)",
+        HESSIAN_TESTS,
+    ),
+    Mutation(
         "hessian: transformed from one side twice",
         HESSIAN,
         "apply(half.T.contiguous())",
@@ -795,8 +809,8 @@ MUTATIONS = (
     Mutation(
         "hessian: the products of the last batch alone",
         HESSIAN,
-        "self._sum[rows] += x[:, rows].T @ y",
-        "self._sum[rows] = (x[:, rows].T @ y).double()",
+        "self._sum[rows, columns] += x[:, rows].T @ y[:, columns]",
+        "self._sum[rows, columns] = (x[:, rows].T @ y[:, columns]).double()",
         HESSIAN_TESTS,
     ),
     Mutation(
