@@ -15,6 +15,7 @@ from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.ops.backend import Backend
 from duqpp.ops.dispatch import select
+from duqpp.placement import HOST
 from duqpp.placement.stages import stage
 
 BlockOrder = Literal["diagonal", "channels"]
@@ -80,7 +81,7 @@ class Gptq:
         loss = weight.new_zeros(rows)  # (W - Q) H (W - Q).T of each row
         fed = torch.zeros_like(weight)  # in this order, (W - Q) F of the columns before `done`
         differences = weight.new_empty(rows, _COLUMNS_AT_A_TIME)  # W - Q of those behind it
-        for index, block in enumerate(self.blocks.cpu().tolist()):
+        for index, block in enumerate(self.blocks.to(HOST).tolist()):
             start, stop = BLOCK_SIZE * index, BLOCK_SIZE * (index + 1)
             own = slice(BLOCK_SIZE * block, BLOCK_SIZE * (block + 1))
             done = start - start % _COLUMNS_AT_A_TIME

@@ -241,8 +241,8 @@ def quantized_block(
     convert_block(block, groups, layout)
     name = stack.family.block_name(index)
     verify_transforms([(name, group) for group in groups], stored, stored.__getitem__)
-    device = stack.placement.compute
-    tensors = {n.removeprefix(f"{name}."): t.to(device) for n, t in stored.items()}
+    fetched = stack.placement.fetched
+    tensors = {n.removeprefix(f"{name}."): fetched(t) for n, t in stored.items()}
     block.load_state_dict(tensors, assign=True)
     for module in block.modules():
         if isinstance(module, MXFP4Linear):

@@ -1,5 +1,6 @@
 """A duqpp checkpoint one decoder block at a time, each tensor verified as it is read."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,13 @@ class QuantizedStack(DecoderStack):
             raise CheckpointError(f"{source.folder / 'config.json'}: the model's dtype is {dtype}")
         super().__init__(source, dtype, placement)
 
-    def block(self, index: int) -> nn.Module:
-        """Block `index` with its values, ready to run. Raises: CheckpointError."""
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` on the host, by their names in the model; see `block`."""
         prefix = f"{self.family.block_name(index)}."
         names = [name for name in self.source.names if name.startswith(prefix)]
-        return quantized_block(
-            self, index, self.source.layout, {name: self.source.tensor(name) for name in names}
-        )
+        return {name: self.placement.staged(self.source.tensor(name)) for name in names}
+
+    def block(self, index: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Block `index` with its values, ready to run. Raises: CheckpointError."""
+        values = self.read(index) if weights is None else weights
+        return quantized_block(self, index, self.source.layout, values)

@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from duqpp.checkpoint.layout import Layout, quantized_block
-from duqpp.checkpoint.shard import read_shard, shard_name, write_block, write_shard
+from duqpp.checkpoint.shard import block_tensors, read_shard, shard_name, write_shard
 from duqpp.job.records import allow_file, check_files, read_record, write_record
 from duqpp.methods.base import Block, BlockResult
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import LinearGroup
 from duqpp.models.stack import DecoderStack
+from duqpp.placement import HOST
 from duqpp.placement.stages import stage
 
 LATENTS = ".latents"  # suffix of what a block's codes were rounded from, beside its shard
@@ -52,6 +53,17 @@ class Results:
             DistillReport(**distilled) if distilled else None,
             resumed,
         )
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """What is kept of block `index`: the tensors of its shard and its latents, on the host, and its
+    reports as JSON values."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    reports: dict[str, Any]
 
 
 class BlockFolder:
@@ -129,19 +141,28 @@ class BlockFolder:
         write_shard(self._rest, stack.rest())
         write_record(record, self.job, {}, {self._rest.name: self._rest})
 
-    @stage("writing")
-    def write(self, block: Block, result: BlockResult) -> None:
-        """Write a quantized block and what is kept with it."""
-        shard = self.shards[block.index]
+    def kept(self, block: Block, result: BlockResult) -> KeptBlock:
+        """What is kept of a quantized block, which `write` may write in another thread."""
         refined = [result.refined.to_dict()] if result.refined else []
-        groups = [group.to_dict() for group in result.groups]
+        values = {"groups": [group.to_dict() for group in result.groups], "refined": refined}
+        latents = result.latents if self._keeps_latents else {}
+        return KeptBlock(
+            block.index,
+            _on_host(block_tensors(block.name, block.module)),
+            _on_host(latents),
+            values,
+        )
+
+    @stage("writing")
+    def write(self, kept: KeptBlock) -> None:
+        """Write a quantized block and what is kept with it."""
+        shard = self.shards[kept.index]
         files = [shard]
         if self._keeps_latents:
             files.append(shard.with_suffix(LATENTS))
-            write_shard(files[-1], result.latents)
-        write_block(shard, block.name, block.module)
-        values = {"groups": groups, "refined": refined}
-        write_record(shard.with_suffix(".json"), self.job, values, {f.name: f for f in files})
+            write_shard(files[-1], kept.latents)
+        write_shard(shard, kept.tensors)
+        write_record(shard.with_suffix(".json"), self.job, kept.reports, {f.name: f for f in files})
 
     def reports(self, index: int) -> BlockResult:
         """The reports of a finished block. Raises: CheckpointError, for another job's files too."""
@@ -181,6 +202,10 @@ def block_bytes(block: nn.Module, groups: Sequence[LinearGroup], layout: Layout)
             shard += _bytes(layout.empty_linear(linear)) - _bytes(linear)
             latents += 4 * linear.weight.numel()
     return shard, latents
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to(HOST) for name, tensor in tensors.items()}
 
 
 def _bytes(module: nn.Module) -> int:

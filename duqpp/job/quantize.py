@@ -3,10 +3,10 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ from duqpp.job.folder import (
     is_whole,
 )
 from duqpp.job.lock import locked
+from duqpp.job.overlap import ahead, behind
 from duqpp.job.records import digest_of, write_record
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import family_of
 from duqpp.models.source import Source, open_source
-from duqpp.models.stack import DecoderStack
+from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.ops.dispatch import select
 from duqpp.placement import Placement
 from duqpp.placement.devices import choose_device
@@ -221,20 +222,27 @@ def _quantize_blocks(
         folder.write_rest(stack)
     streams = first_streams(stack, tokens, config)
     finished = ranks.first(lambda: _finished(folder))
-    for index in range(total):
-        progress("quantize", index, total)
-        with stage("other", index):
-            if finished[index]:
-                result = folder.reports(index)
-                results.resumed += 1
-                _pass_by(stack, index, config, folder, streams, is_last=all(finished[index:]))
-            else:
-                block = Block.of(stack.block(index), index, config.skip, stack.family)
-                result = method.quantize(block, streams)
-                streams.advance(block, result)
-                if ranks.is_first:
-                    folder.write(block, result)
-            results.add(result)
+    passing = [_passing(streams, config, is_last=all(finished[n:])) for n in range(total)]
+    floats = [n for n in range(total) if not finished[n] or passing[n].over_float]
+    with closing(ahead(stack.read, floats)) as weights, behind() as later:
+        for index in range(total):
+            progress("quantize", index, total)
+            with stage("other", index):
+                if finished[index]:
+                    results.add(folder.reports(index))
+                    results.resumed += 1
+                    _pass_by(stack, index, folder, passing[index], weights)
+                else:
+                    with stage("reading"):
+                        module = stack.block(index, next(weights))
+                    block = Block.of(module, index, config.skip, stack.family)
+                    result = method.quantize(block, streams)
+                    streams.advance(block, result)
+                    if ranks.is_first:
+                        with stage("writing"):
+                            later(folder.write, folder.kept(block, result))
+                    results.add(result)
+                    del module, block, result  # before the next block is on the device
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
         again = DecoderStack(stack.source, stack.dtype, stack.placement)
@@ -252,26 +260,39 @@ def _finished(folder: BlockFolder) -> list[bool]:
     return finished
 
 
+class _Passing(NamedTuple):
+    """The streams that move on over a block that an earlier run has finished: over the float block,
+    and over the quantized one."""
+
+    over_float: list[BlockInputs]
+    over_quantized: list[BlockInputs]
+
+
+def _passing(streams: Streams, config: QuantizeConfig, *, is_last: bool) -> _Passing:
+    """Args: is_last: no block behind it is yet to be made, so that only training reads a stream."""
+    exact = streams.exact if not is_last or config.needs.whole_model else None
+    inputs = streams.inputs if not is_last else None
+    follows_float = config.next_inputs == "float"
+    return _Passing(
+        [s for s in (exact, inputs if follows_float else None) if s is not None],
+        [s for s in (inputs,) if s is not None and not follows_float],
+    )
+
+
 def _pass_by(
     stack: DecoderStack,
     index: int,
-    config: QuantizeConfig,
     folder: BlockFolder,
-    streams: Streams,
-    *,
-    is_last: bool,
+    passing: _Passing,
+    weights: Iterator[dict[str, Tensor]],
 ) -> None:
-    """Move the streams on over a block that an earlier run has finished.
-
-    Args: is_last: no block behind it is yet to be made, so that only training reads a stream.
-    """
-    if streams.exact is not None and not (is_last and not config.needs.whole_model):
+    """Move the streams on over a finished block. Args: weights: of the next float block."""
+    if passing.over_float:
+        with stage("reading"):
+            block = stack.block(index, next(weights))
         with stage("float pass"):
-            streams.exact.advance(stack.block(index), index)
-    if streams.inputs is not None and not is_last:
-        if config.next_inputs == "float":
-            with stage("float pass"):
-                streams.inputs.advance(stack.block(index), index)
-        else:
-            with stage("quantized pass"):
-                streams.inputs.advance(folder.quantized(stack, index).module, index)
+            for stream in passing.over_float:
+                stream.advance(block, index)
+    with stage("quantized pass"):
+        for stream in passing.over_quantized:
+            stream.advance(folder.quantized(stack, index).module, index)

@@ -1,7 +1,7 @@
 """Decoder blocks that run one at a time, and the activations between them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,19 +67,30 @@ class DecoderStack:
         """A block like `index` on the meta device, in eval mode, for weights from elsewhere."""
         return copy.deepcopy(self._blocks[index]).eval()
 
-    @stage("reading")
-    def block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, in eval mode; whoever has it keeps them.
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The float weights of block `index` on the host, by their names in it.
+
+        They are in memory from which they are copied beside what a GPU computes. Another thread may
+        call this.
 
         Raises: InputError when a tensor is missing, misshapen, or has NaN or infinite values.
         """
         prefix = self.family.block_name(index)
+        expected = self._blocks[index].state_dict()
+        with stage("reading", index):
+            weights = {n: self._tensor(f"{prefix}.{n}", e) for n, e in expected.items()}
+            return {name: self.placement.staged(weight) for name, weight in weights.items()}
+
+    def block(self, index: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Block `index` with its weights, in eval mode; whoever has it keeps them.
+
+        Args: weights: what `read` has given; None to read them now.
+        Raises: as `read` does.
+        """
+        weights = self.read(index) if weights is None else weights
         block = self.skeleton(index)
-        weights = {
-            name: self._tensor(f"{prefix}.{name}", expected).to(self.placement.compute)
-            for name, expected in block.state_dict().items()
-        }
-        block.load_state_dict(weights, assign=True)
+        there = {name: self.placement.fetched(weight) for name, weight in weights.items()}
+        block.load_state_dict(there, assign=True)
         return block.requires_grad_(False)
 
     @property
@@ -136,7 +147,7 @@ class DecoderStack:
         with torch.no_grad():
             for part in batches:
                 self._body(input_ids=part.to(self.placement.compute), use_cache=False)
-                inputs.hidden.append(probes[0].hidden_states.to(self.placement.storage))
+                inputs.hidden.append(self.placement.rested(probes[0].hidden_states))
                 own = [probe.arguments for probe in probes]
                 inputs.arguments.append(arguments.setdefault(len(part), own))
         self._body.layers, self._body.norm = layers, norm
@@ -179,7 +190,7 @@ class BlockInputs:
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
         """The output of block `index` for a batch, where blocks compute."""
-        hidden = self.hidden[batch].to(self.placement.compute)
+        hidden = self.placement.fetched(self.hidden[batch])
         out = block(hidden, **self.arguments[batch][index])
         return out[0] if isinstance(out, tuple) else out
 
@@ -187,7 +198,7 @@ class BlockInputs:
         """Run a block over the batches, one at a time; what it gives is put to rest."""
         with torch.no_grad():
             for batch in range(len(self.hidden)):
-                yield self.run(block, index, batch).to(self.placement.storage)
+                yield self.placement.rested(self.run(block, index, batch))
 
     def joined(self, other: "BlockInputs") -> "BlockInputs":
         """These batches, and then those of `other`."""

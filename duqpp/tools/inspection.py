@@ -1,5 +1,6 @@
 """inspect: what rotation does to a model's outliers, and what rounding then costs."""
 
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
 from duqpp.files import model_path
 from duqpp.job.companions import REPORT_FILE
+from duqpp.job.overlap import ahead
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import GroupReport, mean_errors
 from duqpp.models.family import family_of
@@ -115,13 +117,14 @@ def inspect_source(
     method, streams = config.build_method(), Streams(stack.first_inputs(sequences))
     count = min(layers or len(stack), len(stack))
     groups: list[GroupReport] = []
-    for index in range(count):
-        if progress:
-            progress("inspect", index, count)
-        block = Block.of(stack.block(index), index, config.skip, stack.family)
-        result = method.quantize(block, streams)
-        streams.advance(block, result)
-        groups += result.groups
+    with closing(ahead(stack.read, range(count))) as read:
+        for index, weights in enumerate(read):
+            if progress:
+                progress("inspect", index, count)
+            block = Block.of(stack.block(index, weights), index, config.skip, stack.family)
+            result = method.quantize(block, streams)
+            streams.advance(block, result)
+            groups += result.groups
     if progress:
         progress("inspect", count, count)
     name = Path(source.config.name_or_path or "").name or "model"

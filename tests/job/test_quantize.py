@@ -55,13 +55,13 @@ def hashes(folder: Path) -> dict[str, str]:
 def finished_blocks(monkeypatch) -> dict[int, torch.nn.Module]:
     """The decoder blocks as quantization leaves them in memory, by index."""
     blocks = {}
-    write = BlockFolder.write
+    kept = BlockFolder.kept
 
     def keep(folder, block, result):
         blocks[block.index] = block.module
-        write(folder, block, result)
+        return kept(folder, block, result)
 
-    monkeypatch.setattr(BlockFolder, "write", keep)
+    monkeypatch.setattr(BlockFolder, "kept", keep)
     return blocks
 
 
@@ -455,7 +455,9 @@ def live_tensors() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{"method": "rtn"}, {"gptq": True}, {"next_inputs": "float"}])
-def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, monkeypatch):
+def test_one_decoder_block_is_worked_on_one_read_and_one_written(
+    options, make_tiny, tmp_path, monkeypatch
+):
     source = WatchedSource(open_source(str(make_tiny("llama", "60KB", num_hidden_layers=4))))
     block_bytes = sum(
         source.tensor(n).nbytes for n in source.names if n.startswith("model.layers.0.")
@@ -477,7 +479,9 @@ def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, mon
         if done == 0:
             source.given.clear()  # what the fingerprint and the embeddings read
             source.most_blocks = 0
-        reads[done] = {n.split(".")[2] for n, _ in source.given if n.startswith("model.layers.")}
+        reads[done] = {
+            int(n.split(".")[2]) for n, _ in source.given if n.startswith("model.layers")
+        }
         real_blocks.append(
             [
                 i
@@ -493,9 +497,11 @@ def test_one_decoder_block_in_memory_at_a_time(options, make_tiny, tmp_path, mon
         source, tmp_path / "out", config(**options), calibration=TOKENS, progress=progress
     )
     assert real_blocks == [[], [], [], [], []]
-    assert reads == {done: {str(i) for i in range(done)} for done in range(5)}
-    assert source.most_blocks == 1
-    assert max(live_bytes) - min(live_bytes) < block_bytes / 2
+    for done in range(5):
+        assert reads[done] <= set(range(done + 1)) and reads[done] >= set(range(done))
+    assert source.most_blocks <= 2
+    # At these moments one may have been read, and one, quantized, may have to be written.
+    assert max(live_bytes) - min(live_bytes) < 1.5 * block_bytes
     del others
     assert source.blocks_alive() == set()
 

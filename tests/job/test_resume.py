@@ -249,20 +249,24 @@ def test_keyboard_interrupt_keeps_what_is_finished(model, tmp_path, uninterrupte
     assert hashes(out) == uninterrupted()
 
 
-def test_full_disk_keeps_what_is_finished(model, tmp_path, uninterrupted, monkeypatch):
+# Files: job, config.json; what is outside the blocks, then each: and a record.
+@pytest.mark.parametrize(("nth", "finished"), [(9, 2), (12, 3)])
+def test_full_disk_keeps_what_is_finished(
+    nth, finished, model, tmp_path, uninterrupted, monkeypatch
+):
     fsync, calls = os.fsync, []
 
-    def full_at_the_ninth(descriptor):
+    def full_at_the_nth(descriptor):
         calls.append(descriptor)
-        if len(calls) == 9:  # job, config.json; what is outside the blocks, then each: and a record
+        if len(calls) == nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fsync(descriptor)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(os, "fsync", full_at_the_ninth)
+    monkeypatch.setattr(os, "fsync", full_at_the_nth)
     with pytest.raises(InputError, match=r"out\.partial: No space left on device; .*`resume=True`"):
         quantize(model, out)
-    assert quantize(model, out, resume=True).resumed_blocks == 2
+    assert quantize(model, out, resume=True).resumed_blocks == finished
     assert hashes(out) == uninterrupted()
 
 
@@ -618,6 +622,9 @@ def test_two_jobs_do_not_work_in_one_folder(model, tmp_path, uninterrupted):
 
     def again(stage, done, total):
         if (stage, done) == ("quantize", 2):
+            record = (work / SECOND).with_suffix(".json")  # of block 1, which is being written
+            while not record.exists():
+                time.sleep(0.01)
             before = hashes(work)
             for resume in (False, True):
                 with pytest.raises(InputError) as raised:

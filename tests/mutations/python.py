@@ -37,6 +37,7 @@ DISTILL = "duqpp/methods/refine/distill.py"
 JOB = "duqpp/job/quantize.py"
 STAGES = "duqpp/placement/stages.py"
 JOB_BLOCKS = "duqpp/job/blocks.py"
+JOB_OVERLAP = "duqpp/job/overlap.py"
 JOB_CALIBRATION = "duqpp/job/calibration.py"
 JOB_FOLDER = "duqpp/job/folder.py"
 JOB_DISTILLATION = "duqpp/job/distillation.py"
@@ -964,17 +965,38 @@ MUTATIONS = (
     Mutation(
         "job: a shard before its report",
         JOB_BLOCKS,
-        "        refined = [result.refined.to_dict()] if result.refined else []\n",
-        "        refined = [result.refined.to_dict()] if result.refined else []\n"
-        "        write_block(shard, block.index, block.module)\n",
+        "        files = [shard]\n",
+        "        files = [shard]\n        write_shard(shard, kept.tensors)\n",
         f"{RESUME_TESTS}::test_full_disk_keeps_what_is_finished",
     ),
     Mutation(
         "job: resumed behind the float block",
         JOB,
-        'if config.next_inputs == "float":',
-        'if config.next_inputs == "quantized":',
+        'config.next_inputs == "float"',
+        'config.next_inputs == "quantized"',
         f"{RESUME_TESTS}::test_resume_gives_the_same_bytes",
+    ),
+    Mutation(
+        "job: two blocks are read ahead",
+        JOB_OVERLAP,
+        "if len(coming) > 1:",
+        "if len(coming) > 2:",
+        f"{JOB_TESTS}::test_one_decoder_block_is_worked_on_one_read_and_one_written",
+    ),
+    Mutation(
+        "job: what the last write raises is lost",
+        JOB_OVERLAP,
+        "        yield later\n        while calls:\n            calls.popleft().result()\n",
+        "        yield later\n",
+        f"{RESUME_TESTS}::test_full_disk_keeps_what_is_finished",
+    ),
+    Mutation(
+        "job: another thread computes with a team of its own",
+        JOB_OVERLAP,
+        "        with single_thread():\n"
+        "            executor.submit(torch.get_num_threads).result()\n",
+        "",
+        "tests/job/test_overlap.py",
     ),
     Mutation(
         "job: the order of tokens is no part of the job",
