@@ -64,4 +64,16 @@ struct ExpandProblem {
   float* row_scales;  // [rows] with kE4M3, else null
 };
 
+// GPTQ's inner loop over a block of 32 columns; duqpp/ops/gptq_block.py defines it.
+struct GptqBlockProblem {
+  int64_t rows;
+  ScaleRule rule;
+  const float* values;  // [rows, 32] contiguous, as are all of these
+  const float* factor;  // [32, 32], or null for zeros: errors stay in their columns
+  uint8_t* codes;       // [rows, 16]
+  uint8_t* scales;      // [rows]
+  float* compensated;   // [rows, 32]
+  float* rounded;       // [rows, 32]
+};
+
 }  // namespace duqpp

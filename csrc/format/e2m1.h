@@ -43,16 +43,18 @@ DUQPP_HOST_DEVICE constexpr float decode_e2m1(uint32_t code) {
 }
 static_assert(decode_e2m1(7) == 6.0f && decode_e2m1(15) == -6.0f && decode_e2m1(1) == 0.5f);
 
-// decode_e2m1(encode_e2m1(value)) without the codes, up to the sign of zero: the nearest multiple
-// of the grid's step at that magnitude. Adding and subtracting 1.5 * 2^23 rounds to an integer,
-// ties to even, and an integer multiple of the step is even where its code is.
+// decode_e2m1(encode_e2m1(value)) without the codes: the nearest multiple of the grid's step at that
+// magnitude, which is half of its power of two, and 1/2 below 1. Adding and subtracting 1.5 * 2^23
+// steps rounds to a multiple, ties to even, and a multiple is even where its code is. What is
+// compared are integers: of floats, a compiler makes no vector code where a comparison may trap.
 DUQPP_HOST_DEVICE constexpr float round_to_e2m1(float value) {
-  const float magnitude = float_from_bits(float_bits(value) & 0x7FFFFFFFu);
-  const float step = magnitude < 2.0f ? 0.5f : magnitude < 4.0f ? 1.0f : 2.0f;
-  const float steps_per_unit = magnitude < 2.0f ? 2.0f : magnitude < 4.0f ? 1.0f : 0.5f;
-  const float bounded = magnitude < 6.0f ? magnitude : 6.0f;
-  const float rounded = (bounded * steps_per_unit + 12582912.0f) - 12582912.0f;
-  return float_from_bits((float_bits(value) & 0x80000000u) | float_bits(rounded * step));
+  constexpr int32_t kOne = 0x3F800000, kSix = 0x40C00000;  // bits of 1 and 6
+  const int32_t magnitude = static_cast<int32_t>(float_bits(value) & 0x7FFFFFFFu);
+  const int32_t bounded = magnitude < kSix ? magnitude : kSix;
+  const int32_t power = bounded & 0x7F800000;
+  const float steps = 6291456.0f * float_from_bits(power > kOne ? power : kOne);
+  const float rounded = (float_from_bits(bounded) + steps) - steps;
+  return float_from_bits((float_bits(value) & 0x80000000u) | float_bits(rounded));
 }
 static_assert(round_to_e2m1(0.25f) == 0.0f && round_to_e2m1(0.75f) == 1.0f &&
               round_to_e2m1(1.75f) == 2.0f && round_to_e2m1(-2.5f) == -2.0f &&

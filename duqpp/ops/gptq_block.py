@@ -45,7 +45,8 @@ def gptq_block(values: Tensor, factor: Tensor | None, rule: ScaleRule) -> GptqBl
     """
     scales = block_scales(values, rule)
     scale, inverse = decode_e8m0(scales), inverse_scale(scales)
-    columns = values.T.contiguous()  # [32, N]: a column is contiguous
+    # [32, N]: a column is contiguous. Not `contiguous`, which of one row makes no copy.
+    columns = values.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(columns, dtype=torch.uint8)
     rounded = torch.empty_like(columns)
     for j in range(BLOCK_SIZE):

@@ -13,6 +13,7 @@ from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_s
 from duqpp.format.weight_fragment import from_fragments, to_fragments
 from duqpp.ops.backend import Backend, Quantization, RMSNorm, SiluMul
 from duqpp.ops.crossover import crossover
+from duqpp.ops.gptq_block import GptqBlock
 from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
 from duqpp.ops.reference import ReferenceBackend
 
@@ -72,6 +73,10 @@ class _NativeBackend(Backend):
                 x, (weight, rotation) = _with_constants(asked.x, weight, asked.rotation)
                 quantized = ops.rmsnorm_rotate_quantize(x, weight, epsilon, rotation, rule)
                 return MXFP4Tensor(*quantized)
+
+    def gptq_block(self, values: Tensor, factor: Tensor | None, rule: ScaleRule) -> GptqBlock:
+        op = torch.ops.duqpp_native.gptq_block
+        return GptqBlock(*op(values.contiguous(), _contiguous(factor), _RULES[rule]))
 
     def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
         x, (rotation,) = _with_constants(asked.x, asked.rotation)

@@ -162,3 +162,9 @@ def test_expansion_names_what_is_not_on_the_device():
     ):
         with pytest.raises(RuntimeError, match=rf"{name}: codes {ONE_DEVICE}"):
             call_on_cuda(name, *arguments)
+
+
+def test_gptq_block_names_what_is_not_on_the_device():
+    values = torch.zeros(4, 32)
+    with pytest.raises(RuntimeError, match=rf"gptq_block: values {ONE_DEVICE}"):
+        call_on_cuda("gptq_block", values, torch.zeros(32, 32), 0)

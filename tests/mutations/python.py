@@ -146,6 +146,13 @@ MUTATIONS = (
         GPTQ_BLOCK_TESTS,
     ),
     Mutation(
+        "gptq: the block of one row is changed in place",
+        GPTQ_BLOCK,
+        "values.T.clone(memory_format=torch.contiguous_format)",
+        "values.T.contiguous()",
+        GPTQ_BLOCK_TESTS,
+    ),
+    Mutation(
         "gptq: errors stay in their block",
         GPTQ,
         "here.addmm_(differences[:, : start - done], self.factor[done:start, start:stop])",

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from tests.mutations import expand, mxfp4_gemm, mxfp4_gemm_sm80, python, rotate_quantize
+from tests.mutations import expand, gptq_block, mxfp4_gemm, mxfp4_gemm_sm80, python, rotate_quantize
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("mxfp4_gemm", mxfp4_gemm.MUTATIONS),
         ("mxfp4_gemm_sm80", mxfp4_gemm_sm80.MUTATIONS),
         ("expand", expand.MUTATIONS),
+        ("gptq_block", gptq_block.MUTATIONS),
         ("python", python.MUTATIONS),
     )
     for mutation in mutations

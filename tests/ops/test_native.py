@@ -311,6 +311,11 @@ def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
         (ops.mxfp4_gemm, (*w, *w, None, torch.int32), "out must be"),
         (ops.mxfp4_linear, (x, None, 0, w[0][:, :16].contiguous(), w[1], None), "must be"),
         (ops.mxfp4_linear, (x, None, 0, *w, torch.zeros(3)), "bias must be"),
+        (ops.gptq_block, (x, None, 0), r"values must be \[2, 32\]"),
+        (ops.gptq_block, (x[:, ::2], None, 0), "values must be contiguous"),
+        (ops.gptq_block, (x.view(4, 32).double(), None, 0), "values must be float32"),
+        (ops.gptq_block, (x.view(4, 32), x.view(4, 32), 0), r"factor must be \[32, 32\]"),
+        (ops.gptq_block, (x.view(4, 32), None, 4), "rule must be"),
     ]
     for op, arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):

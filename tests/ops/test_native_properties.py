@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.ops import mxfp4_gemm, prepare_weight, restore_weight, rotate_quantize
+from duqpp.ops.gptq_block import gptq_block
+from duqpp.ops.native import CpuBackend
 from tests import inputs, oracle
 
 shapes = st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 36))  # M, N, K / 32
@@ -86,3 +88,14 @@ def test_rotation_of_integers_is_exact(shape, seed, per_block):
     oracle.assert_same(actual.scales, expected.scales, "scales")
     values = (actual.codes ^ expected.codes) & 0x77  # a sum that is zero may have either sign
     assert not values.any()
+
+
+@bounded
+@given(shapes, seeds, st.sampled_from(list(ScaleRule)), st.integers(-140, 100))
+def test_gptq_block_is_its_definition(shape, seed, rule, exponent):
+    generator = inputs.generator(seed)
+    values = torch.randn(shape[1], 32, generator=generator) * 2.0**exponent
+    factor = torch.randn(32, 32, generator=generator)
+    made, expected = CpuBackend().gptq_block(values, factor, rule), gptq_block(values, factor, rule)
+    for name, one, two in zip(expected._fields, made, expected, strict=True):
+        oracle.assert_same(one, two, f"{name}, {shape[1]} rows, {rule}, 2**{exponent}")
