@@ -2,7 +2,7 @@
 
 import os
 
-from duqpp.checkpoint.shard import Progress, write_block
+from duqpp.checkpoint.shard import Progress, read_shard, write_shard
 from duqpp.job.blocks import LATENTS, BlockFolder
 from duqpp.job.records import check_files, read_record, write_record
 from duqpp.methods.base import Method, QuantizedModel, Streams
@@ -31,21 +31,20 @@ def train_shards(
     """
     shards, record = folder.shards, folder.training_record
     if not is_trained(folder) and first.inputs is not None:
-        indices = range(len(shards))
-        model = QuantizedModel(
-            [folder.quantized(stack, index) for index in indices],
-            [folder.latents(index) for index in indices],
-            first.inputs,
-            exact.hidden,
-            stack.head(),
-        )
-        report = method.train(model, folder.work / _STATE_FILE, progress)
+        blocks = ((folder.quantized(stack, n), folder.latents(n)) for n in range(len(shards)))
+        model = QuantizedModel(blocks, first.inputs, exact.hidden, stack.head())
+        trained = method.train(model, folder.work / _STATE_FILE, progress)
         new = {shard.name: shard.with_suffix(_DISTILLED) for shard in shards}
-        for file, block in zip(new.values(), model.blocks, strict=True):
-            write_block(file, block.name, block.module)
+        for index, (shard, codes) in enumerate(zip(shards, trained.codes, strict=True)):
+            tensors = read_shard(shard)
+            for name, weight in codes.items():
+                linear = f"{stack.family.block_name(index)}.{name}"
+                tensors[f"{linear}.weight_packed"] = weight.codes
+                tensors[f"{linear}.weight_scale"] = weight.scales
+            write_shard(new[shard.name], tensors)
         for shard in shards:
             folder.allow(shard, new[shard.name])
-        write_record(record, folder.job, {"report": report.to_dict()}, new)
+        write_record(record, folder.job, {"report": trained.report.to_dict()}, new)
     for shard in shards:
         if (file := shard.with_suffix(_DISTILLED)).exists():
             os.replace(file, shard)

@@ -1,7 +1,7 @@
 """Method: how a decoder block is quantized, and what every way to do it has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,15 +110,26 @@ class BlockResult:
 class QuantizedModel:
     """All blocks of a model, quantized, for a method that trains them together.
 
-    latents: of each block. inputs: what enters block 0. exact: what leaves the float model's last
-    block, batch by batch. head: hidden states [..., hidden] to logits [..., vocabulary].
+    blocks: in order, each with the latents of its linears; to be read once. inputs: what enters
+    block 0. exact: what leaves the float model's last block, batch by batch. head: hidden states
+    [..., hidden] to logits [..., vocabulary]. ranks: that train it together; each has all of this.
     """
 
-    blocks: list[Block]
-    latents: list[dict[str, Tensor]]
+    blocks: Iterable[tuple[Block, Mapping[str, Tensor]]]
     inputs: BlockInputs
     exact: list[Tensor]
     head: nn.Module
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a training has made. codes: of each block by linear, [N, K], row-major scales; none of a
+    block that stays as it was. Ranks read them together, once.
+    """
+
+    report: DistillReport
+    codes: Iterable[dict[str, MXFP4Tensor]]
 
 
 class Method(ABC):
@@ -202,11 +213,12 @@ class Method(ABC):
         """What `train` takes. Only of a method that trains the whole model: see `Needs`."""
         raise NotImplementedError(f"{self.name} trains no whole model: see Needs.whole_model")
 
-    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
-        """Train all blocks together, in place, once they are quantized.
+    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> TrainedModel:
+        """Train all blocks together, once they are quantized.
 
         Args:
-            state: file that an interrupted call goes on from.
+            state: file that an interrupted call goes on from; others are beside it that begin with
+                its name.
             progress: called with ("distill", steps done, steps in all).
         """
         raise NotImplementedError(f"{self.name} trains no whole model: see Needs.whole_model")

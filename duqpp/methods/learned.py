@@ -136,7 +136,8 @@ def learn_rotations(
     turns = [parameter for rotation in rotations.values() for parameter in rotation.parameters()]
     order = [steps_of(shuffled(held.start, generator), ranks) for _ in range(_EPOCHS)]
     steps = sum(len(epoch) for epoch in order)
-    optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, betas=(0.9, 0.95), relative=False)
+    sizes = [1.0] * len(turns)
+    optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, sizes=sizes)
 
     def matrices() -> dict[str, Tensor]:
         return {name: rotation().detach().double() for name, rotation in rotations.items()}

@@ -17,7 +17,15 @@ from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.format import dequantize
 from duqpp.methods import costs
-from duqpp.methods.base import Block, BlockResult, Method, Needs, QuantizedModel, Streams
+from duqpp.methods.base import (
+    Block,
+    BlockResult,
+    Method,
+    Needs,
+    QuantizedModel,
+    Streams,
+    TrainedModel,
+)
 from duqpp.methods.costs import SAMPLE_TOKENS
 from duqpp.methods.group import (
     Drift,
@@ -36,7 +44,7 @@ from duqpp.methods.group import (
 from duqpp.methods.options import SequentialOptions
 from duqpp.methods.refine.blocks import CHECKS, refine_block
 from duqpp.methods.refine.distill import CHECK_STEPS, EPOCHS, distill
-from duqpp.methods.reports import DistillReport, GroupReport
+from duqpp.methods.reports import GroupReport
 from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.models.standing import Known, standing_in
@@ -120,7 +128,7 @@ class Sequential(Method):
             latents = {}
         return BlockResult(found.reports, refined, latents, outputs, targets)
 
-    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> DistillReport:
+    def train(self, model: QuantizedModel, state: Path, progress: Progress) -> TrainedModel:
         generator = group_generator(self.options.seed, "distill")
         return distill(model, self.options.weight_rule, state, generator, progress)
 

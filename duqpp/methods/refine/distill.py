@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_map
 
-from duqpp.checkpoint.shard import Progress, read_shard, write_shard
-from duqpp.format import MXFP4Tensor, ScaleRule
-from duqpp.methods.base import QuantizedModel
-from duqpp.methods.refine.latent import to_codes, to_latents
+from duqpp.checkpoint.shard import Progress
+from duqpp.format import ScaleRule
+from duqpp.methods.base import QuantizedModel, TrainedModel
+from duqpp.methods.refine.latent_model import LatentModel
 from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back, shuffled
+from duqpp.methods.refine.training_state import TrainingState
 from duqpp.methods.reports import DistillReport
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
-from duqpp.ops import quantize
-from duqpp.placement import HOST
 
 # Root-mean-square of a weight's change in one step of Adam. On SmolLM2-135M a rate of 0.001 raised
 # the held-out divergence from 0.16 to 0.22 nats in 32 steps, 0.0003 lowered it.
@@ -31,107 +31,95 @@ def distill(
     state: Path,
     generator: torch.Generator,
     progress: Progress,
-) -> DistillReport:
-    """Train the weights of all blocks through their rounding, in place.
+) -> TrainedModel:
+    """Train the weights of all blocks through their rounding.
 
-    The whole model, its latents, their gradients and Adam's two moments are in memory, and what is
-    inside of one block for one batch. The codes with the least divergence on held-back batches
-    are kept, and nothing is changed where that is the start; training stops early when checks are
-    clearly worse.
+    The latents of the whole model and Adam's two moments are in memory, of several ranks in that of
+    all together, and what is inside of one block for one batch. The codes with the least
+    divergence on held-back batches are kept, and nothing is changed where that is the start;
+    training stops early when checks are clearly worse.
+
+    Every step is on one batch, however many ranks there are: each has some of its sequences, and
+    those that have none wait for the others. So the result is the same but for the order of sums.
 
     Args:
         rule: scale rule of the weights.
-        state: file that an interrupted job is continued from.
+        state: file that an interrupted job is continued from, by any number of ranks.
         generator: of the order of batches.
         progress: called with ("distill", steps done, steps in all).
     """
-    inputs, exact, head = model.inputs, model.exact, model.head
-    parameters: dict[str, nn.Parameter] = {}
-    for block, latents in zip(model.blocks, model.latents, strict=True):
-        trained = to_latents(block.module, block.groups, latents, rule=rule)
-        parameters |= {f"{block.index}.{name}": latent for name, latent in trained.items()}
-    held = held_back(len(inputs.hidden))
+    latents = LatentModel(model.blocks, rule, model.ranks)
+    held = held_back(len(model.exact))
     order = [batch for _ in range(EPOCHS) for batch in shuffled(held.start, generator)]
-    optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=len(order), betas=_BETAS)
-
-    def hidden(batch: int) -> Tensor:
-        x = inputs.hidden[batch].to(inputs.placement.compute)
-        for block in model.blocks:
-            # What a block computes inside is computed again for its gradients, not kept.
-            arguments = inputs.arguments[batch][block.index]
-            out = checkpoint(block.module, x, use_reentrant=False, **arguments)
-            x = out[0] if isinstance(out, tuple) else out
-        return x
-
-    def codes() -> dict[str, MXFP4Tensor]:
-        return {n: quantize(p.detach(), rule=rule) for n, p in parameters.items()}
-
-    stopping = EarlyStopping(
-        lambda: sum(divergence(hidden(b), exact[b], head) for b in held) / len(held), codes
+    optimizer = LatentOptimizer(
+        latents.all_rows, rate=_RATE, steps=len(order), betas=_BETAS, sizes=latents.sizes
     )
-    steps = _restore(state, parameters, optimizer, stopping) if state.exists() else 0
+    latents.on_gradient(optimizer.apply)
+    stopping = EarlyStopping(
+        lambda: sum(_divergence_of(model, latents, batch) for batch in held) / len(held),
+        latents.codes,
+    )
+    saved = TrainingState(state, latents, optimizer, stopping, model.ranks)
+    saved.restore()
     with torch.enable_grad():
-        while steps < len(order):
-            progress("distill", steps, len(order))
-            out = hidden(order[steps])
-            out.backward(divergence_gradient(out.detach(), exact[order[steps]], head))
-            optimizer.step()
-            steps += 1
-            if steps == len(order):
+        while optimizer.done < len(order):
+            progress("distill", optimizer.done, len(order))
+            _backward(model, latents, order[optimizer.done])
+            optimizer.done += 1
+            if optimizer.done == len(order):
                 stopping.check()
-            elif steps % CHECK_STEPS == 0:
+            elif optimizer.done % CHECK_STEPS == 0:
                 if not stopping.check():
                     break
-                _save(state, parameters, optimizer, stopping)
+                saved.save()
     progress("distill", len(order), len(order))
-    for block in model.blocks:
-        prefix = f"{block.index}."
-        best = stopping.best and {
-            name.removeprefix(prefix): weight
-            for name, weight in stopping.best.items()
-            if name.startswith(prefix)
-        }
-        to_codes(block.module, block.groups, best)
-    return DistillReport(stopping.first, stopping.least, steps)
+    report = DistillReport(stopping.first, stopping.least, optimizer.done)
+    return TrainedModel(report, latents.gathered(stopping.best))
 
 
-def _save(
-    state: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: LatentOptimizer,
-    stopping: EarlyStopping[dict[str, MXFP4Tensor]],
-) -> None:
-    tensors = {f"latent.{name}": p.detach() for name, p in parameters.items()} | optimizer.state()
-    for name, weight in (stopping.best or {}).items():
-        tensors |= {f"codes.{name}": weight.codes, f"scales.{name}": weight.scales}
-    tensors["least"] = torch.tensor([stopping.least], dtype=torch.float64, device=HOST).view(
-        torch.uint8
-    )
-    tensors["stale"] = torch.tensor(stopping.stale, dtype=torch.int32, device=HOST)
-    write_shard(state, tensors)
+def _backward(model: QuantizedModel, latents: LatentModel, batch: int) -> None:
+    """Let the latents take the gradient of a batch's divergence."""
+    part = _part(model, batch)
+    out = latents(part.hidden, part.arguments)
+    gradient = divergence_gradient(out.detach(), part.exact, model.head)
+    # Ranks take the mean of what each has.
+    out.backward(gradient * (part.share * model.ranks.count))
 
 
-def _restore(
-    state: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: LatentOptimizer,
-    stopping: EarlyStopping[dict[str, MXFP4Tensor]],
-) -> int:
-    """Go on from a state. Returns: how many steps it had done."""
-    tensors = read_shard(state)
-    for name, parameter in parameters.items():
-        parameter.data = tensors[f"latent.{name}"].to(parameter.device, copy=True)
-    stopping.least = float(tensors["least"].clone().view(torch.float64))
-    stopping.stale = int(tensors["stale"])
-    best = {
-        name: MXFP4Tensor(
-            *(tensors[f"{part}.{name}"].to(p.device, copy=True) for part in ("codes", "scales"))
-        )
-        for name, p in parameters.items()
-        if f"codes.{name}" in tensors
-    }
-    stopping.best = best or None
-    return optimizer.restore(tensors)
+def _divergence_of(model: QuantizedModel, latents: LatentModel, batch: int) -> float:
+    """The divergence over the tokens of a batch, by all ranks together."""
+    part = _part(model, batch)
+    own = divergence(latents(part.hidden, part.arguments), part.exact, model.head)
+    return sum(model.ranks.all(own * part.share))
+
+
+class _Part(NamedTuple):
+    """This rank's sequences of a batch: what enters the first block, the blocks' other arguments,
+    what leaves the float model's last one; and how much of the batch they are."""
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+    exact: Tensor
+    share: float
+
+
+def _part(model: QuantizedModel, batch: int) -> _Part:
+    """A rank for which there is no sequence computes on the first one, which counts for nothing:
+    all ranks are needed for each other's weights."""
+    hidden, arguments = model.inputs.hidden[batch], model.inputs.arguments[batch]
+    sequences = len(hidden)
+    own = model.ranks.share(sequences)
+    share = (own.stop - own.start) / sequences
+    rows = own if share else slice(1)
+
+    def cut(value: Any) -> Any:
+        of_each = isinstance(value, Tensor) and value.dim() > 1 and len(value) == sequences
+        return value[rows] if of_each else value
+
+    compute = model.inputs.placement.compute
+    if share < 1:
+        arguments = tree_map(cut, arguments)
+    return _Part(hidden[rows].to(compute), arguments, model.exact[batch][rows], share)
 
 
 def divergence(hidden: Tensor, exact: Tensor, head: nn.Module) -> float:
@@ -150,7 +138,8 @@ def divergence_gradient(hidden: Tensor, exact: Tensor, head: nn.Module) -> Tenso
         own = own.detach().requires_grad_()
         logits = head(own)
         with torch.no_grad():  # of the logits: q - p
-            gradient = logits.float().softmax(-1) - head(other).float().softmax(-1)
+            gradient = logits.float().softmax(-1)
+            gradient -= head(other).float().softmax(-1)
         logits.backward(gradient.to(logits.dtype))
         gradients.append(own.grad)
     tokens = hidden.numel() // hidden.shape[-1]

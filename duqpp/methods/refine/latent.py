@@ -16,23 +16,38 @@ from duqpp.models.family import LinearGroup
 from duqpp.nn import MXFP4Linear
 from duqpp.ops import quantize
 from duqpp.ops.reference import rotate_blocks
+from duqpp.placement import HOST
 
 
 class _RoundStraightThrough(torch.autograd.Function):
     """Forward: to MXFP4 and back. Backward: the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: ScaleRule) -> Tensor:
-        return dequantize(quantize(x.contiguous(), rule=rule))
+    def forward(ctx: Any, x: Tensor, rule: ScaleRule, dtype: torch.dtype) -> Tensor:
+        return dequantize(quantize(x.contiguous(), rule=rule), dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.float(), None, None
 
 
-def round_straight_through(x: Tensor, rule: ScaleRule) -> Tensor:
-    """The values of x float32 [..., K] in MXFP4; its gradient is that of the identity."""
-    return _RoundStraightThrough.apply(x, rule)
+def round_straight_through(
+    x: Tensor, rule: ScaleRule, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of x float32 [..., K] in MXFP4; its gradient is that of the identity.
+
+    Args: dtype: of the result, float32 or bfloat16, both of which hold the values as they are.
+    """
+    return _RoundStraightThrough.apply(x, rule, dtype)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What rounded weights and inputs are multiplied in.
+
+    On GPUs bfloat16: it holds their values as they are, the sums are float32, and only the results
+    and the gradients are rounded. What is trained stays float32 everywhere.
+    """
+    return torch.float32 if device.type == HOST.type else torch.bfloat16
 
 
 class RoundedInput:
@@ -43,24 +58,29 @@ class RoundedInput:
         rule: scale rule of the input.
         readers: linears in the group. When the last one has read an input it is let go of, and
             the graph behind it with it.
+        dtype: of what they read.
     """
 
     def __init__(
-        self, rotation: Tensor | Callable[[], Tensor] | None, rule: ScaleRule, readers: int
+        self,
+        rotation: Tensor | Callable[[], Tensor] | None,
+        rule: ScaleRule,
+        readers: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._rotation = rotation.detach().float() if isinstance(rotation, Tensor) else rotation
-        self._rule = rule
+        self._rule, self.dtype = rule, dtype
         self._readers, self._reads = readers, 0
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] to float32 [..., K] with a straight-through gradient."""
+        """x [..., K] to `dtype` [..., K] with a straight-through gradient."""
         if self._last is None or self._last[0] is not x:
             y = x.float()
             if self._rotation is not None:
                 given = isinstance(self._rotation, Tensor)
                 y = rotate_blocks(y, self._rotation if given else self._rotation())
-            self._last, self._reads = (x, round_straight_through(y, self._rule)), 0
+            self._last, self._reads = (x, round_straight_through(y, self._rule, self.dtype)), 0
         rounded = self._last[1]
         self._reads += 1
         if self._reads == self._readers:
@@ -72,7 +92,7 @@ class LatentLinear(nn.Module):
     """In the place of an MXFP4Linear: the same function, with a weight that can be trained.
 
     Args:
-        linear: what it stands for; it is kept aside, unchanged.
+        linear: what it stands for; it is kept aside, unchanged, and only its bias is read.
         latent: float32 [N, K], in the basis of the folded weight.
         rounded_input: shared by the linears of a group.
         rule: scale rule of the weight.
@@ -84,6 +104,7 @@ class LatentLinear(nn.Module):
         super().__init__()
         self.latent = nn.Parameter(latent.to(linear.weight_packed.device, copy=True))
         self.rounded_input, self._rule, self._linear = rounded_input, rule, (linear,)
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
 
     @property
     def linear(self) -> MXFP4Linear:
@@ -92,10 +113,9 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in the dtype of x."""
-        y = F.linear(self.rounded_input(x), round_straight_through(self.latent, self._rule))
-        if self.linear.bias is not None:
-            y = y + self.linear.bias.float()
-        return y.to(x.dtype)
+        rounded = self.rounded_input(x)
+        y = F.linear(rounded, round_straight_through(self.latent, self._rule, rounded.dtype))
+        return (y if self._bias is None else y + self._bias).to(x.dtype)
 
 
 def to_latents(
@@ -114,7 +134,8 @@ def to_latents(
     parameters = {}
     for group in groups:
         first = block.get_submodule(group.linears[0])
-        rounded_input = RoundedInput(first.rotation, first.rule, len(group.linears))
+        dtype = product_dtype(first.weight_packed.device)
+        rounded_input = RoundedInput(first.rotation, first.rule, len(group.linears), dtype)
         for name in group.linears:
             linear = LatentLinear(block.get_submodule(name), latents[name], rounded_input, rule)
             block.set_submodule(name, linear)

@@ -1,7 +1,7 @@
 """How latents are trained: which batches, Adam in units of each weight's size, when to stop."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ _LAST_RATE = 0.05  # of the first
 # stopped when two checks brought nothing new, 6 of SmolLM2-135M's 30 blocks stayed as they were.
 _PATIENCE = 2
 _WORSE = 1.1
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names Adam's
 
 Snapshot = TypeVar("Snapshot")
 
@@ -102,9 +103,12 @@ class EarlyStopping(Generic[Snapshot]):
 class LatentOptimizer:
     """Adam whose rate for each weight is a fraction of that weight's root mean square.
 
+    done: steps so far, which an optimizer that goes on where another one stopped is told.
+
     Args:
         parameters: latents. rate: the fraction, for the first steps. steps: how many there will be.
-        betas: Adam's. relative: False takes rate as it is.
+        betas: Adam's. sizes: of each parameter what its rate is a fraction of; None for its root
+            mean square.
     """
 
     def __init__(
@@ -114,54 +118,43 @@ class LatentOptimizer:
         rate: float,
         steps: int,
         betas: tuple[float, float] = (0.9, 0.95),
-        relative: bool = True,
+        sizes: Sequence[float] | None = None,
     ) -> None:
-        self._parameters, self._steps = list(parameters), steps
-        units = [
-            float(p.detach().square().mean().sqrt()) if relative else 1.0 for p in self._parameters
-        ]
-        groups = [
-            {"params": [p], "lr": rate * unit}
-            for p, unit in zip(self._parameters, units, strict=True)
-        ]
-        self.adam = torch.optim.Adam(groups, betas=betas)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adam, lambda step: _share_of_rate(step, steps)
-        )
+        latents, self._steps, self.done = list(parameters), steps, 0
+        sizes = [root_mean_square(p) for p in latents] if sizes is None else sizes
+        self._rates = {p: rate * size for p, size in zip(latents, sizes, strict=True)}
+        # One for each, so that a parameter takes its gradient while others still wait for theirs.
+        self._adam = {p: torch.optim.Adam([p], betas=betas) for p in latents}
 
     def step(self) -> None:
         """Apply the gradients and clear them."""
-        self.adam.step()
-        self.adam.zero_grad()
-        self._schedule.step()
+        for parameter in self._adam:
+            self.apply(parameter)
+        self.done += 1
 
-    def state(self) -> dict[str, Tensor]:
-        """What `restore` needs besides the latents themselves; float32."""
-        tensors = {
-            "steps": torch.tensor(
-                float(self._schedule.last_epoch), dtype=torch.float32, device=HOST
-            )
-        }
-        for index, parameter in enumerate(self._parameters):
-            for name, value in self.adam.state.get(parameter, {}).items():
-                tensors[f"{name}.{index}"] = value
-        return tensors
+    def apply(self, parameter: nn.Parameter) -> None:
+        """Do the part of `step` that is one parameter's."""
+        adam = self._adam[parameter]
+        adam.param_groups[0]["lr"] = self._rates[parameter] * _share_of_rate(self.done, self._steps)
+        adam.step()
+        adam.zero_grad()
 
-    def restore(self, state: dict[str, Tensor]) -> int:
-        """Go on from a state. Returns: how many steps that had done."""
-        steps = int(state["steps"])
-        for index, parameter in enumerate(self._parameters):
-            names = ("step", "exp_avg", "exp_avg_sq")
-            own = {n: state[f"{n}.{index}"] for n in names}
-            # Adam keeps its count of steps on the host.
-            self.adam.state[parameter] = {
-                n: t.clone() if n == "step" else t.to(parameter.device, copy=True)
-                for n, t in own.items()
-            }
-        self._schedule.last_epoch = steps
-        for group, base in zip(self.adam.param_groups, self._schedule.base_lrs, strict=True):
-            group["lr"] = base * _share_of_rate(steps, self._steps)
-        return steps
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Adam's two of a parameter that has had a step; float32 in its shape."""
+        state = self._adam[parameter].state[parameter]
+        return {name: state[name] for name in MOMENTS}
+
+    def restore(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        """Go on from the moments of a parameter after `done` steps."""
+        # Adam keeps its count of steps on the host.
+        steps = torch.tensor(float(self.done), dtype=torch.float32, device=HOST)
+        own = {name: moments[name].to(parameter.device, copy=True) for name in MOMENTS}
+        self._adam[parameter].state[parameter] = {"step": steps} | own
+
+
+def root_mean_square(weight: Tensor) -> float:
+    """Of all values of a weight."""
+    return float(weight.detach().square().mean().sqrt())
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -1,22 +1,29 @@
 """Distillation: its loss and gradient in float64, and what it does to a tiny model."""
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import duqpp
 import duqpp.methods.refine.distill as module
+import duqpp.methods.refine.latent_model as latent_model
 from duqpp.config import QuantizeConfig
 from duqpp.format import ScaleRule
 from duqpp.format import quantize as quantize_mxfp4
 from duqpp.methods.base import Block, QuantizedModel
 from duqpp.methods.refine.distill import distill, divergence, divergence_gradient
+from duqpp.methods.refine.training_state import TrainingState
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
+from duqpp.placement.ranks import Ranks
 from tests import inputs
+from tests.ranks import together
 
 CONFIG = QuantizeConfig(method="duqpp", refine="distill", samples=1, refine_samples=2)
 SHORT, LONG = 32, 512  # tokens of a sequence
@@ -57,38 +64,46 @@ def test_the_divergence_and_its_gradient(shape, head):
 def job(make_tiny, tmp_path, monkeypatch):
     """A quantized model with its latents, and where an interrupted run is kept.
 
-    There are five batches, of four sequences each; where bytes are compared, short ones will do.
+    There are five batches, of four sequences each but for the last one; where bytes are compared,
+    short ones will do.
     """
 
-    def make(seq_len: int = SHORT):
+    def make(seq_len: int = SHORT, sequences: int = 20):
         monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 4 * seq_len)
         stack = DecoderStack(open_source(str(make_tiny("llama"))))
-        tokens = torch.randint(0, 300, (20, seq_len), generator=inputs.generator(1))
+        tokens = torch.randint(0, 300, (sequences, seq_len), generator=inputs.generator(1))
         stream = stack.first_inputs(tokens)
         exact, first = stream.first(len(stream.hidden)), stream.first(len(stream.hidden))
-        blocks, latents = [], []
+        blocks = []
         method = CONFIG.build_method()
         for index in range(len(stack)):
             block = Block.of(stack.block(index), index, (), stack.family)
             exact.hidden = list(exact.outputs(block.module, index))
             found = method.quantize_groups(block, stream.first(1)).latents
             stream.hidden = list(stream.outputs(block.module, index))
-            blocks.append(block)
-            latents.append(found)
-        state = tmp_path / "state"
-        return QuantizedModel(blocks, latents, first, exact.hidden, stack.head()), state
+            blocks.append((block, found))
+        state = tmp_path / "distill.state"
+        return QuantizedModel(blocks, first, exact.hidden, stack.head()), state
 
     return make
 
 
 def run(job, progress=lambda *_: None):
+    """Train the model, and let its blocks have what comes out."""
     model, state = job
-    return distill(model, ScaleRule.MSE, state, inputs.generator(5), progress)
+    before = [copy.deepcopy(block.module) for block, _ in model.blocks]
+    trained = distill(model, ScaleRule.MSE, state, inputs.generator(5), progress)
+    for index, codes in enumerate(trained.codes):
+        block, latents = model.blocks[index]
+        for name, weight in codes.items():
+            before[index].get_submodule(name).replace_weight(weight)
+        model.blocks[index] = replace(block, module=before[index]), latents
+    return trained.report
 
 
 def damage(model) -> None:
     """Make every quantized weight a quarter too large, in the codes and in what is trained."""
-    for block, own in zip(model.blocks, model.latents, strict=True):
+    for block, own in model.blocks:
         for name in own:
             own[name] = 1.25 * own[name]
             block.module.get_submodule(name).replace_weight(
@@ -99,7 +114,7 @@ def damage(model) -> None:
 def held_divergence(model) -> float:
     hidden = model.inputs.hidden[-1]
     with torch.no_grad():
-        for block in model.blocks:
+        for block, _ in model.blocks:
             out = block.module(hidden, **model.inputs.arguments[-1][block.index])
             hidden = out[0] if isinstance(out, tuple) else out
         return float(exact_divergence(hidden, model.exact[-1], model.head))
@@ -132,7 +147,7 @@ def test_what_does_not_help_is_not_kept(job, monkeypatch):
 
 def states(model) -> list[dict[str, torch.Tensor]]:
     """What the shards of a model's blocks would hold."""
-    return [block.module.state_dict() for block in model.blocks]
+    return [block.module.state_dict() for block, _ in model.blocks]
 
 
 def assert_same(made, expected) -> None:
@@ -156,22 +171,18 @@ def test_the_best_check_is_kept_and_training_stops_when_two_in_a_row_are_worse(j
     """Checks after steps 1, 2, 3 and 4: the second is the best, so 4 of 8 steps are taken."""
     monkeypatch.setattr(module, "CHECK_STEPS", 1)
     saved = []
-    monkeypatch.setattr(module, "_save", lambda _, parameters, *__: saved.append(parameters))
+    monkeypatch.setattr(TrainingState, "save", lambda self: saved.append(self._latents.all_rows))
     falling([0.5, 0.4, 0.3, 0.35, 0.4], monkeypatch)
     model, state = job()
     kept = []
 
     def progress(stage, done, total):
         if done == 2:
-            kept.extend(quantize_mxfp4(p.detach(), rule=ScaleRule.MSE) for p in saved[-1].values())
+            kept.extend(quantize_mxfp4(p.detach(), rule=ScaleRule.MSE) for p in saved[-1])
 
     report = run((model, state), progress)
     assert report == module.DistillReport(0.5, 0.3, steps=4)
-    made = [
-        block.module.get_submodule(n).weight
-        for block, own in zip(model.blocks, model.latents, strict=True)
-        for n in own
-    ]
+    made = [block.module.get_submodule(n).weight for block, own in model.blocks for n in own]
     assert len(made) == len(kept)
     for weight, expected in zip(made, kept, strict=True):
         assert torch.equal(weight.codes, expected.codes)
@@ -182,22 +193,59 @@ class Stopped(BaseException):
     pass
 
 
-def test_what_is_inside_of_blocks_is_made_again_and_changes_nothing(job, monkeypatch):
-    """The weights are those of a run that keeps everything; each block runs twice in a step."""
-    calls, made = [], []
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_inside_of_blocks_is_made_again_but_for_products(job, monkeypatch):
+    """The weights and the products are those of a run that keeps everything; each block runs twice
+    in a step."""
+    calls, made, products = [], [], []
     for keep in (False, True):
         model, state = job()
         if keep:
-            monkeypatch.setattr(module, "checkpoint", lambda f, x, use_reentrant, **k: f(x, **k))
-        handle = model.blocks[0].module.register_forward_pre_hook(
+            monkeypatch.setattr(
+                latent_model, "checkpoint", lambda f, x, use_reentrant, context_fn, **k: f(x, **k)
+            )
+        handle = model.blocks[0][0].module.register_forward_pre_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
-        report = run((model, state))
+        with Products() as counted:
+            report = run((model, state))
         handle.remove()
         assert sum(calls) == report.steps * (1 if keep else 2)
         calls.clear()
         made.append(states(model))
+        products.append(counted.count)
     assert_same(*made)
+    assert products[0] == products[1] > 0
+
+
+def test_gradients_and_the_codes_before_are_let_go_of(job, monkeypatch):
+    """After every backward pass each latent has had its step, and none has a gradient."""
+    model, state = job()
+    linears = [block.module.get_submodule(name) for block, own in model.blocks for name in own]
+    seen = []
+
+    def backward(*arguments, real=module._backward):
+        real(*arguments)
+        latents = arguments[1]
+        seen.extend(p.grad for p in latents.all_rows)
+        seen.extend(p.grad for p in latents._chain.parameters())
+
+    monkeypatch.setattr(module, "_backward", backward)
+    run((model, state))
+    assert len(seen) > 0
+    assert not any(gradient is not None for gradient in seen)
+    assert all(linear.weight_packed.is_meta for linear in linears)
 
 
 @pytest.mark.parametrize("best", ["start", "saved", "end"])
@@ -209,7 +257,8 @@ def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     whole, parts = job(), job()
     assert not whole[-1].exists()
     report = run(whole)
-    whole[-1].unlink()
+    for file in whole[-1].parent.glob("distill*"):
+        file.unlink()
 
     def stop(stage, done, total):
         if done == 5:
@@ -226,6 +275,109 @@ def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     assert run(fresh, lambda stage, done, total: steps.append(done)) == report
     assert steps[0] == 3
     assert_same(states(fresh[0]), states(whole[0]))
+
+
+# Several ranks: of the held-back batch, which has two sequences, the first of three has none.
+
+RANKS_SEQUENCES = 18
+
+
+def run_ranks(job, folder, count: int, stop_at: int | None = None) -> list[dict[str, Any]]:
+    """What each of so many ranks has of a run, which may be stopped once it has done some steps."""
+
+    def one(ranks: Ranks) -> dict[str, Any]:
+        model, state = job
+        seen: dict[str, Any] = {"steps": []}
+
+        def progress(stage, done, total):
+            seen["steps"].append(done)
+            if done == stop_at:
+                raise Stopped
+
+        def backward(*arguments, real=module._backward):
+            real(*arguments)
+            seen["held"] = sum(p.numel() for p in arguments[1].all_rows)
+            seen["gradients"] = sum(p.grad is not None for p in arguments[1]._chain.parameters())
+
+        with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+            patch.setattr(module, "_backward", backward)
+            seen["report"] = run((replace(model, ranks=ranks), state), progress)
+            seen["states"] = states(model)
+        return seen
+
+    return together(count, one, folder)
+
+
+def differing_codes(made, expected) -> float:
+    """The share of packed codes that are not those expected; nothing else may differ."""
+    differing = total = 0
+    for own, other in zip(made, expected, strict=True):
+        for name, tensor in own.items():
+            if name.endswith("weight_packed"):
+                differing += int((tensor != other[name]).sum())
+                total += tensor.numel()
+            elif not name.endswith("weight_scale"):
+                assert torch.equal(tensor, other[name])
+    return differing / total
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_train_what_one_process_does_and_have_a_part_of_it_each(
+    count, job, tmp_path, monkeypatch
+):
+    """The order of sums alone differs. Damaged weights have something to learn."""
+    monkeypatch.setattr(module, "_RATE", 3e-3)
+    model, state = job(sequences=RANKS_SEQUENCES)
+    damage(model)
+    weights = sum(latent.numel() for _, latents in model.blocks for latent in latents.values())
+    made = run_ranks((model, state), tmp_path, count)
+    before = copy.deepcopy(states(model))
+    report = run((model, state))
+    expected = states(model)
+    assert report.improved
+    assert differing_codes(expected, before) > 0.01
+    for rank in made:
+        assert rank["report"] == made[0]["report"]
+        assert_same(rank["states"], made[0]["states"])
+        assert rank["gradients"] == 0
+        assert rank["held"] <= weights / count * 1.05
+        assert rank["report"].steps == report.steps
+        for name in ("divergence_before", "divergence_after"):
+            found, exact = (getattr(r, name) for r in (rank["report"], report))
+            assert found == pytest.approx(exact, rel=1e-3)
+    assert sum(rank["held"] for rank in made) == weights
+    assert differing_codes(made[0]["states"], expected) < 1e-3
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on(first, second, job, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_RATE", 3e-3)
+    monkeypatch.setattr(module, "CHECK_STEPS", 3)
+    begun = job(sequences=RANKS_SEQUENCES)
+    damage(begun[0])
+    run_ranks(begun, tmp_path, first, stop_at=5)
+    assert begun[1].exists()
+    made = run_ranks(begun, tmp_path, second)
+    assert all(rank["steps"][0] == 3 for rank in made)
+    for file in begun[1].parent.glob("distill*"):
+        file.unlink()
+    report = run(begun)
+    assert made[0]["report"].divergence_after == pytest.approx(report.divergence_after, rel=1e-3)
+    assert differing_codes(made[0]["states"], states(begun[0])) < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_each_rank_has_some_sequences_of_a_batch(count, job):
+    model, _ = job()
+    whole, exact = model.inputs.hidden[0], model.exact[0]
+    parts = [module._part(replace(model, ranks=Ranks(i, count)), 0) for i in range(count)]
+    assert sum(part.share for part in parts) == 1
+    assert torch.equal(torch.cat([part.hidden for part in parts if part.share]), whole)
+    assert torch.equal(torch.cat([part.exact for part in parts if part.share]), exact)
+    for part in parts:
+        assert len(part.hidden) == len(part.exact) == max(1, round(4 * part.share))
+        block, _ = model.blocks[0]
+        block.module(part.hidden, **part.arguments[0])
 
 
 # Through quantize_model.

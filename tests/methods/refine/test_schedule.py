@@ -44,11 +44,11 @@ def rate(step: int) -> float:
     return min((step + 1) / 5, 1) * (1 / 20 + 19 / 20 * cosine)
 
 
-@pytest.mark.parametrize(("relative", "unit"), [(True, 2.0), (False, 1.0)])
-def test_the_rate_rises_in_five_steps_and_falls_to_a_twentieth(relative, unit):
-    """In units of the weight's root mean square, or as it is."""
+@pytest.mark.parametrize(("sizes", "unit"), [(None, 2.0), ([1.0], 1.0)])
+def test_the_rate_rises_in_five_steps_and_falls_to_a_twentieth(sizes, unit):
+    """In units of the weight's root mean square, or of the size that is given."""
     parameter = nn.Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0]))
-    optimizer = LatentOptimizer([parameter], rate=0.01, steps=STEPS, relative=relative)
+    optimizer = LatentOptimizer([parameter], rate=0.01, steps=STEPS, sizes=sizes)
     found = [length / (0.01 * unit) for length in moves(parameter, optimizer)]
     assert found == pytest.approx([rate(step) for step in range(STEPS)], rel=1e-3)
     assert found[0] == pytest.approx(0.2, rel=1e-2)
@@ -62,8 +62,10 @@ def test_an_optimizer_goes_on_at_the_rate_where_another_stopped():
     moves(first, begun, 3)
     resumed = LatentOptimizer([second], rate=0.01, steps=STEPS)
     second.data = first.detach().clone()
-    assert resumed.restore(begun.state()) == 3
+    resumed.done = begun.done
+    resumed.restore(second, begun.moments(first))
     assert moves(second, resumed, STEPS - 3) == pytest.approx(expected[3:], rel=1e-3)
+    assert (begun.done, resumed.done) == (3, STEPS)
 
 
 @pytest.mark.parametrize(
