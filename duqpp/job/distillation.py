@@ -1,13 +1,19 @@
 """Training of a whole model whose blocks are quantized, in the folder of its job."""
 
 import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from duqpp.checkpoint.shard import Progress, read_shard, write_shard
+from duqpp.format import MXFP4Tensor
 from duqpp.job.blocks import LATENTS, BlockFolder
 from duqpp.job.records import check_files, read_record, write_record
 from duqpp.methods.base import Method, QuantizedModel, Streams
 from duqpp.methods.reports import DistillReport
-from duqpp.models.stack import BlockInputs, DecoderStack
+from duqpp.models.stack import DecoderStack
+from duqpp.placement.ranks import Ranks
 from duqpp.placement.stages import stage
 
 _DISTILLED = ".distilled"  # suffix of a new shard, until all are written
@@ -20,36 +26,76 @@ def train_shards(
     stack: DecoderStack,
     folder: BlockFolder,
     first: Streams,
-    exact: BlockInputs,
+    last: Streams,
+    ranks: Ranks,
     progress: Progress,
 ) -> DistillReport:
     """Train all blocks of a folder together, and replace their shards.
 
     Args:
-        first: what enters block 0. exact: what leaves the float model's last block.
+        stack: with none of its blocks released.
+        first: what enters block 0, all batches. last: what leaves the last block, those of this
+            rank; of the float model alone.
+        ranks: that train together; the first alone writes shards.
     Raises: CheckpointError for a damaged file.
     """
-    shards, record = folder.shards, folder.training_record
-    if not is_trained(folder) and first.inputs is not None:
-        blocks = ((folder.quantized(stack, n), folder.latents(n)) for n in range(len(shards)))
-        model = QuantizedModel(blocks, first.inputs, exact.hidden, stack.head())
+    if first.inputs is not None and not ranks.first(lambda: is_trained(folder)):
+        blocks = (
+            (folder.quantized(stack, index), folder.latents(index))
+            for index in range(len(folder.shards))
+        )
+        exact = _of_all_ranks(last, ranks)
+        model = QuantizedModel(blocks, first.inputs, exact, stack.head(), ranks)
         trained = method.train(model, folder.work / _STATE_FILE, progress)
-        new = {shard.name: shard.with_suffix(_DISTILLED) for shard in shards}
-        for index, (shard, codes) in enumerate(zip(shards, trained.codes, strict=True)):
-            tensors = read_shard(shard)
-            for name, weight in codes.items():
-                linear = f"{stack.family.block_name(index)}.{name}"
-                tensors[f"{linear}.weight_packed"] = weight.codes
-                tensors[f"{linear}.weight_scale"] = weight.scales
-            write_shard(new[shard.name], tensors)
-        for shard in shards:
-            folder.allow(shard, new[shard.name])
-        write_record(record, folder.job, {"report": trained.report.to_dict()}, new)
-    for shard in shards:
+        for index, codes in enumerate(trained.codes):
+            if ranks.is_first:
+                _write_trained(folder, index, stack.family.block_name(index), codes)
+        ranks.first(lambda: _record(folder, trained.report))
+    return ranks.first(lambda: _put_in_place(folder))
+
+
+def _of_all_ranks(streams: Streams, ranks: Ranks) -> list[Tensor]:
+    """The float stream's batches, as one process would have them.
+
+    Each rank has a run of those that calibrate, and one of those that only refine.
+    """
+    exact = streams.exact.hidden if streams.exact is not None else []
+    if ranks.count == 1:
+        return exact
+    whole: list[Tensor] = []
+    for part in (exact[: streams.calibrating], exact[streams.calibrating :]):
+        sequences = ranks.all(len(part[0]))[0]  # of a batch; the last one may have fewer
+        whole += ranks.gather(torch.cat(part)).split(sequences)
+    return whole
+
+
+def _write_trained(
+    folder: BlockFolder, index: int, block: str, codes: Mapping[str, MXFP4Tensor]
+) -> None:
+    """Write the new shard of a block beside the one that it has."""
+    shard = folder.shards[index]
+    tensors = read_shard(shard)
+    for name, weight in codes.items():
+        tensors[f"{block}.{name}.weight_packed"] = weight.codes
+        tensors[f"{block}.{name}.weight_scale"] = weight.scales
+    write_shard(shard.with_suffix(_DISTILLED), tensors)
+
+
+def _record(folder: BlockFolder, report: DistillReport) -> None:
+    """Say that the new shards are whole."""
+    new = {shard.name: shard.with_suffix(_DISTILLED) for shard in folder.shards}
+    for shard in folder.shards:
+        folder.allow(shard, new[shard.name])
+    write_record(folder.training_record, folder.job, {"report": report.to_dict()}, new)
+
+
+def _put_in_place(folder: BlockFolder) -> DistillReport:
+    """Let the new shards be those of the job. Raises: CheckpointError for a damaged file."""
+    for shard in folder.shards:
         if (file := shard.with_suffix(_DISTILLED)).exists():
             os.replace(file, shard)
-    values = read_record(record, folder.job)
-    check_files(record, values)
+    values = read_record(folder.training_record, folder.job)
+    check_files(folder.training_record, values)
     return DistillReport(**values["report"])
 
 

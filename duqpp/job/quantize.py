@@ -245,9 +245,13 @@ def _quantize_blocks(
                     del module, block, result  # before the next block is on the device
     progress("quantize", total, total)
     if method.needs.whole_model and streams.exact is not None:
-        again = DecoderStack(stack.source, stack.dtype, stack.placement)
+        placement = stack.placement
+        again = DecoderStack(stack.source, stack.dtype, replace(placement, ranks=ALONE))
         first = first_streams(again, tokens, config)
-        results.distilled = train_shards(method, again, folder, first, streams.exact, progress)
+        streams.inputs = None  # which nothing reads any more
+        results.distilled = train_shards(
+            method, again, folder, first, streams, placement.ranks, progress
+        )
     return results
 
 

@@ -34,6 +34,8 @@ TRANSFORMS = "duqpp/checkpoint/transforms.py"
 SHARED_INPUT = "duqpp/nn/shared_input.py"
 REFINE_BLOCKS = "duqpp/methods/refine/blocks.py"
 DISTILL = "duqpp/methods/refine/distill.py"
+LATENT_MODEL = "duqpp/methods/refine/latent_model.py"
+TRAINING_STATE = "duqpp/methods/refine/training_state.py"
 JOB = "duqpp/job/quantize.py"
 STAGES = "duqpp/placement/stages.py"
 JOB_BLOCKS = "duqpp/job/blocks.py"
@@ -929,22 +931,79 @@ MUTATIONS = (
     Mutation(
         "distill: the gradient of the reversed divergence",
         DISTILL,
-        "gradient = logits.float().softmax(-1) - head(other).float().softmax(-1)",
-        "gradient = head(other).float().softmax(-1) - logits.float().softmax(-1)",
+        "gradient -= head(other).float().softmax(-1)",
+        "gradient = head(other).float().softmax(-1) - gradient",
         DISTILL_TESTS,
     ),
     Mutation(
-        "distill: checks that were worse are forgotten",
+        "distill: a rank that has no sequence counts as the others do",
         DISTILL,
-        'stopping.stale = int(tensors["stale"])',
-        "stopping.stale = 0",
+        "return _Part(hidden[rows].to(compute), arguments, model.exact[batch][rows], share)",
+        "return _Part(hidden[rows].to(compute), arguments, model.exact[batch][rows], "
+        "len(hidden[rows]) / sequences)",
         DISTILL_TESTS,
     ),
     Mutation(
-        "distill: the best loss is forgotten",
+        "distill: each rank takes its own divergence for that of all",
         DISTILL,
-        'stopping.least = float(tensors["least"].clone().view(torch.float64))',
-        "stopping.least = stopping.first",
+        "return sum(model.ranks.all(own * part.share))",
+        "return own",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "distill: ranks take a part of the gradient",
+        DISTILL,
+        "gradient * (part.share * model.ranks.count)",
+        "gradient * part.share",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "latent model: products are made again",
+        LATENT_MODEL,
+        "if x.device.type == HOST.type:",
+        "if x.device.type != HOST.type:",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "latent model: gradients stay",
+        LATENT_MODEL,
+        "own.grad, latent.grad = self._local(latent.grad), None",
+        "own.grad = self._local(latent.grad)",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "latent model: a rank goes on from rows that are another's",
+        LATENT_MODEL,
+        "rows * self._ranks.index : rows * (self._ranks.index + 1)",
+        ": rows",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "training state: checks that were worse are forgotten",
+        TRAINING_STATE,
+        "optimizer.done, stopping.stale, stopping.least = saved",
+        "optimizer.done, _, stopping.least = saved",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "training state: the best loss is forgotten",
+        TRAINING_STATE,
+        "optimizer.done, stopping.stale, stopping.least = saved",
+        "optimizer.done, stopping.stale, _ = saved",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "training state: one whose blocks are not all there is taken",
+        TRAINING_STATE,
+        "if not all(self._of_block(steps, index).exists() for index in self._latents.rows):",
+        "if False:",
+        DISTILL_TESTS,
+    ),
+    Mutation(
+        "training state: an earlier one is not removed",
+        TRAINING_STATE,
+        "            if file not in kept:\n                file.unlink()\n",
+        "            pass\n",
         DISTILL_TESTS,
     ),
     # Jobs.

@@ -277,6 +277,25 @@ def test_an_interrupted_run_goes_on_from_its_last_state(best, job, monkeypatch):
     assert_same(states(fresh[0]), states(whole[0]))
 
 
+def test_a_state_replaces_the_one_before_and_counts_only_if_it_is_whole(job, monkeypatch):
+    """Of checks after steps 2, 4 and 6, the second one's state is there; a block's file is not."""
+    monkeypatch.setattr(module, "CHECK_STEPS", 2)
+    model, state = job()
+
+    def stop(stage, done, total):
+        if done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run((model, state), stop)
+    saved = sorted(file.name for file in state.parent.glob("distill*"))
+    assert saved == [f"distill-000004-0000{n}.state" for n in range(2)] + ["distill.state"]
+    (state.parent / saved[0]).unlink()
+    steps = []
+    run(job(), lambda stage, done, total: steps.append(done))
+    assert steps[0] == 0
+
+
 # Several ranks: of the held-back batch, which has two sequences, the first of three has none.
 
 RANKS_SEQUENCES = 18
