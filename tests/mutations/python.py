@@ -601,8 +601,8 @@ MUTATIONS = (
     Mutation(
         "schedule: rates are not in units of the weight",
         SCHEDULE,
-        "square().mean().sqrt()) if relative",
-        "square().mean()) if relative",
+        "weight.detach().square().mean().sqrt()",
+        "weight.detach().square().mean()",
         SCHEDULE_TESTS,
     ),
     # Methods.
