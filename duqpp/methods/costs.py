@@ -175,6 +175,11 @@ class ModelShape:
         return sum(count * shape.weights for shape, count in self.blocks.items())
 
     @property
+    def outputs(self) -> int:
+        """Channels that quantized linears give, all together."""
+        return sum(n * sum(g.outputs for g in s.groups) for s, n in self.blocks.items())
+
+    @property
     def forward(self) -> float:
         """Bytes of the forward pass through the block that takes most."""
         return max(shape.forward.bytes for shape in self.blocks)
@@ -490,8 +495,9 @@ def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -
     return Cost(
         "distill",
         {
-            "latents, gradients, two moments": 4 * _FLOAT32 * model.weights,
-            "codes, and the best so far": 2 * CODES * model.weights,
+            "latents, two moments": 3 * _FLOAT32 * model.weights,
+            "the best codes so far": CODES * model.weights,
+            "what products give, for the gradients": _FLOAT32 * batch * model.outputs,
             "a block of a batch, forwards and backwards": 10 * model.forward,
         },
         Operations(

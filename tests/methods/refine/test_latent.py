@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import duqpp.methods.refine.latent as module
 from duqpp.format import ScaleRule, dequantize, quantize
 from duqpp.methods.refine.latent import LatentLinear, RoundedInput, to_codes, to_latents
 from duqpp.models.family import LinearGroup
@@ -134,3 +135,27 @@ def test_the_output_has_the_dtype_of_the_input():
     to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
     assert isinstance(block.mlp.gate_proj, LatentLinear)
     assert block.mlp(inputs.gaussian(4, 96, 1).bfloat16()).dtype == torch.bfloat16
+
+
+def test_products_in_bfloat16_are_of_the_same_values(monkeypatch):
+    """As on a GPU: only what a product gives is rounded, and gradients; latents stay float32."""
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(module, "product_dtype", lambda device, dtype=dtype: dtype)
+        block = make_block()
+        x = inputs.gaussian(40, 96, 3).requires_grad_()
+        parameters = to_latents(block, [PAIR], latents_of(block), rule=ScaleRule.MSE)
+        linear = block.mlp.gate_proj
+        assert linear.rounded_input(x).dtype == dtype
+        out = linear(x)
+        out.backward(inputs.gaussian(40, 48, 4))
+        assert out.dtype == x.dtype == parameters["mlp.gate_proj"].grad.dtype == torch.float32
+        made.append((out.detach(), x.grad, parameters["mlp.gate_proj"].grad))
+    for exact, rounded in zip(*made, strict=True):
+        error = (rounded - exact).norm() / exact.norm()
+        assert 0 < error < 2**-8
+
+
+def test_only_the_host_multiplies_in_float32():
+    devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1")]
+    assert [module.product_dtype(d) for d in devices] == [torch.float32, *[torch.bfloat16] * 2]
