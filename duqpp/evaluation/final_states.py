@@ -1,15 +1,25 @@
 """What enters a model's head: by a whole transformers model, or by a stack block by block."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duqpp.errors import refusing
+from duqpp.job.overlap import ahead
 from duqpp.models.stack import BlockInputs, DecoderStack
+from duqpp.placement.devices import fitting, rest_for
 
-_READING = "the model cannot read the text"  # as one quantized by others may say
+WINDOW = "the model with one window of `seq_len` tokens"  # that must fit into a GPU's memory
+
+
+@contextmanager
+def _reading(device: torch.device) -> Iterator[None]:
+    """What a model raises where it cannot read the text, as one quantized by others may."""
+    with refusing("the model cannot read the text"), fitting(WINDOW, device):
+        yield
 
 
 def rounds(model: Any) -> int:
@@ -23,7 +33,8 @@ def final_states(
     """A model's lm_head, and the states [seq_len, hidden size] of each window that it is for.
 
     A stack gives what the whole model gives, bit by bit: windows go through its blocks one by one.
-    It keeps the states of all windows, and the weights of one block at a time.
+    It keeps the states of all windows, on the GPU where there is room, and the weights of one block
+    at a time, beside those of the next one, which is read meanwhile.
 
     Args:
         model: a transformers causal language model, or a stack.
@@ -32,20 +43,23 @@ def final_states(
     Raises: InputError, CheckpointError when weights cannot be read, or do not fit each other.
     """
     if not isinstance(model, DecoderStack):
-        with refusing(_READING):
+        with _reading(model.device):
             head = model.lm_head
         return head, (_whole(model, window[None]) for window in windows)
-    with refusing(_READING):
-        inputs = model.first_inputs(windows, batch=1)
-    for index in range(len(model)):
-        _advance(inputs, model.block(index), index, step)
+    size = windows.numel() * model.config.hidden_size * model.dtype.itemsize
+    with _reading(model.device):
+        placement = rest_for(model.placement, size)
+        inputs = model.first_inputs(windows, batch=1, placement=placement)
+    with closing(ahead(model.read, range(len(model)))) as weights:
+        for index in range(len(model)):
+            _advance(inputs, model.block(index, next(weights)), index, step)
     norm, lm_head = model.head()
     return lm_head, _normalized(norm, inputs)
 
 
 @torch.no_grad()
 def _whole(model: Any, ids: Tensor) -> Tensor:
-    with refusing(_READING):
+    with _reading(model.device):
         out = model.model(input_ids=ids.to(model.device), use_cache=False)
     states: Tensor = out.last_hidden_state[0]
     return states
@@ -56,9 +70,8 @@ def _advance(inputs: BlockInputs, block: nn.Module, index: int, step: Callable[[
     """Replace the states of each window by the block's outputs for them."""
     for window in range(len(inputs.hidden)):
         step()
-        with refusing(_READING):
-            states = inputs.run(block, index, window)
-            inputs.hidden[window] = states.to(inputs.placement.storage)
+        with _reading(inputs.placement.compute):
+            inputs.hidden[window] = inputs.placement.rested(inputs.run(block, index, window))
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Divergence, Reference
-from duqpp.evaluation.final_states import final_states, rounds
+from duqpp.evaluation.final_states import WINDOW, final_states, rounds
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.models.positions import check_seq_len
 from duqpp.placement import HOST
+from duqpp.placement.devices import fitting
 
 CONVENTION = (
     "text tokenized whole without added special tokens, cut into non-overlapping windows, "
@@ -79,7 +80,8 @@ def perplexity(
     chosen = _windows(model, tokens, seq_len, windows)
     if reference:
         reference.check(chosen, model.config.vocab_size)
-    return _evaluate(model, chosen, reference, None, progress)[0]
+    with fitting(WINDOW, model.device):
+        return _evaluate(model, chosen, reference, None, progress)[0]
 
 
 def perplexity_and_reference(
@@ -96,7 +98,8 @@ def perplexity_and_reference(
     hidden size, and the model's lm_head; the rest of the model can be released.
     """
     chosen, kept = _windows(model, tokens, seq_len, windows), list[Tensor]()
-    result, head = _evaluate(model, chosen, None, kept, progress)
+    with fitting(WINDOW, model.device):
+        result, head = _evaluate(model, chosen, None, kept, progress)
     return result, Reference(chosen, kept, head)
 
 

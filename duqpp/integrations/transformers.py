@@ -31,7 +31,7 @@ from duqpp.checkpoint.shard import Progress, checkpoint_contents, read_json, ver
 from duqpp.checkpoint.stack import CheckpointSource, layout_of
 from duqpp.checkpoint.transforms import verify_transforms_of
 from duqpp.config import QuantizeConfig
-from duqpp.errors import CheckpointError, InputError, first_line, refusing
+from duqpp.errors import CheckpointError, InputError, refusing
 from duqpp.files import model_path
 from duqpp.format import BLOCK_SIZE
 from duqpp.integrations.on_load import QuantizeOnLoad
@@ -49,6 +49,7 @@ from duqpp.models.hub import (
 from duqpp.models.weights import check_complete, check_files
 from duqpp.nn import MXFP4Linear, unshare_input
 from duqpp.placement import HOST
+from duqpp.placement.devices import fitting
 
 # transformers refuses a name that is taken; a module that is imported again takes its own place.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
@@ -311,13 +312,8 @@ def load_model(
     loaded, tokenizer = _load_model(model, progress)
     device = torch.device(device)
     if loaded.device != device:
-        try:
+        with fitting(model, device):
             loaded.to(device)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{model} does not fit into the memory of {device}: {first_line(error)} "
-                "(`device=cpu` needs no GPU)"
-            ) from error
     return loaded, tokenizer
 
 

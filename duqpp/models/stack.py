@@ -129,10 +129,14 @@ class DecoderStack:
         return tensor
 
     @stage("tokens")
-    def first_inputs(self, tokens: Tensor, batch: int | None = None) -> "BlockInputs":
+    def first_inputs(
+        self, tokens: Tensor, batch: int | None = None, placement: Placement | None = None
+    ) -> "BlockInputs":
         """What block 0 reads for token sequences int64 [samples, seq_len], in batches.
 
-        Args: batch: sequences in one forward pass; by default, those of `TOKENS_PER_BATCH` tokens.
+        Args:
+            batch: sequences in one forward pass; by default, those of `TOKENS_PER_BATCH` tokens.
+            placement: where activations rest, if elsewhere than the stack's own says.
         Raises: InputError when there is not a batch for each rank.
         """
         batches = _own_batches(tokens, batch, self.placement.ranks)
@@ -141,13 +145,13 @@ class DecoderStack:
         self._body.layers, self._body.norm = probes, nn.Identity()
         self._body.rotary_emb = self._rotary
         self._body.embed_tokens.weight = nn.Parameter(self._embedding, requires_grad=False)
-        inputs = BlockInputs([], [], self.placement)
+        inputs = BlockInputs([], [], placement or self.placement)
         # Positions and masks depend on the shape alone: batches of one shape share them.
         arguments: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
             for part in batches:
                 self._body(input_ids=part.to(self.placement.compute), use_cache=False)
-                inputs.hidden.append(self.placement.rested(probes[0].hidden_states))
+                inputs.hidden.append(inputs.placement.rested(probes[0].hidden_states))
                 own = [probe.arguments for probe in probes]
                 inputs.arguments.append(arguments.setdefault(len(part), own))
         self._body.layers, self._body.norm = layers, norm

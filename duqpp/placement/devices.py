@@ -3,13 +3,16 @@
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from duqpp.errors import InputError
+from duqpp.errors import InputError, first_line
 from duqpp.ops.dispatch import ENVIRONMENT_VARIABLE
 from duqpp.ops.native import CpuBackend
-from duqpp.placement import HOST
+from duqpp.placement import HOST, Placement
 
 AUTO = "auto"  # as None: see `choose_device`
 _OLDEST = (8, 0)  # compute capability from which GPUs have bfloat16, and duqpp has kernels
@@ -58,6 +61,27 @@ def _best_device() -> torch.device:
         logger.warning("duqpp computes on the CPU, not on %s: %s", gpu, reason)
         return HOST
     return gpu
+
+
+def rest_for(placement: Placement, size: int) -> Placement:
+    """A placement whose activations, `size` bytes, rest on the GPU if that leaves half of what is
+    free there to the blocks; a placement without a GPU as it is."""
+    if placement.compute.type != "cuda":
+        return placement
+    free, _ = torch.cuda.mem_get_info(placement.compute)
+    return replace(placement, storage=placement.compute if size <= free // 2 else HOST)
+
+
+@contextmanager
+def fitting(what: str, device: torch.device) -> Iterator[None]:
+    """Raise InputError, and not torch's error, where `what` does not fit into a GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{what} does not fit into the memory of {device}: {first_line(error)} "
+            "(`device=cpu` needs no GPU)"
+        ) from error
 
 
 def gpu_count() -> int:

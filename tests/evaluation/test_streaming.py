@@ -16,7 +16,7 @@ from duqpp.evaluation import models
 from duqpp.evaluation.models import open_model
 from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.models.source import open_source
-from duqpp.models.stack import DecoderStack
+from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.placement import HOST, Placement
 from tests.checkpoint import damage
 from tests.families import FAMILIES
@@ -40,6 +40,14 @@ def saved_again(folder: Path, out: Path, shard_size: str) -> Path:
     return out
 
 
+def in_bfloat16(folder: Path, out: Path) -> Path:
+    """A copy of a float32 model."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(out)
+    for file in folder.glob("*token*"):
+        shutil.copy(file, out)
+    return out
+
+
 def same(one, other) -> bool:
     return (one.window_nll, one.divergence) == (other.window_nll, other.divergence)
 
@@ -48,8 +56,8 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_results_are_those_of_the_whole_model(family, dtype, make_tiny, tmp_path):
     """Bit by bit: perplexity, KL divergence and agreement."""
-    options = {"tie_word_embeddings": family == "qwen2", "dtype": dtype, "num_hidden_layers": 3}
-    folder = make_tiny(family, **options)
+    folder = make_tiny(family, tie_word_embeddings=family == "qwen2", num_hidden_layers=3)
+    folder = folder if dtype == "float32" else in_bfloat16(folder, tmp_path / "model")
     out = quantized(folder, tmp_path / "out")
     float_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     expected, reference = perplexity_and_reference(float_model, TOKENS, **WINDOWS)
@@ -58,6 +66,7 @@ def test_streamed_results_are_those_of_the_whole_model(family, dtype, make_tiny,
     found, streamed = perplexity_and_reference(stack, TOKENS, **WINDOWS)
     assert same(found, expected) and found.perplexity == expected.perplexity
     assert all(map(torch.equal, streamed.hidden, reference.hidden))
+    assert streamed.hidden[0].dtype == getattr(torch, dtype)
     whole = duqpp.from_pretrained(out).eval()
     expected = perplexity(whole, TOKENS, **WINDOWS, reference=reference)
     stack, _ = open_model(str(out))
@@ -164,7 +173,7 @@ def test_float_weights_that_are_no_numbers_are_named(value, make_tiny, tmp_path)
 
 
 def test_norms_in_another_dtype_are_cast_as_transformers_does(make_tiny, tmp_path):
-    out = quantized(make_tiny("llama", dtype="bfloat16"), tmp_path / "out")
+    out = quantized(in_bfloat16(make_tiny("llama"), tmp_path / "model"), tmp_path / "out")
     (out / "duqpp-manifest.json").unlink()
     damage.set_tensor(out, "model.layers.0.input_layernorm.weight", torch.rand(64))
     expected = perplexity(duqpp.from_pretrained(out), TOKENS, **WINDOWS)
@@ -226,3 +235,18 @@ def test_progress_counts_windows_in_every_block_and_the_head(make_tiny):
     stack, calls = open_model(str(make_tiny("llama")))[0], []
     perplexity(stack, TOKENS, **WINDOWS, progress=lambda *call: calls.append(call))
     assert calls == [("evaluate", done, 5 * (2 + 1)) for done in range(5 * (2 + 1) + 1)]
+
+
+@pytest.mark.parametrize("where", ["forward", "block", "head"])
+def test_a_gpu_that_is_too_small_is_one_line(where, make_tiny, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    stack = open_model(str(make_tiny("llama")))[0]
+    place = (BlockInputs, "run") if where == "forward" else (DecoderStack, where)
+    monkeypatch.setattr(*place, full)
+    message = (
+        r"^the model with one window of `seq_len` tokens does not fit into the memory of cpu: "
+    )
+    with pytest.raises(InputError, match=message + "CUDA out of memory.*needs no GPU"):
+        perplexity(stack, TOKENS, **WINDOWS)

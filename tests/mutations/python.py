@@ -1131,8 +1131,8 @@ MUTATIONS = (
     Mutation(
         "streaming: several windows at a time",
         FINAL_STATES,
-        "model.first_inputs(windows, batch=1)",
-        "model.first_inputs(windows)",
+        "first_inputs(windows, batch=1, ",
+        "first_inputs(windows, ",
         f"{STREAMING_TESTS}::test_streamed_results_are_those_of_the_whole_model",
     ),
     Mutation(
