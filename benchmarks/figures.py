@@ -338,6 +338,21 @@ def choice_tables(result: Row) -> list[str]:
     return [table(head, lines), result["note"]]
 
 
+def rank_tables(result: Row) -> list[str]:
+    """Codes that differ from those of the first number of ranks."""
+    rows = result["rows"]
+    counts = list(dict.fromkeys(row["ranks"] for row in rows))
+    head = ["options", "h x f", "codes", *(f"differ on {count}" for count in counts[1:])]
+    lines = {}
+    for row in rows:
+        key = (f"`{row['options']}`", f"{row['hidden']} x {row['intermediate']}")
+        line = lines.setdefault(key, [*key, f"{row['codes']:,}"])
+        if row["ranks"] != counts[0]:
+            share = 100 * row["codes differ"] / row["codes"]
+            line.append(f"{row['codes differ']:,} ({share:.3g} %)")
+    return [table(head, lines.values())]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "mxfp4_gemm": gemm_tables,
     "rotate_quantize": rotate_tables,
@@ -349,4 +364,5 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "accuracy": accuracy_tables,
     "error_by_site": site_tables,
     "which_method": choice_tables,
+    "ranks": rank_tables,
 }

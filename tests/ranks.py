@@ -72,6 +72,14 @@ class ForkedRanks:
         assert not late, f"ranks {late} did not end in {seconds} s"
         return [self.codes[rank] for rank in sorted(self.codes)]
 
+    def wait_for(self, rank: int) -> int:
+        """The exit code of one rank."""
+        return self._running.pop(rank).wait()
+
+    def kill(self, rank: int) -> None:
+        """End a rank that runs, or is stopped."""
+        self._running.pop(rank).kill()
+
 
 def together(count: int, function: Callable[[Ranks], Any], folder: Path) -> list[Any]:
     """What a function returns in each rank, all of which must end well."""

@@ -226,6 +226,7 @@ CHECKS = {
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
+    "torchrun": lambda words: parse_duqpp(words[words.index("duqpp") :]),
     "docker": check_docker,
     "docker/build_wheel.sh": check_build_wheel,
     "tests/vllm/run.sh": lambda words: None,

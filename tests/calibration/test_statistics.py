@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.errors import InputError
+from duqpp.placement.ranks import Ranks
 from tests import inputs, oracle
+from tests.ranks import together
+
+NAMES = ("samples", "amax", "gram", "tokens")
 
 
 def collect(parts: list[torch.Tensor], sample: torch.Tensor, channels: int) -> InputStatistics:
@@ -65,6 +69,29 @@ def test_under_any_rescaling_of_channels_the_peak_is_among_the_samples():
     for seed in range(20):
         scales = torch.exp(torch.randn(64, generator=inputs.generator(seed)) * 3)
         oracle.assert_same((samples * scales).abs().max(), (x * scales).abs().max(), "peak")
+
+
+def test_merged_over_ranks_they_are_those_of_one_process(tmp_path):
+    """Two ranks hold a peak; a channel is silent everywhere, another on the first rank alone."""
+    x = inputs.outliers(90, 64, seed=1)
+    x[:, 7] = 0
+    x[:30, 9] = 0
+    x[[20, 70], 11] = torch.tensor([1e4, -1e4])
+    sizes, sample = [30, 20, 40], draw_sample(90, 25, seed=2)
+
+    def merged(ranks: Ranks) -> tuple[torch.Tensor, ...]:
+        before = sum(sizes[: ranks.index])
+        own = InputStatistics("x", 64, sample, second_moment=True, before=before)
+        for part in x.split(sizes)[ranks.index].split(10):
+            own.update(part)
+        own.merge(ranks)
+        return own.samples(), own.amax, own.take_gram(ranks), torch.tensor(own.tokens)
+
+    alone = collect(list(x.split(10)), sample, 64)
+    expected = alone.samples(), alone.amax, alone.take_gram(), torch.tensor(90)
+    for found in together(3, merged, tmp_path):
+        for name, own, one in zip(NAMES, found, expected, strict=True):
+            oracle.assert_same(own, one, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -5,6 +5,8 @@ from tests.mutations.mutation import Mutation
 GPTQ = "duqpp/calibration/gptq.py"
 GPTQ_BLOCK = "duqpp/ops/gptq_block.py"
 HESSIAN = "duqpp/calibration/hessian.py"
+RANKS = "duqpp/placement/ranks.py"
+AGREEMENT = "duqpp/job/agreement.py"
 SMOOTHING = "duqpp/calibration/smoothing.py"
 STATISTICS = "duqpp/calibration/statistics.py"
 DRIFT = "duqpp/calibration/drift.py"
@@ -59,6 +61,8 @@ INSPECTION = "duqpp/tools/inspection.py"
 GPTQ_TESTS = "tests/calibration/test_gptq.py"
 GPTQ_BLOCK_TESTS = "tests/ops/test_gptq_block.py"
 HESSIAN_TESTS = "tests/calibration/test_hessian.py"
+RANKS_TESTS = "tests/placement/test_ranks.py"
+RANKS_JOB_TESTS = "tests/job/test_ranks.py"
 SMOOTHING_TESTS = "tests/calibration/test_smoothing.py"
 STATISTICS_TESTS = "tests/calibration/test_statistics.py"
 DRIFT_TESTS = "tests/calibration/test_drift.py"
@@ -195,6 +199,83 @@ MUTATIONS = (
         "mul_(2.0 / tokens)",
         "mul_(1.0 / tokens)",
         HESSIAN_TESTS,
+    ),
+    Mutation(
+        "ranks: the last items are nobody's",
+        RANKS,
+        "items * rank // self.count for rank",
+        "items // self.count * rank for rank",
+        RANKS_TESTS,
+    ),
+    Mutation(
+        "ranks: every rank says why it fails",
+        RANKS,
+        "return bool(store.add(_FAILURES, 1) == 1)",
+        "return True",
+        RANKS_TESTS,
+    ),
+    Mutation(
+        "ranks: who waits for a rank that is gone waits on",
+        RANKS,
+        "and not ended.wait(_GRACE)",
+        "and ended.wait()",
+        RANKS_TESTS,
+    ),
+    Mutation(
+        "ranks: no GPU of their own",
+        RANKS,
+        "return torch.device(device.type, local_rank())",
+        "return device",
+        RANKS_TESTS,
+    ),
+    Mutation(
+        "agreement: each rank agrees with itself",
+        AGREEMENT,
+        "descriptions = placement.ranks.all(own)",
+        "descriptions = [own]",
+        RANKS_JOB_TESTS,
+    ),
+    Mutation(
+        "hessian: of this rank's tokens alone",
+        HESSIAN,
+        "total, self._sum = ranks.sum_(self._sum), self._sum[:0]",
+        "total, self._sum = self._sum, self._sum[:0]",
+        STATISTICS_TESTS,
+    ),
+    Mutation(
+        "hessian: batches are summed up in float32",
+        HESSIAN,
+        "torch.zeros(channels, channels, dtype=torch.float64, device=device)",
+        "torch.zeros(channels, channels, dtype=torch.float32, device=device)",
+        HESSIAN_TESTS,
+    ),
+    Mutation(
+        "statistics: each rank samples as if it were the first",
+        STATISTICS,
+        "sample.to(device) - before",
+        "sample.to(device)",
+        STATISTICS_TESTS,
+    ),
+    Mutation(
+        "statistics: of two ranks with a peak the last counts",
+        STATISTICS,
+        "ranks.gather(self.amax[None]).argmax(0) == ranks.index",
+        "ranks.count - 1 - ranks.gather(self.amax[None]).flip(0).argmax(0) == ranks.index",
+        STATISTICS_TESTS,
+    ),
+    Mutation(
+        "schedule: gradients of ranks without a batch count as zeros",
+        SCHEDULE,
+        "ranks.sum_(parameter.grad).div_(batches)",
+        "ranks.sum_(parameter.grad).div_(ranks.count)",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "duqpp: each rank's transform is of its own tokens",
+        SEQUENTIAL,
+        "ranks.sum_(second_moments(x, parts))",
+        "second_moments(x, parts)",
+        RANKS_JOB_TESTS,
     ),
     Mutation(
         "hessian: tokens of the last rows alone",

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 from duqpp.errors import InputError
 from duqpp.placement import HOST
-from duqpp.placement.ranks import ALONE, Ranks, joined
+from duqpp.placement import ranks as module
+from duqpp.placement.ranks import ALONE, Ranks, device_of_rank, joined
 from tests.ranks import ForkedRanks, together
 
 BFLOAT16 = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -91,3 +93,50 @@ def test_the_end_of_a_rank_is_the_end_of_all_and_the_first_alone_says_why(how, t
     else:
         assert said[0].startswith("RankLostError: another rank has ended: ")
         assert codes[1] == -signal.SIGKILL and sorted((codes[0], codes[2])) == [1, 2]
+
+
+def test_sigterm_ends_a_rank_that_waits_for_another_which_does_not_answer(
+    tmp_path, monkeypatch, capfd
+):
+    """As with NCCL, whose operations wait for ever for a rank that is gone."""
+    monkeypatch.setattr(module, "_GRACE", 0.2)
+    waits = tmp_path / "waits"
+
+    def run(rank: int) -> None:
+        with joined(HOST) as ranks:
+            if ranks.is_first:
+                waits.write_text(str(os.getpid()))
+            _fail(ranks, "stopped")
+
+    forked = ForkedRanks(2, run)
+    while not waits.exists() or not waits.read_text():
+        time.sleep(0.01)
+    time.sleep(0.3)  # until it waits
+    os.kill(int(waits.read_text()), signal.SIGTERM)
+    assert forked.wait_for(0) == 128 + signal.SIGTERM
+    forked.kill(1)
+    assert capfd.readouterr().err == (
+        "error: the job was told to end, as it is when one of its ranks ends; its finished blocks "
+        "are kept\n"
+    )
+
+
+def test_every_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of_rank(torch.device("cuda")) == torch.device("cuda:3")
+    assert device_of_rank(HOST) == HOST
+    with pytest.raises(InputError, match="`device` cuda:1 is one GPU"):
+        device_of_rank(torch.device("cuda:1"))
+    monkeypatch.delenv("WORLD_SIZE")
+    assert device_of_rank(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+def test_gpus_without_nccl_are_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with (
+        pytest.raises(InputError, match=r"several GPUs need NCCL, which torch .* is built without"),
+        joined(torch.device("cuda:0")),
+    ):
+        pass

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from duqpp.errors import InputError
-from duqpp.methods.refine.schedule import EarlyStopping, LatentOptimizer, held_back
+from duqpp.methods.refine.schedule import (
+    EarlyStopping,
+    LatentOptimizer,
+    held_back,
+    mean_gradients,
+    mean_loss,
+    steps_of,
+)
+from duqpp.placement.ranks import ALONE, Ranks
+from tests.ranks import together
 
 
 @pytest.mark.parametrize(
@@ -22,6 +31,41 @@ def test_a_sixteenth_of_the_batches_is_held_back_and_at_least_one(batches, held)
 def test_fewer_than_two_batches_are_too_few(batches):
     with pytest.raises(InputError, match="one batch to train, one to check"):
         held_back(batches)
+
+
+def _trained(ranks: Ranks) -> dict[str, object]:
+    """Ranks with three batches, one and none."""
+    own = [[5, 3, 4], [8], []][ranks.index]
+    steps = steps_of(own, ranks)
+    gradients = []
+    for batch, batches in steps:
+        parameter = nn.Parameter(torch.zeros(2))
+        if batch is not None:
+            parameter.grad = torch.full((2,), float(batch))
+        mean_gradients([parameter], ranks, batches)
+        gradients.append(parameter.grad.tolist())
+    return {
+        "steps": steps,
+        "gradients": gradients,
+        "loss": mean_loss([float(batch) for batch in own], ranks),
+    }
+
+
+def test_ranks_step_together_until_the_last_one_has_no_batch_left(tmp_path):
+    found = together(3, _trained, tmp_path)
+    assert [own["steps"] for own in found] == [
+        [(5, 2), (3, 1), (4, 1)],
+        [(8, 2), (None, 1), (None, 1)],
+        [(None, 2), (None, 1), (None, 1)],
+    ]
+    for own in found:
+        assert own["gradients"] == [[6.5, 6.5], [3.0, 3.0], [4.0, 4.0]]
+        assert own["loss"] == 20 / 4, "of batches, not of ranks"
+
+
+def test_alone_each_batch_is_a_step():
+    assert steps_of([2, 0, 1], ALONE) == [(2, 1), (0, 1), (1, 1)]
+    assert mean_loss([1.0, 4.0], ALONE) == 2.5
 
 
 STEPS = 40
