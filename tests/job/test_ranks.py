@@ -19,6 +19,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.job import agreement
 from duqpp.job.companions import REPORT_FILE
+from duqpp.methods import sequential
 from duqpp.models import stack
 from duqpp.placement import HOST
 from duqpp.placement.ranks import ALONE, Ranks, joined
@@ -73,6 +74,19 @@ def hashes(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 
+def keep_latents(folder: Path) -> None:
+    """Let each block's latents be saved once they are refined."""
+    folder.mkdir()
+    real = sequential.refine_block
+
+    def refine_block(block, *arguments):
+        report, latents = real(block, *arguments)
+        torch.save(latents, folder / f"{block.index}.pt")
+        return report, latents
+
+    sequential.refine_block = refine_block
+
+
 @pytest.fixture(scope="module")
 def outputs(tiny_llama, tmp_path_factory) -> Path:
     """A folder with the outputs of all cases: "CASE" of one process, "CASE on 2" of two ranks."""
@@ -82,6 +96,7 @@ def outputs(tiny_llama, tmp_path_factory) -> Path:
 
     def on(count: int) -> Callable[[int], None]:
         def run(rank: int) -> None:
+            keep_latents(folder / f"latents of {rank} on {count}")
             with joined(HOST) as ranks:
                 for name, options in ({n: o for n, (o, _) in CASES.items()} | TRAINED).items():
                     if count == 2 or name in ON_THREE:
@@ -113,6 +128,18 @@ def test_blocks_are_refined_by_batches_of_all_ranks(count, outputs):
     report = read_json(outputs / f"duqpp, blocks on {count}" / REPORT_FILE)
     assert [block["steps"] for block in report["refined"]] == [{2: 5, 3: 3}[count]] * 2
     assert any(block["loss_after"] < block["loss_before"] for block in report["refined"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_ranks_refine_to_the_same_latents(count, outputs):
+    for block in ("0.pt", "1.pt"):
+        first, *others = (
+            torch.load(outputs / f"latents of {rank} on {count}" / block) for rank in range(count)
+        )
+        assert len(first) == 7
+        for latents in others:
+            assert latents.keys() == first.keys()
+            assert all(torch.equal(latents[name], first[name]) for name in first)
 
 
 def test_rotations_are_learned_from_batches_of_all_ranks(outputs):
