@@ -185,6 +185,8 @@ def _among_ranks() -> Iterator[None]:
     """An error of the connection is the end of another rank."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLostError(f"another rank has ended: {_reason(error)}") from error
 

@@ -93,7 +93,7 @@ def quantize(
     if profile is not None:
         check_writable(profile, "write the profile to")
     check_calibration(calib, [options])
-    own_device = device_of_rank(choose_device(device))
+    own_device = choose_device(device_of_rank(choose_device(device)))  # and it is there
     with (
         joined(own_device) as started,
         Bars(None if started.is_first else Console(quiet=True)) as bars,
