@@ -151,4 +151,5 @@ class _Log:
 
     def _print(self, *parts: str) -> None:
         line = ", ".join([self._task.description, *parts])
-        print(line, file=self._console.file, flush=True)
+        if not self._console.quiet:
+            print(line, file=self._console.file, flush=True)

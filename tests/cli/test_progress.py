@@ -217,3 +217,14 @@ def test_the_command_writes_text_and_progress_to_one_place(
     progress_shown, generated, speed = output.partition(f"{text}\n8 tokens in ")
     assert generated and speed.endswith("tokens/s\n") and speed.count("\n") == 1
     assert "checking the checkpoint's shards" in progress_shown
+
+
+def test_a_quiet_console_gets_no_line(monkeypatch, capfd):
+    """As that of every rank but the first."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    for quiet in (True, False):
+        with Bars(Console(quiet=quiet)) as bars:
+            bars("quantize", 0, 2)
+            time.sleep(0.1)
+            bars("quantize", 2, 2)
+        assert (capfd.readouterr().out == "") is quiet
