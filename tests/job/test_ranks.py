@@ -167,10 +167,10 @@ def in_block(index: int, action: Callable[[], None]) -> None:
     """Do something when a job is about to read a decoder block."""
     real = stack.DecoderStack.block
 
-    def block(self: stack.DecoderStack, of: int) -> torch.nn.Module:
+    def block(self: stack.DecoderStack, of: int, *weights: object) -> torch.nn.Module:
         if of == index:
             action()
-        return real(self, of)
+        return real(self, of, *weights)
 
     stack.DecoderStack.block = block
 
