@@ -51,6 +51,7 @@ def compiled(command: list[str | Path], timeout: float) -> tuple[Path, str]:
     folder.mkdir(parents=True, exist_ok=True)
     log = run([*words, "-MD", "-MF", read, "-o", product], timeout=timeout)
     files = read.read_text().replace("\\\n", " ").partition(": ")[2].split()
+    files += [word for word in words if word.endswith((".cpp", ".cu"))]  # of two, read.d has one
     values = {"read": {path: _digest(path) for path in files}, "log": log}
     partial = record.with_suffix(f".{os.getpid()}")  # another process may compile the same
     partial.write_text(json.dumps(values))

@@ -27,7 +27,13 @@ MUTATIONS = (
         "rounded_difference(value, -rounded_product(error, factor))",
         TEST,
     ),
-    Mutation("step: a GPU fuses products", STEP, "return __fmul_rn(a, b);", "return a * b;", FUSED),
+    Mutation(
+        "step: a GPU fuses products",
+        STEP,
+        "return rounded_difference(value, rounded_product(error, factor));",
+        "return value - error * factor;",
+        FUSED,
+    ),
     Mutation(
         "rounding: magnitudes below 1 by their own power of two",
         E2M1,
