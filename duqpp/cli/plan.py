@@ -100,6 +100,8 @@ def print_plan(model: str, config: QuantizeConfig, plan: JobPlan) -> None:
         operations, seconds = f"{stage.operations / 1e12:.1f}", f"{stage.seconds:.1f}"
         table.add_row(stage.name, device, f"{stage.host / 1e9:.2f}", operations, seconds)
     console(width=100).print(table)
+    if not plan.fits and plan.memory is not None:
+        print(f"It does not fit: {machine.name} has {plan.memory / 1e9:.1f} GB.")
     each = " on each rank" if plan.ranks > 1 else ""
     device = f"{size(int(plan.device))} on the device, " if machine.is_gpu else ""
     print(f"memory{each}: {device}{size(int(plan.host))} on the host")

@@ -7,7 +7,6 @@ here and from `duqpp.methods.costs`. Memory is held against measured peaks
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from duqpp.checkpoint.layout import Layout
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.job.blocks import block_bytes
 from duqpp.methods.base import Needs
 from duqpp.methods.costs import BlockShape, Cost, ModelShape, Operations, Text
+from duqpp.models.family import LinearGroup
 from duqpp.models.shapes import ShapedModel
 from duqpp.models.stack import TOKENS_PER_BATCH
 from duqpp.placement import HOST
@@ -154,7 +153,7 @@ class JobPlan:
     """What a job will take, on each rank unless it says otherwise; sizes in bytes.
 
     activations: between blocks, of all streams. rests: where, "device" or "host". device, host:
-    peaks; with a CPU all is in `host`. chunked: stages that do not fit the device in one piece.
+    peaks; with a CPU all is in `host`. memory: what there is where blocks compute; None: not known.
     read, written, disk: of all ranks; disk is the checkpoint and what is kept beside it until the
     job is done. seconds: by what takes them.
     """
@@ -170,18 +169,32 @@ class JobPlan:
     rests: Place
     device: float
     host: float
-    chunked: tuple[str, ...]
+    memory: float | None
     stages: tuple[StagePlan, ...]
     read: float
     written: float
     disk: float
     disk_rate: float
     seconds: Mapping[str, float]
-    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {**asdict(self), "total_seconds": self.total_seconds}
+        return {**asdict(self), "fits": self.fits, "total_seconds": self.total_seconds}
+
+    @property
+    def largest(self) -> StagePlan:
+        """The stage that takes most memory where blocks compute."""
+        return max(self.stages, key=lambda stage: stage.device or stage.host)
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of tensors at the peak, where all of them are on the host."""
+        return self.host - _INTERPRETER
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory for it where blocks compute; taken for granted if not known."""
+        return self.memory is None or (self.device or self.host) <= _USABLE * self.memory
 
     @property
     def total_seconds(self) -> float:
@@ -210,8 +223,35 @@ def plan_job(
     """
     dtype = config.torch_dtype or getattr(model_config, "dtype", None) or torch.bfloat16
     model = ShapedModel(model_config, dtype, config.seq_len)
+    return plan_shaped(
+        model,
+        config,
+        machine=machine,
+        device_memory=device_memory,
+        ranks=ranks,
+        disk_rate=disk_rate,
+    )
+
+
+def plan_shaped(
+    model: ShapedModel,
+    config: QuantizeConfig,
+    *,
+    machine: Machine,
+    device_memory: float | None = None,
+    ranks: int = 1,
+    disk_rate: float = 1e9,
+) -> JobPlan:
+    """`plan_job` for a model whose blocks run on sequences of `config.seq_len` tokens."""
     model.family.check(config.skip)
-    return _Planner(model, config, machine, ranks).plan(device_memory or machine.memory, disk_rate)
+    plan = _Planner(model, config, machine, ranks).plan(device_memory or machine.memory, disk_rate)
+    if device_memory is not None and not plan.fits:
+        largest = plan.largest
+        raise InputError(
+            f"`device_memory` of {device_memory / 1e9:.1f} GB has no room for {largest.name!r}, "
+            f"which takes {max(largest.device, largest.host) / 1e9:.1f} GB"
+        )
+    return plan
 
 
 def resting_place(
@@ -234,7 +274,10 @@ class _Planner:
         self.model, self.config, self.machine, self.ranks = model, config, machine, ranks
         self.method = config.build_method()
         self.text = text_of(config, ranks)
-        self.shapes = _shapes(model, config)
+        self.kinds = _kinds(model, config)
+        self.shapes = dict.fromkeys((kind.shape for kind in self.kinds), 0)
+        for kind in self.kinds:
+            self.shapes[kind.shape] += kind.count
         self.itemsize = model.dtype.itemsize
         head = model.config.vocab_size * model.config.hidden_size
         self.whole = ModelShape(self.shapes, head)
@@ -255,15 +298,8 @@ class _Planner:
         return [
             (cost, count)
             for shape, count in self.shapes.items()
-            for cost in (*self.method.stages(shape, self.text), *self.advance(shape))
+            for cost in self.method.stages(shape, self.text)
         ]
-
-    def advance(self, shape: BlockShape) -> list[Cost]:
-        """The pass of the quantized block, for what enters the next one."""
-        if self.text is None or self.config.next_inputs == "float":
-            return []
-        batch = {"forward pass of a batch": shape.forward.bytes}
-        return [Cost("quantized pass", batch, shape.passes(self.text.all))]
 
     def plan(self, memory: float | None, disk_rate: float) -> JobPlan:
         costs, streams = self.costs(), self.streams()
@@ -274,7 +310,7 @@ class _Planner:
         return JobPlan(
             machine=self.machine,
             ranks=self.ranks,
-            blocks=len(self.model),
+            blocks=len(self.model.blocks),
             weights=self.whole.weights,
             dtype=str(self.model.dtype).removeprefix("torch."),
             sequences=self.config.sequences if self.needs.inputs else 0,
@@ -283,10 +319,9 @@ class _Planner:
             rests="device" if self.machine.is_gpu and on_device else "host",
             device=max(stage.device for stage in stages),
             host=max(stage.host for stage in stages),
-            chunked=(),
+            memory=memory,
             stages=tuple(stages),
             disk_rate=disk_rate,
-            notes=(),
             **self.disk(disk_rate, stages),
         )
 
@@ -303,6 +338,13 @@ class _Planner:
         embedding: float = self.whole.head * self.itemsize
         return _CONTEXT + embedding + max(shape.stored for shape in self.shapes)
 
+    def staged(self) -> float:
+        """Bytes on the host whatever the stage: what is read ahead, and what is written behind."""
+        latents_too = self.needs.whole_model
+        behind = max(s + latents_too * latents for s, latents, _ in self.block_files())
+        ahead: int = max(shape.stored for shape in self.shapes) if self.machine.is_gpu else 0
+        return _INTERPRETER + ahead + behind
+
     def stages(
         self, costs: list[tuple[Cost, int]], fixed: float, streams: float, on_device: bool
     ) -> list[StagePlan]:
@@ -310,10 +352,11 @@ class _Planner:
         found: dict[str, StagePlan] = {}
         if self.needs.whole_model and self.text is not None:
             costs = [*costs, (self.method.training(self.whole, self.text), 1)]
+        staged = self.staged()
         for cost, count in costs:
             rests = cost.resting + streams
             device = fixed + cost.peak + (rests if on_device else 0)
-            host = _INTERPRETER + (0 if on_device else rests)
+            host = staged + (0 if on_device else rests)
             if not self.machine.is_gpu:
                 device, host = 0.0, host + device
             operations = cost.operations.times(count)
@@ -329,20 +372,20 @@ class _Planner:
 
     def disk(self, rate: float, stages: list[StagePlan]) -> dict[str, Any]:
         """What is read and written, and the seconds of everything."""
-        layout = self.method.layout(self.config.skip)
         rest = sum(shape.numel() for shape in self.model.rest().values()) * self.itemsize
         source = rest + sum(count * shape.stored for shape, count in self.shapes.items())
-        shards, latents = self.written(layout)
+        files = self.block_files()
+        shards, latents = (sum(file[i] * file[2] for file in files) for i in (0, 1))
         whole_model = self.needs.whole_model
         state = (12 + 4 + 17 / 32) * self.whole.weights if whole_model else 0
         kept = latents + 2 * state if whole_model else 0
         written = rest + shards + (latents + shards if whole_model else 0)
         read = 2 * source + (shards + latents if whole_model else 0)
         work = sum(stage.seconds for stage in stages)
-        files = (source + written + (shards + latents if whole_model else 0)) / rate
+        moved = (source + written + (shards + latents if whole_model else 0)) / rate
         seconds = {
             "fingerprint of the model": source / min(rate, _HASHED),
-            "reading and writing": files,
+            "reading and writing": moved,
             "computing": work,
         }
         return {
@@ -352,14 +395,13 @@ class _Planner:
             "seconds": seconds,
         }
 
-    def written(self, layout: Layout) -> tuple[int, int]:
-        """Bytes of all shards of blocks, and of what their codes were rounded from."""
-        shards = latents = 0
-        for index in range(len(self.model)):
-            groups = self.model.family.quantized_groups(index, self.config.skip)
-            own = block_bytes(self.model.block(index), groups, layout)
-            shards, latents = shards + own[0], latents + own[1]
-        return shards, latents
+    def block_files(self) -> list[tuple[int, int, int]]:
+        """Of each kind, bytes of a shard, of what its codes were rounded from; and how many."""
+        layout = self.method.layout(self.config.skip)
+        return [
+            (*block_bytes(self.model.blocks[kind.first], kind.groups, layout), kind.count)
+            for kind in self.kinds
+        ]
 
 
 def text_of(config: QuantizeConfig, ranks: int) -> Text | None:
@@ -385,21 +427,29 @@ def text_of(config: QuantizeConfig, ranks: int) -> Text | None:
     return Text(
         calibrating * config.seq_len,
         (calibrating + rest) * config.seq_len,
-        own + others,
+        batches + refining,
         ranks,
     )
 
 
-def _shapes(model: ShapedModel, config: QuantizeConfig) -> dict[BlockShape, int]:
-    """The kinds of blocks, and how many there are of each."""
-    kinds: Counter[BlockShape] = Counter()
-    known: dict[Any, BlockShape] = {}
-    for index in range(len(model)):
-        block = model.block(index)
+@dataclass
+class _Kind:
+    """Blocks of one shape. first: index of one of them. groups: of that, those quantized."""
+
+    shape: BlockShape
+    first: int
+    groups: tuple[LinearGroup, ...]
+    count: int = 1
+
+
+def _kinds(model: ShapedModel, config: QuantizeConfig) -> list[_Kind]:
+    found: dict[Any, _Kind] = {}
+    for index, block in enumerate(model.blocks):
         groups = model.family.quantized_groups(index, config.skip)
-        key = (groups, tuple((n, p.shape) for n, p in block.named_parameters()))
-        if key not in known:
-            forward = model.forward(index)
-            known[key] = BlockShape.of(block, groups, model.config.hidden_size, forward)
-        kinds[known[key]] += 1
-    return dict(kinds)
+        key = (tuple((g.name, g.linears) for g in groups), model.kinds[index])
+        if key in found:
+            found[key].count += 1
+            continue
+        shape = BlockShape.of(block, groups, model.config.hidden_size, model.forward(index))
+        found[key] = _Kind(shape, index, groups)
+    return list(found.values())

@@ -23,6 +23,7 @@ Rotated = Literal["none", "shared", "per-block"]
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
 CODES = 17 / 32  # bytes a weight: a code of 4 bits, and a scale for 32 of them
 _FLOAT32, _FLOAT64 = 4, 8
+_COMPARED_ROWS = 1024  # at a time, after GPTQ
 _ROWS_AT_A_TIME = 2048  # of an input that is transformed and rounded for a Hessian
 
 
@@ -76,11 +77,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A linear group that is quantized. channels: K. rows: N of each of its linears."""
+    """A linear group that is quantized.
+
+    channels: K. rows: N of each of its linears. returns: whether the block gets what it makes.
+    """
 
     name: str
     channels: int
     rows: tuple[int, ...]
+    returns: bool
 
     @property
     def outputs(self) -> int:
@@ -119,7 +124,8 @@ class BlockShape:
         for group in groups:
             linears = [block.get_submodule(name) for name in group.linears]
             rows = tuple(linear.out_features for linear in linears)
-            shapes.append(GroupShape(group.name, linears[0].in_features, rows))
+            returns = group.returns is not None
+            shapes.append(GroupShape(group.name, linears[0].in_features, rows, returns))
         parameters = list(block.parameters())
         stored = sum(p.numel() * p.element_size() for p in parameters)
         return cls(tuple(shapes), stored, width, parameters[0].element_size(), forward)
@@ -147,7 +153,7 @@ class BlockShape:
 class Text:
     """The calibration text of one rank.
 
-    calibrating: tokens that calibrate. all: with those that only refine. batches: they make.
+    calibrating: tokens that calibrate. all: with those that only refine. batches: of all ranks.
     ranks: how many ranks there are.
     """
 
@@ -193,31 +199,35 @@ class ModelShape:
 def rounding(shape: BlockShape, *, rotated: Rotated = "none") -> list[Cost]:
     """Of a method that reads no activations: every group folded, rounded and reported."""
     kept = {"float32 weights of the block": _FLOAT32 * shape.weights}
-    return [_rounded(shape, kept, group, rotated) for group in shape.groups]
+    return [
+        cost
+        for group in shape.groups
+        for cost in (_folded(kept, group, rotated), _reported(kept, group))
+    ]
 
 
 # What stands beside the float32 weights while they are folded: float64 before and after, and for a
 # matrix per block the result once more in another order.
 _FOLD = {"none": 12, "shared": 16, "per-block": 24}
-# The report: dequantized weights, the exact ones, their difference, beside the exact ones.
-_REPORT = 16
 
 
-def _rounded(
-    shape: BlockShape,
-    kept: Mapping[str, float],
-    group: GroupShape,
-    rotated: Rotated,
-    report: float = 0.0,
-    operations: Operations | None = None,
-) -> Cost:
-    """Fold, round to nearest, report."""
-    fold, reported = _FOLD[rotated] * group.weights, _REPORT * group.weights + report
-    own = {"folding and rounding": fold} if fold > reported else {"its report": reported}
-    work = Operations(moved=110 * group.weights) + (operations or Operations())
-    if rotated != "none":
-        work += Operations(double=2 * BLOCK_SIZE * group.weights)
-    return Cost(f"{group.name}: fold, round, report", {**kept, **own}, work)
+def _folded(kept: Mapping[str, float], group: GroupShape, rotated: Rotated) -> Cost:
+    """The transform into the weights, and rounding to nearest where there is no GPTQ."""
+    work = Operations(
+        double=0.0 if rotated == "none" else 2.0 * BLOCK_SIZE * group.weights,
+        moved=60.0 * group.weights,
+    )
+    own = {"weights in float64": float(_FOLD[rotated] * group.weights)}
+    return Cost(f"{group.name}: fold", {**kept, **own}, work)
+
+
+def _reported(kept: Mapping[str, float], group: GroupShape, samples: float = 0.0) -> Cost:
+    """Errors of a group. samples: bytes of its sampled inputs."""
+    # Exact weights, dequantized ones, exact ones in one, the difference; the last is made behind
+    # the transformed samples and their magnitudes.
+    report = _FLOAT32 * group.weights * 3 + max(_FLOAT32 * group.weights, 2 * samples)
+    work = Operations(moved=50.0 * group.weights)
+    return Cost(f"{group.name}: report", {**kept, "errors of the weights": report}, work)
 
 
 def sampled_rows(tokens: int, channels: int) -> float:
@@ -284,12 +294,13 @@ def independent(
         stages.append(_hessians(shape, text, {**kept, **hessians}, float_hessian))
         kept |= hessians
     for group in groups:
-        # Transformed samples, twice, and their magnitudes.
-        report = 3 * samples[group.name]
+        stages.append(_folded(kept, group, rotated))
         if gptq:
-            stages += _by_gptq(kept, group, text, rotated, drift=False)
-        stages.append(_rounded(shape, kept, group, rotated, report))
-    return [replace(stage, resting=resting) for stage in stages]
+            stages += _by_gptq(kept, group, text, drift=False)
+            kept["Hessians"] -= _FLOAT32 * group.square
+        stages.append(_reported(kept, group, samples[group.name]))
+    stages = [replace(stage, resting=resting) for stage in stages]
+    return stages if float_outputs else [*stages, quantized_pass(shape, text)]
 
 
 def _hessians(
@@ -307,7 +318,7 @@ def _hessians(
 
 
 def _by_gptq(
-    kept: Mapping[str, float], group: GroupShape, text: Text, rotated: Rotated, *, drift: bool
+    kept: Mapping[str, float], group: GroupShape, text: Text, *, drift: bool
 ) -> list[Cost]:
     """The factors of one Hessian, and rounding column by column. `kept` has the Hessian.
 
@@ -323,9 +334,9 @@ def _by_gptq(
                 {
                     **kept,
                     **folded,
-                    "its factor in float64": _FLOAT64 * group.square,
-                    # The right side in float64, its copy, and the solution.
-                    "the equations": (3 * _FLOAT64 + _FLOAT32) * weights,
+                    # The matrix of the equations, and its factor.
+                    "two matrices in float64": 2 * _FLOAT64 * group.square,
+                    "right side and solution, float64": 2 * _FLOAT64 * weights,
                 },
                 Operations(single=2 * n * k**2, double=k**3 / 3 + 2 * n * k**2, moved=60 * weights),
             )
@@ -335,7 +346,7 @@ def _by_gptq(
         Cost(
             f"{group.name}: factors of the Hessian",
             {**kept, **folded, "factors": (_FLOAT64 + _FLOAT32) * group.square},
-            Operations(double=4 / 3 * k**3),
+            Operations(double=k**3 / 3),
         )
     )
     share = 1 / text.ranks
@@ -346,8 +357,8 @@ def _by_gptq(
                 **kept,
                 **folded,
                 "factor": _FLOAT32 * group.square,
-                # What is left to round, the same in the order of the channels; codes, twice.
-                "rows in two orders": (2 * _FLOAT32 + 2) * weights,
+                "codes, errors, what they were rounded from": (2 * _FLOAT32 + CODES) * weights,
+                "rows compared with rounding to nearest": 20 * k * min(n, _COMPARED_ROWS),
             },
             Operations(
                 single=(n * k**2 + 2 * n * k**2) * share,
@@ -370,29 +381,31 @@ def sequential(
 ) -> list[Cost]:
     """Of the method that quantizes groups one after the other, each on what it will really read."""
     tokens, all_tokens = text.calibrating, text.all
-    kept: dict[str, float] = {}
     stages: list[Cost] = []
+    batch = {"forward pass of a batch": float(shape.forward.bytes)}
     if float_outputs:
-        batch = {"forward pass of a batch": shape.forward.bytes}
         stages.append(Cost("float outputs", batch, shape.passes(all_tokens)))
     if float_stream:
         read = tokens * sum(g.channels for g in shape.groups) * shape.itemsize if drift else 0
         # Batch by batch, and then in one tensor each.
-        parts = {**kept, "float inputs of its groups, twice": 2 * read}
-        parts["forward pass of a batch"] = shape.forward.bytes
+        parts = {**batch, "float inputs of its groups, twice": 2.0 * read}
         stages.append(Cost("float pass", parts, shape.passes(all_tokens)))
-        if drift:
-            kept["float inputs of its groups"] = read
+    resting = (float_outputs + float_stream) * shape.between(all_tokens)
+    stages = [replace(stage, resting=resting) for stage in stages]
     done = 0
     for index, group in enumerate(shape.groups):
-        own = {**kept, "latents of the groups before": _FLOAT32 * done}
+        own: dict[str, float] = {"latents of the groups before": _FLOAT32 * done}
         own["float32 weights"] = _FLOAT32 * group.weights
-        # Run up to the group: the whole block only for the last one.
-        passed = sum(g.weights for g in shape.groups[:index]) / max(1, shape.weights)
-        stages += _group_in_turn(shape, group, text, own, passed, gptq=gptq, drift=drift)
+        if drift:
+            left = sum(g.channels for g in shape.groups[index:])
+            own["float inputs from here on"] = tokens * left * shape.itemsize
+        # What is known of the block rests, and the input of what will be.
+        rest = resting + (tokens * group.channels * shape.itemsize if group.returns else 0)
+        turn = _group_in_turn(shape, group, text, own, gptq=gptq, drift=drift)
+        stages += [replace(stage, resting=rest) for stage in turn]
+        resting += shape.between(tokens) if group.returns else 0
         done += group.weights
-    resting = (float_outputs + float_stream) * shape.between(all_tokens)
-    return [replace(stage, resting=resting) for stage in stages]
+    return stages
 
 
 def _group_in_turn(
@@ -400,12 +413,13 @@ def _group_in_turn(
     group: GroupShape,
     text: Text,
     kept: Mapping[str, float],
-    passed: float,
     *,
     gptq: bool,
     drift: bool,
 ) -> list[Cost]:
     tokens, k = text.calibrating, group.channels
+    # Every linear runs once on the calibrating tokens, quantized, for what comes behind it.
+    passed = shape.passes(tokens).times(group.weights / max(1, shape.weights))
     x = {"its input, float32": _FLOAT32 * tokens * k}
     forward = {"forward pass of a batch": shape.forward.bytes}
     chunk = min(tokens, _ROWS_AT_A_TIME) * k
@@ -418,7 +432,7 @@ def _group_in_turn(
         Cost(
             f"{group.name}: its input",
             {**kept, **x, **forward},
-            shape.passes(tokens).times(passed) + Operations(moved=12 * tokens * k),
+            passed + Operations(moved=12 * tokens * k),
         ),
         Cost(
             f"{group.name}: transform",
@@ -433,10 +447,16 @@ def _group_in_turn(
             Operations(single=products + 2 * BLOCK_SIZE * tokens * k, moved=60 * tokens * k),
         ),
     ]
+    stages.append(_folded({**kept, **matrices}, group, "per-block"))
     if gptq:
-        stages += _by_gptq({**kept, **matrices}, group, text, "per-block", drift=drift)
-    stages.append(_rounded(shape, kept, group, "per-block"))
-    return stages
+        stages += _by_gptq({**kept, **matrices}, group, text, drift=drift)
+    return [*stages, _reported(kept, group)]
+
+
+def quantized_pass(shape: BlockShape, text: Text) -> Cost:
+    """What enters the next block."""
+    parts = {"forward pass of a batch": float(shape.forward.bytes)}
+    return Cost("quantized pass", parts, shape.passes(text.all))
 
 
 def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
@@ -452,7 +472,7 @@ def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
             "the best so far": latents,
             "codes": CODES * shape.weights,
             # Of gradients there are none yet while all rounded weights are kept for them.
-            "a batch, forwards and backwards": 6 * shape.forward.bytes,
+            "a batch, forwards and backwards": 4.5 * shape.forward.bytes,
         },
         Operations(
             single=shape.passes(3 * trained + checks * held).half,
@@ -475,7 +495,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
             "float32 weights of the block": _FLOAT32 * shape.weights,
             "sampled inputs, three times": 3 * _FLOAT32 * samples,
             "weights as they are rotated and rounded": 3 * _FLOAT32 * shape.weights,
-            "a batch, forwards and backwards": 6 * shape.forward.bytes,
+            "a batch, forwards and backwards": 4.5 * shape.forward.bytes,
         },
         Operations(
             single=products + 6 * BLOCK_SIZE * shape.weights * batches,
@@ -489,7 +509,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
 def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -> Cost:
     """Training of all blocks together."""
     trained, held = text.all * (1 - text.held), text.all * text.held
-    batch = text.all / text.batches
+    batch = text.all * text.ranks / text.batches
     steps = epochs * trained / batch
     checks = 1 + steps / check_steps
     return Cost(

@@ -98,6 +98,7 @@ class Sequential(Method):
         )
         if options.refine != "none":
             stages.append(costs.refined_block(shape, text, checks=CHECKS))
+            stages.append(costs.quantized_pass(shape, text))
         return stages
 
     def training(self, model: costs.ModelShape, text: costs.Text) -> costs.Cost:

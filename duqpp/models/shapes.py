@@ -4,6 +4,7 @@ What a pass takes, in operations and in memory, is then counted from what it rea
 the family.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from duqpp.models.family import family_of
 from duqpp.models.stack import TOKENS_PER_BATCH, DecoderStack
+from duqpp.placement import HOST
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Forward:
 class ShapedModel:
     """A model by its configuration alone.
 
-    config: transformers configuration. dtype: of every tensor. family: of the model.
+    config: transformers configuration. dtype: of every tensor. family: of the model. blocks: on the
+    meta device. kinds: what tells them apart, the names and shapes of what each has stored.
 
     Args: seq_len: tokens of the sequences that its blocks run on.
     Raises: InputError for a configuration of no model that duqpp knows.
@@ -48,33 +51,34 @@ class ShapedModel:
             self._inputs = self._stack.first_inputs(torch.zeros(self._batch, dtype=torch.int64))
         for arguments in self._inputs.arguments[0]:
             arguments["attention_mask"] = None  # which real tokens without padding have not
-
-    def __len__(self) -> int:
-        return len(self._stack)
-
-    def block(self, index: int) -> nn.Module:
-        """A decoder block on the meta device."""
-        return self._stack.skeleton(index)
+        self.blocks = [self._stack.skeleton(index) for index in range(len(self._stack))]
+        self.kinds = [
+            tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+            for block in self.blocks
+        ]
+        self._forwards: dict[Any, Forward] = {}
 
     def rest(self) -> dict[str, torch.Size]:
         """Shapes of what is outside of the blocks, by name."""
         return self._stack.rest_shapes
 
     def forward(self, index: int) -> Forward:
-        """What one pass over a batch takes."""
+        """What one pass of block `index` over a batch takes."""
+        kind = self.kinds[index]
+        if kind not in self._forwards:
+            self._forwards[kind] = self._counted(index)
+        return self._forwards[kind]
+
+    def _counted(self, index: int) -> Forward:
         with _without_memory():
-            block = self.block(index)
-            empty = {name: torch.empty_like(t, device="cpu") for name, t in _tensors(block)}
+            block = copy.deepcopy(self.blocks[index])
+            stored = block.state_dict()
+            empty = {name: torch.empty_like(t, device=HOST) for name, t in stored.items()}
             block.load_state_dict(empty, assign=True)
             with _Ledger() as ledger, _counter() as counter:
                 self._inputs.run(block, index, 0)
-        block.load_state_dict({n: t.to("meta") for n, t in _tensors(block)}, assign=True)
         batch, seq_len = self._batch
         return Forward(batch * seq_len, ledger.peak, counter.get_total_flops())
-
-
-def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return iter(block.state_dict().items())
 
 
 def _counter() -> FlopCounterMode:

@@ -31,7 +31,7 @@ def test_a_pass_without_weights_is_counted_as_one_with_them(tiny_llama, config):
     """Operations to the last one; and no tensor of the model has memory."""
     shaped = ShapedModel(config, torch.float32, 64)
     forward = shaped.forward(1)
-    assert all(p.is_meta for p in shaped.block(1).parameters())
+    assert all(p.is_meta for p in shaped.blocks[1].parameters())
     stack = DecoderStack(open_source(str(tiny_llama)))
     inputs = stack.first_inputs(torch.zeros(forward.tokens // 64, 64, dtype=torch.int64))
     with FlopCounterMode(display=False) as counter:
