@@ -12,6 +12,7 @@ from harness import write_json
 
 from duqpp.cli.plan import duration
 from duqpp.config import QuantizeConfig
+from duqpp.errors import InputError
 from duqpp.job.plan import GPUS, JobPlan, plan_shaped
 from duqpp.models.shapes import ShapedModel
 
@@ -34,6 +35,7 @@ JOBS: dict[str, dict[str, Any]] = {
 SHOWN = "duqpp"  # whose stages are shown
 MACHINES = ("H100", "H200", "B200")
 RANKS = (1, 8)
+TOO_FEW = "more text"  # is needed
 
 
 def config_of(name: str) -> Any:
@@ -64,16 +66,15 @@ def tables() -> dict[str, Any]:
         model = ShapedModel(config_of(name), torch.bfloat16, QuantizeConfig().seq_len)
         for job, options in JOBS.items():
             config = QuantizeConfig(**options)
-            plans = {
-                (machine, ranks): plan_shaped(model, config, machine=GPUS[machine], ranks=ranks)
-                for machine in MACHINES
-                for ranks in RANKS
-            }
-            one, eight = (plans["H100", ranks] for ranks in RANKS)
+            plans = [
+                planned(model, config, machine, ranks) for machine in MACHINES for ranks in RANKS
+            ]
+            one, eight = plans[: len(RANKS)]
             label = f"`{job}`"
-            memory.append([name, label, *(gigabytes(p.device) for p in (one, eight))])
+            memory.append([name, label, gigabytes(one.device)])
+            memory[-1].append(gigabytes(eight.device) if eight else TOO_FEW)
             memory[-1] += [gigabytes(one.activations), gigabytes(one.host)]
-            seconds.append([name, label, *(_time(plan) for plan in plans.values())])
+            seconds.append([name, label, *map(_time, plans)])
             disk.append([name, label, *map(gigabytes, (one.read, one.written, one.disk))])
             if job == SHOWN and name == "70B":
                 stages = [
@@ -104,7 +105,17 @@ def tables() -> dict[str, Any]:
     }
 
 
-def _time(plan: JobPlan) -> str:
+def planned(model: ShapedModel, config: QuantizeConfig, gpu: str, ranks: int) -> JobPlan | None:
+    """A plan; None where there is not enough text for so many ranks."""
+    try:
+        return plan_shaped(model, config, machine=GPUS[gpu], ranks=ranks)
+    except InputError:
+        return None
+
+
+def _time(plan: JobPlan | None) -> str:
+    if plan is None:
+        return TOO_FEW
     return duration(plan.total_seconds) if plan.fits else "no room"
 
 

@@ -427,8 +427,9 @@ def text_of(config: QuantizeConfig, ranks: int) -> Text | None:
     return Text(
         calibrating * config.seq_len,
         (calibrating + rest) * config.seq_len,
-        batches + refining,
+        own + others,
         ranks,
+        config.samples * config.seq_len,
     )
 
 

@@ -153,14 +153,15 @@ class BlockShape:
 class Text:
     """The calibration text of one rank.
 
-    calibrating: tokens that calibrate. all: with those that only refine. batches: of all ranks.
-    ranks: how many ranks there are.
+    calibrating: tokens that calibrate. all: with those that only refine. batches: they make.
+    ranks: how many ranks there are. everywhere: tokens that calibrate, of all of them.
     """
 
     calibrating: int
     all: int
     batches: int
-    ranks: int = 1
+    ranks: int
+    everywhere: int
 
     @property
     def held(self) -> float:
@@ -255,9 +256,11 @@ def independent(
     if text is None:
         return rounding(shape, rotated=rotated)
     tokens, groups = text.calibrating, shape.groups
-    samples = {g.name: _FLOAT32 * sampled_rows(tokens, g.channels) * g.channels for g in groups}
+    samples = {
+        g.name: _FLOAT32 * sampled_rows(text.everywhere, g.channels) * g.channels for g in groups
+    }
     squares = sum(g.square for g in groups)
-    moments = {"second moments": _FLOAT32 * squares} if gptq and float_hessian else {}
+    moments = {"second moments, float64": _FLOAT64 * squares} if gptq and float_hessian else {}
     resting = shape.between(tokens) if float_outputs else 0.0
     # float32 of a batch's input, and its magnitudes.
     watched = 2 * _FLOAT32 * shape.forward.tokens * shape.widest
@@ -312,7 +315,13 @@ def _hessians(
         work = Operations(single=sum(4 * BLOCK_SIZE * g.square for g in shape.groups))
         return Cost("Hessians", {**kept, "one in turning": 3 * _FLOAT32 * largest}, work)
     rows = shape.forward.tokens * shape.widest
-    parts = {**kept, "rounded inputs of a batch": 20 * rows, "its forward": shape.forward.bytes}
+    squares = sum(group.square for group in shape.groups)
+    parts = {
+        **kept,
+        "of it in float64 while they are added up": (_FLOAT64 - _FLOAT32) * squares,
+        "rounded inputs of a batch": 20 * rows,
+        "its forward": shape.forward.bytes,
+    }
     products = sum(2 * text.calibrating * g.square for g in shape.groups)
     return Cost("Hessians", parts, shape.passes(text.calibrating) + Operations(single=products))
 
@@ -325,7 +334,8 @@ def _by_gptq(
     The rows of a weight are split over ranks.
     """
     k, n, weights = group.channels, group.outputs, group.weights
-    folded = {"folded weights": _FLOAT32 * weights}
+    share = 1 / text.ranks
+    folded: dict[str, float] = {"folded weights": _FLOAT32 * weights}
     stages = []
     if drift:
         stages.append(
@@ -336,12 +346,16 @@ def _by_gptq(
                     **folded,
                     # The matrix of the equations, and its factor.
                     "two matrices in float64": 2 * _FLOAT64 * group.square,
-                    "right side and solution, float64": 2 * _FLOAT64 * weights,
+                    "right side and solution, float64": 2 * _FLOAT64 * weights * share,
                 },
-                Operations(single=2 * n * k**2, double=k**3 / 3 + 2 * n * k**2, moved=60 * weights),
+                Operations(
+                    single=2 * n * k**2 * share,
+                    double=k**3 / 3 + 2 * n * k**2 * share,
+                    moved=60 * weights * share,
+                ),
             )
         )
-        folded["what makes up for the drift"] = _FLOAT32 * weights
+        folded["what makes up for the drift"] = _FLOAT32 * weights * share
     stages.append(
         Cost(
             f"{group.name}: factors of the Hessian",
@@ -349,7 +363,6 @@ def _by_gptq(
             Operations(double=k**3 / 3),
         )
     )
-    share = 1 / text.ranks
     stages.append(
         Cost(
             f"{group.name}: GPTQ",
@@ -424,8 +437,9 @@ def _group_in_turn(
     forward = {"forward pass of a batch": shape.forward.bytes}
     chunk = min(tokens, _ROWS_AT_A_TIME) * k
     sums = (1 + drift) if gptq else 0
-    matrices = {"Hessian and drift" if drift else "Hessian": sums * _FLOAT32 * group.square}
-    matrices = matrices if gptq else {}
+    name = "Hessian and drift" if drift else "Hessian"
+    added = {f"{name}, float64": sums * _FLOAT64 * group.square} if gptq else {}
+    matrices = {name: sums * _FLOAT32 * group.square} if gptq else {}
     products = sums * 2 * tokens * group.square
     blocks = k // BLOCK_SIZE
     stages = [
@@ -443,7 +457,7 @@ def _group_in_turn(
         ),
         Cost(
             f"{group.name}: Hessian, drift" if gptq else f"{group.name}: peaks of its input",
-            {**kept, **x, **matrices, "rows in turn": 32 * chunk},
+            {**kept, **x, **added, "rows in turn": 32 * chunk},
             Operations(single=products + 2 * BLOCK_SIZE * tokens * k, moved=60 * tokens * k),
         ),
     ]
@@ -488,7 +502,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
     groups, tokens = shape.groups, text.calibrating
     batches = epochs * tokens / shape.forward.tokens
     products = shape.passes(epochs * tokens * (3 * (1 - text.held) + text.held)).half
-    samples = sum(sampled_rows(tokens, g.channels) * g.channels for g in groups)
+    samples = sum(sampled_rows(text.everywhere, g.channels) * g.channels for g in groups)
     return Cost(
         "training of rotations",
         {
@@ -509,7 +523,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
 def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -> Cost:
     """Training of all blocks together."""
     trained, held = text.all * (1 - text.held), text.all * text.held
-    batch = text.all * text.ranks / text.batches
+    batch = text.all / text.batches
     steps = epochs * trained / batch
     checks = 1 + steps / check_steps
     return Cost(
