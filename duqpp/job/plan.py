@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
@@ -102,7 +103,7 @@ def this_cpu(dtype: torch.dtype) -> Machine:
     rates = []
     for kind in (dtype, torch.float32, torch.float64):
         matrix = torch.ones(side, side, dtype=kind, device=HOST)
-        rates.append(2 * side**3 / _fastest(partial(torch.mm, matrix, matrix)))
+        rates.append(2 * side**3 / _fastest(partial(F.linear, matrix, matrix)))
     values = torch.ones(2**23, dtype=torch.float32, device=HOST)
     half, single, double = rates
     return Machine(

@@ -1,5 +1,11 @@
 """Plans: shapes and operations against what really runs, sizes against a real checkpoint."""
 
+import json
+import platform
+
+import bench_memory
+import bench_quantize
+import plans
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,6 +110,23 @@ def open_config(hidden, intermediate):
     )
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="measured by Linux and glibc")
+@pytest.mark.parametrize(
+    "width, job", [((1024, 3584), "rtn"), ((512, 1792), "duquant++")], ids=["rtn", "duquant++"]
+)
+def test_memory_is_what_a_job_takes(tmp_path, width, job):
+    """Within 15 %: the sizes are of the largest tensors of a stage, what operations take inside of
+    themselves is not known, and malloc rounds up. What else a process has is taken off, and one
+    thread on any machine takes the same.
+    """
+    config = {"samples": 4, "seq_len": 1024, **bench_memory.JOBS[job]}
+    small, model = tmp_path / "small", tmp_path / "model"
+    bench_quantize.save_model(small, *bench_memory.SMALL, 0)
+    bench_quantize.save_model(model, *width, 0)
+    peak = bench_memory.measured(small, model, tmp_path / "out", config)
+    assert peak == pytest.approx(bench_memory.planned(model, config), rel=0.15)
+
+
 def test_ranks_share_the_text_and_not_the_weights():
     config = open_config(1024, 4096)
     options = {"method": "duqpp", "samples": 16, "seq_len": 1024}
@@ -130,3 +153,8 @@ def test_activations_rest_where_there_is_room():
 def test_ranks_that_cannot_be(config, ranks, message):
     with pytest.raises(InputError, match=message):
         planned(config, ranks=ranks, method="duqpp", samples=16, seq_len=2048)
+
+
+def test_the_pages_show_the_plans_of_today():
+    """`python benchmarks/plans.py` writes them anew."""
+    assert json.loads(plans.FILE.read_text(encoding="utf-8")) == plans.result()
