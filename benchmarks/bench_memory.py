@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "ratio": peak / plan,
                 }
                 table.add({"h x f": width, "options": job, **figures})
-    report(table.rows, options, bench="memory")
+    report(table.rows, options)
 
 
 def planned(model: Path, options: dict[str, Any]) -> float:

@@ -202,19 +202,6 @@ def route_tables(result: Row) -> list[str]:
     return parts
 
 
-def memory_tables(result: Row) -> list[str]:
-    """memory: peaks of small jobs, beside what the plan says."""
-    lines = [
-        [row["h x f"].replace("x", " x "), f"`{row['options']}`"]
-        + [_number(row, name, form) for name, form in MEMORY.items()]
-        for row in result["rows"]
-    ]
-    return [table(["h x f", "options", *MEMORY], lines)]
-
-
-MEMORY = {"measured MB": ".0f", "planned MB": ".0f", "ratio": ".2f"}
-
-
 def record_tables(result: Row, view: str) -> list[str]:
     """A table whose cells the file holds as they are shown; null is an empty cell."""
     chosen = result["tables"][view]
@@ -373,7 +360,6 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "generate": generate_tables,
     "decoder_layer": layer_tables,
     "gemm_routes": route_tables,
-    "memory": memory_tables,
     "record": record_tables,
     "accuracy": accuracy_tables,
     "error_by_site": site_tables,

@@ -4,6 +4,7 @@ python benchmarks/plans.py        writes results/plans.json, from which render.p
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:.3g} TB"
 
 
-def tables() -> dict[str, Any]:
+def tables(models: Iterable[str] = MODELS) -> dict[str, Any]:
     """What the pages show: a row for each model and job."""
     memory, seconds, disk, stages = [], [], [], []
-    for name in MODELS:
+    for name in models:
         model = ShapedModel(config_of(name), torch.bfloat16, QuantizeConfig().seq_len)
         for job, options in JOBS.items():
             config = QuantizeConfig(**options)

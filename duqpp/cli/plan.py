@@ -114,8 +114,8 @@ def print_plan(model: str, config: QuantizeConfig, plan: JobPlan) -> None:
     parts = ", ".join(f"{name} {duration(value)}" for name, value in plan.seconds.items())
     print(f"time: {duration(plan.total_seconds)} ({parts})")
     print(
-        "All of it is computed from shapes: sizes on disk are exact, memory is within 15 % of what "
-        "small models took on a CPU, and times are estimates that may be off by a factor."
+        "All of it is computed from shapes: sizes on disk are exact, memory was compared with what "
+        "small models take on a CPU, and times are estimates that may be off by a factor."
     )
 
 

@@ -156,5 +156,9 @@ def test_ranks_that_cannot_be(config, ranks, message):
 
 
 def test_the_pages_show_the_plans_of_today():
-    """`python benchmarks/plans.py` writes them anew."""
-    assert json.loads(plans.FILE.read_text(encoding="utf-8")) == plans.result()
+    """Those of the smallest model; `python benchmarks/plans.py` writes all of them anew."""
+    shown = json.loads(plans.FILE.read_text(encoding="utf-8"))["tables"]
+    for name, table in plans.tables(["8B"]).items():
+        assert table["columns"] == shown[name]["columns"]
+        rows = [row for row in shown[name]["rows"] if row[0] == "8B"]
+        assert table["rows"] == rows and (rows or name == "stages")

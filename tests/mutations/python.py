@@ -57,6 +57,9 @@ TABLES = "duqpp/cli/tables.py"
 PROGRESS = "duqpp/cli/progress.py"
 GENERATE = "duqpp/tools/generate.py"
 INSPECTION = "duqpp/tools/inspection.py"
+COSTS = "duqpp/methods/costs.py"
+JOB_PLAN = "duqpp/job/plan.py"
+SHAPES = "duqpp/models/shapes.py"
 
 GPTQ_TESTS = "tests/calibration/test_gptq.py"
 GPTQ_BLOCK_TESTS = "tests/ops/test_gptq_block.py"
@@ -1392,5 +1395,34 @@ MUTATIONS = (
         "if self._is_long and finished:",
         "if self._is_long:",
         PROGRESS_TESTS,
+    ),
+    # Plans.
+    Mutation(
+        "plan: sampled inputs are counted once",
+        COSTS,
+        'kept["sampled inputs, three times"] = 3 * sum(samples.values())',
+        'kept["sampled inputs, three times"] = 1 * sum(samples.values())',
+        "tests/job/test_plan.py",
+    ),
+    Mutation(
+        "plan: attention takes no operations",
+        SHAPES,
+        "count: int = sdpa_flop_count(q, k, v)",
+        "count = 0",
+        "tests/job/test_plan.py",
+    ),
+    Mutation(
+        "plan: all ranks have all sequences",
+        JOB_PLAN,
+        "own, others = -(-batches // ranks), -(-refining // ranks)",
+        "own, others = batches, refining",
+        "tests/job/test_plan.py",
+    ),
+    Mutation(
+        "plan: activations rest on the device, room or not",
+        JOB_PLAN,
+        'return "device" if memory is None or needed <= _USABLE * memory else "host"',
+        'return "device"',
+        "tests/job/test_plan.py",
     ),
 )
