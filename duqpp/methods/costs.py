@@ -529,8 +529,8 @@ def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -
     return Cost(
         "distill",
         {
-            "latents, two moments": 3 * _FLOAT32 * model.weights,
-            "the best codes so far": CODES * model.weights,
+            "latents, two moments": 3 * _FLOAT32 * model.weights / text.ranks,
+            "the best codes so far": CODES * model.weights / text.ranks,
             "what products give, for the gradients": _FLOAT32 * batch * model.outputs,
             "a block of a batch, forwards and backwards": 10 * model.forward,
         },
