@@ -25,7 +25,7 @@ def test_a_plan_needs_a_configuration_alone_and_writes_nothing(folder, capsys):
     words += ["--seq-len", "64", "--method", "duqpp", "--on", "H200"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    for part in ("2 blocks", "on H200", "down: GPTQ", "quantized pass", "estimates"):
+    for part in ("2 blocks", "on H200", "down: GPTQ", "down: report", "estimates"):
         assert part in text
     assert max(map(len, text.splitlines()[:3])) < 200
     assert main([*words, "--json", "--resume"]) == 0
