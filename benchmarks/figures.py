@@ -353,6 +353,33 @@ def rank_tables(result: Row) -> list[str]:
     return [table(head, lines.values())]
 
 
+def stage_tables(result: Row) -> list[str]:
+    """quantize_stages: processor time of a block by stage, a column for each folder of sources."""
+    tables = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        sources = [row["sources"] for row in rows]
+        times = [row["by_stage"] for row in rows]
+        stages = sorted({name for own in times for name in own}, key=lambda n: -times[0].get(n, 0))
+        lines = [
+            [f"`{name}`", *(f"{own[name]:.2f}" if name in own else "" for own in times)]
+            for name in stages
+            if max(own.get(name, 0.0) for own in times) >= LEAST_STAGE
+        ]
+        lines.append(["all of a block", *(f"{row['CPU s/block']:.2f}" for row in rows)])
+        first = rows[0]["CPU s/block"]
+        lines.append(["share", *(f"{row['CPU s/block'] / first:.2f}" for row in rows)])
+        lines.append(["opening the model, once", *(f"{row['opened']:.1f}" for row in rows)])
+        tables += [
+            f"`--method {method}`, {result['model']}, mean of the first {rows[0]['blocks']} "
+            "blocks: seconds of processor time. The sources took turns on one machine.",
+            table(["stage", *sources], lines),
+        ]
+    return tables
+
+
+LEAST_STAGE = 0.05  # seconds a block, below which a stage has no line
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "mxfp4_gemm": gemm_tables,
     "rotate_quantize": rotate_tables,
@@ -365,4 +392,5 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "error_by_site": site_tables,
     "which_method": choice_tables,
     "ranks": rank_tables,
+    "quantize_stages": stage_tables,
 }

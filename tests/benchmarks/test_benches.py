@@ -14,6 +14,7 @@ import pytest
 import torch
 from bench_decoder_layer import FixedCache, Layers
 from bench_gemm_routes import fitted, thresholds
+from figures import stage_tables
 from roofline import Peaks
 from shapes import MODELS
 from timing import Timing
@@ -81,6 +82,29 @@ def test_benchmark_prints_and_writes_one_json_object(name, tmp_path, capsys):
     for row in result["rows"]:
         assert set(COLUMNS[name].split()) <= set(row)
         assert all(v > 0 for k, v in row.items() if k.endswith("_us"))
+
+
+@pytest.mark.slow
+def test_stages_of_two_folders_of_sources(tiny_llama, tmp_path, capsys):
+    file = tmp_path / "stages.json"
+    words = ["--model", str(tiny_llama), "--methods", "hadamard --gptq --samples 2 --seq-len 32"]
+    sources = [f"{name}={FOLDER.parent}" for name in ("before", "after")]
+    options = ["--blocks", "1", "--rounds", "1", "--threads", "1", "--out", str(file)]
+    import_module("bench_quantize").main([*words, *options, "--sources", *sources])
+    assert "before" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert [row["sources"] for row in result["rows"]] == ["before", "after"]
+    for row in result["rows"]:
+        assert {"reading", "float pass", "factor", "gptq", "writing"} <= set(row["by_stage"])
+        assert row["CPU s/block"] == pytest.approx(sum(row["by_stage"].values()))
+        assert row["CPU s/block"] < row["CPU s"]
+    (prose, made) = stage_tables(result)
+    assert "mean of the first 1 blocks" in prose
+    lines = [line.strip("| ").split(" | ") for line in made.splitlines()]
+    assert lines[0] == ["stage", "before", "after"]
+    shares = next(line for line in lines if line[0] == "share")
+    before, after = (row["CPU s/block"] for row in result["rows"])
+    assert shares[1:] == ["1.00", f"{after / before:.2f}"]
 
 
 def test_formats_without_a_product_are_named(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,21 @@ def test_damaged_gguf(gguf_file, tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 5
+
+
+def test_a_file_is_parsed_once_and_from_plain_arrays(gguf_file, monkeypatch):
+    import gguf
+
+    parsed = []
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_build_fields",
+        lambda self, *arguments: parsed.append(self.data) or build(self, *arguments),
+    )
+    open_source(str(gguf_file))
+    assert [type(data) for data in parsed] == [np.ndarray]
+    assert not parsed[0].flags.owndata, "the file is mapped, not read"
 
 
 def test_gguf_parsing_leaves_the_parser_as_it_was(gguf_file, tmp_path):
