@@ -103,13 +103,18 @@ class LatentLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.latent = nn.Parameter(latent.to(linear.weight_packed.device, copy=True))
-        self.rounded_input, self._rule, self._linear = rounded_input, rule, (linear,)
+        self.rounded_input, self._rule = rounded_input, rule
+        self._linear: tuple[MXFP4Linear, ...] = (linear,)  # in a tuple: it is no part of this
         self._bias = None if linear.bias is None else linear.bias.detach().float()
 
     @property
     def linear(self) -> MXFP4Linear:
         """What this stands for."""
         return self._linear[0]
+
+    def forget_linear(self) -> None:
+        """Let go of what this stands for, with its codes, where it will not be put back."""
+        self._linear = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in the dtype of x."""

@@ -56,7 +56,7 @@ class LatentModel:
             self._shard(block.module)
             linears: dict[str, Any] = {n: block.module.get_submodule(n) for n in trained}
             for linear in linears.values():
-                linear.linear.to("meta")
+                linear.forget_linear()
             self.rows[block.index] = {
                 name: nn.Parameter(self._local(linear.latent)) for name, linear in linears.items()
             }

@@ -1,6 +1,8 @@
 """Distillation: its loss and gradient in float64, and what it does to a tiny model."""
 
 import copy
+import shutil
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,8 @@ from duqpp.methods.refine.distill import distill, divergence, divergence_gradien
 from duqpp.methods.refine.training_state import TrainingState
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
-from duqpp.placement.ranks import Ranks
+from duqpp.placement import HOST
+from duqpp.placement.ranks import ALONE, Ranks
 from tests import inputs
 from tests.ranks import together
 
@@ -232,20 +235,23 @@ def test_what_is_inside_of_blocks_is_made_again_but_for_products(job, monkeypatc
 def test_gradients_and_the_codes_before_are_let_go_of(job, monkeypatch):
     """After every backward pass each latent has had its step, and none has a gradient."""
     model, state = job()
-    linears = [block.module.get_submodule(name) for block, own in model.blocks for name in own]
-    seen = []
+    linears = [
+        weakref.ref(block.module.get_submodule(name)) for block, own in model.blocks for name in own
+    ]
+    seen, codes = [], []
 
     def backward(*arguments, real=module._backward):
         real(*arguments)
         latents = arguments[1]
         seen.extend(p.grad for p in latents.all_rows)
         seen.extend(p.grad for p in latents._chain.parameters())
+        codes.extend(linear() for linear in linears)
 
     monkeypatch.setattr(module, "_backward", backward)
-    run((model, state))
+    distill(model, ScaleRule.MSE, state, inputs.generator(5), lambda *_: None)
     assert len(seen) > 0
-    assert not any(gradient is not None for gradient in seen)
-    assert all(linear.weight_packed.is_meta for linear in linears)
+    assert len(codes) > 0
+    assert not any(kept is not None for kept in (*seen, *codes))
 
 
 @pytest.mark.parametrize("best", ["start", "saved", "end"])
@@ -475,3 +481,35 @@ def test_resume_gives_the_same_bytes(where, tiny_llama, tmp_path, monkeypatch, t
     found = files(out)
     assert found.keys() == whole.keys()
     assert [name for name in found if found[name] != whole[name]] == []
+
+
+def test_a_job_is_distilled_alike_by_any_number_of_ranks(tiny_llama, tmp_path, monkeypatch):
+    """Five batches, of which two calibrate. Two ranks begin; one or both of them distil."""
+    monkeypatch.setattr("duqpp.models.stack.TOKENS_PER_BATCH", 2 * SHORT)
+    monkeypatch.setattr(module, "_RATE", 3e-3)
+    ever_better(monkeypatch)
+    config = replace(CONFIG, samples=4, refine_samples=9)
+
+    def work(out, ranks=ALONE, **options):
+        options |= {"calibration": TOKENS, "device": HOST, "ranks": ranks}
+        return duqpp.quantize_model(str(tiny_llama), out, config, **options).distilled
+
+    def stop(stage, done, total):
+        if stage == "distill":
+            raise Stopped
+
+    def begin(ranks: Ranks) -> None:
+        with suppress(Stopped):
+            work(tmp_path / "alone", ranks, progress=stop)
+
+    together(2, begin, tmp_path)
+    shutil.copytree(tmp_path / "alone.partial", tmp_path / "shared.partial")
+    shared = together(2, lambda ranks: work(tmp_path / "shared", ranks, resume=True), tmp_path)
+    alone = work(tmp_path / "alone", resume=True)
+    assert shared[0] == shared[1]
+    assert shared[0].divergence_before == pytest.approx(alone.divergence_before, rel=1e-3)
+    assert shared[0].divergence_after == pytest.approx(alone.divergence_after, rel=1e-3)
+    made, expected = (
+        duqpp.from_pretrained(tmp_path / name).state_dict() for name in ("shared", "alone")
+    )
+    assert differing_codes([made], [expected]) < 1e-3
