@@ -67,8 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def save_model(folder: Path, hidden: int, intermediate: int, seed: int) -> None:
     """A random Llama of these widths, with heads of 128 and a byte's worth of tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = hidden // 128
     config = LlamaConfig(
@@ -82,6 +81,14 @@ def save_model(folder: Path, hidden: int, intermediate: int, seed: int) -> None:
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of a byte a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

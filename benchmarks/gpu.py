@@ -51,6 +51,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
     bench += [] if options.force else ["--resume"]
     bench += ["--commit", options.commit] if options.commit else []
     small: dict[str, list[str]] = {"rotate": [], "gemm": [], "layer": [], "routes": []}
+    small |= {"quantize": []}
     if options.smoke:
         bench += ["--device", "cpu", "--seconds", "0.01", "--cache", "cold", "warm"]
         tiny = ["--models", "tiny"]
@@ -59,6 +60,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
             "gemm": [*tiny, "--rows", "1", "4", "--linears", "o", "--fp8"],
             "layer": [*tiny, "--decode", "2", "--prefill", "32", "--context", "32"],
             "routes": [*tiny, "--rows", "1"],
+            "quantize": [*tiny, "--compared", "tiny", "--samples", "3", "--seq-len", "64"],
         }
     else:
         bench += ["--device", "cuda"]
@@ -66,7 +68,8 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
         small["rotate"] += ["--columns", "4096", "14336", "8192", "28672"]
     routes = [word for route in options.route for word in ("--route", route)]
     render = ["--plots", str(options.plots), *(["--pages"] if options.smoke else [])]
-    files = sorted(str(f) for f in options.results.glob(f"{_slug(options)}_*.json"))
+    found = sorted(options.results.glob(f"{_slug(options)}_*.json"))
+    files = [str(f) for f in found if f.name != f"{_slug(options)}_quantize.json"]  # has no plot
     return {
         "tests": [*pytest, "-k", "not sanitizer"],
         "memcheck": [*pytest, "-k", "sanitizer and memcheck"],
@@ -79,12 +82,13 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
         "bench-gemm": [python, f"{here}/bench_mxfp4_gemm.py", *bench, *small["gemm"]],
         "bench-layer": [python, f"{here}/bench_decoder_layer.py", *bench, *small["layer"]],
         "bench-routes": [python, f"{here}/bench_gemm_routes.py", *bench, *small["routes"], *routes],
+        "quantize": [python, f"{here}/bench_quantize_device.py", *bench, *small["quantize"]],
         "render": [python, f"{here}/render.py", *files, *render] if files else [],
     }
 
 
 NAMES = ("tests", "memcheck", "racecheck", "selfcheck")
-NAMES += ("bench-rotate", "bench-gemm", "bench-layer", "bench-routes", "render")
+NAMES += ("bench-rotate", "bench-gemm", "bench-layer", "bench-routes", "quantize", "render")
 ALWAYS = ("render",)  # takes seconds, and depends on the other parts
 
 

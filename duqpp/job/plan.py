@@ -52,7 +52,7 @@ class Machine:
     @property
     def is_gpu(self) -> bool:
         """Whether blocks have memory of their own, beside the host's."""
-        return self.name != "cpu"
+        return self.name in GPUS
 
     def at(self, flops: float) -> "Machine":
         """The same with so many operations a second in every dtype."""
@@ -107,7 +107,7 @@ def this_cpu(dtype: torch.dtype) -> Machine:
     values = torch.ones(2**23, dtype=torch.float32, device=HOST)
     half, single, double = rates
     return Machine(
-        name="cpu",
+        name=HOST.type,
         half=half,
         single=single,
         double=double,

@@ -1,5 +1,6 @@
 """quantize_model: the job, one decoder block at a time, resumable at the last finished block."""
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from duqpp.job.folder import (
 )
 from duqpp.job.lock import locked
 from duqpp.job.overlap import ahead, behind
+from duqpp.job.plan import resting_place
 from duqpp.job.records import digest_of, write_record
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
@@ -38,11 +40,17 @@ from duqpp.models.family import family_of
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.ops.dispatch import select
-from duqpp.placement import Placement
-from duqpp.placement.devices import choose_device
+from duqpp.placement import HOST, ON_HOST, Placement
+from duqpp.placement.devices import choose_device, fitting, free_memory
 from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import profiled, stage
 from duqpp.torch_state import plain_torch
+
+logger = logging.getLogger(__name__)
+
+_LESS = (
+    "`device=cpu` needs no GPU; a new job with fewer `samples` or a shorter `seq_len` needs less"
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class QuantizeReport:
     """What a quantization did: folder, seconds (this run alone), bytes on disk, and each group.
 
     groups are measured before refinement; refined: what that did, one report per decoder block;
-    distilled: what distillation did. profile: seconds by stage and block, where they were asked for
-    (see `duqpp.placement.stages`).
+    distilled: what distillation did. placement: where blocks were computed, and activations rested.
+    profile: seconds by stage and block, where they were asked for (see `duqpp.placement.stages`).
     """
 
     folder: Path
@@ -61,6 +69,7 @@ class QuantizeReport:
     groups: list[GroupReport]
     refined: list[RefineReport]
     distilled: DistillReport | None = None
+    placement: Placement = ON_HOST
     profile: dict[str, Any] | None = None
 
 
@@ -156,6 +165,7 @@ def _quantize_model(
                 check_shared(work, digest, ranks)
                 with stage("opening"):
                     stack = DecoderStack(source, config.torch_dtype, placement)
+                    stack.placement = placement = _with_room(stack, config, tokens)
                 if ranks.is_first:
                     output.check_space(folder.bytes_needed(stack))
                     stage_companions(companions, folder, stack.dtype)
@@ -178,7 +188,27 @@ def _quantize_model(
         results.groups,
         results.refined,
         results.distilled,
+        placement,
     )
+
+
+def _with_room(stack: DecoderStack, config: QuantizeConfig, tokens: Tensor | None) -> Placement:
+    """The placement of a stack, with the activations on its GPU if that has room, else on the host.
+
+    Args: tokens: int64 [sequences, seq_len], which the configuration need not agree with.
+    """
+    compute, storage = stack.placement.compute, stack.placement.compute
+    free = free_memory(compute)
+    if free is not None and tokens is not None:
+        sequences: dict[str, Any] = {
+            "refine_samples" if config.needs.refining else "samples": len(tokens)
+        }
+        asked = replace(config, seq_len=tokens.shape[1], **sequences)
+        ranks = stack.placement.ranks.count
+        if resting_place(stack.config, asked, stack.dtype, free, ranks) == "host":
+            storage = HOST
+        logger.info("%s has %.1f GB free: activations rest on %s", compute, free / 1e9, storage)
+    return replace(stack.placement, storage=storage)
 
 
 @contextmanager
@@ -220,14 +250,16 @@ def _quantize_blocks(
     ranks = stack.placement.ranks
     if ranks.is_first:
         folder.write_rest(stack)
-    streams = first_streams(stack, tokens, config)
+    with fitting("the calibration text", stack.device, _LESS):
+        streams = first_streams(stack, tokens, config)
     finished = ranks.first(lambda: _finished(folder))
     passing = [_passing(streams, config, is_last=all(finished[n:])) for n in range(total)]
     floats = [n for n in range(total) if not finished[n] or passing[n].over_float]
     with closing(ahead(stack.read, floats)) as weights, behind() as later:
         for index in range(total):
             progress("quantize", index, total)
-            with stage("other", index):
+            name = stack.family.block_name(index)
+            with stage("other", index), fitting(name, stack.device, _LESS):
                 if finished[index]:
                     results.add(folder.reports(index))
                     results.resumed += 1
@@ -247,11 +279,12 @@ def _quantize_blocks(
     if method.needs.whole_model and streams.exact is not None:
         placement = stack.placement
         again = DecoderStack(stack.source, stack.dtype, replace(placement, ranks=ALONE))
-        first = first_streams(again, tokens, config)
-        streams.inputs = None  # which nothing reads any more
-        results.distilled = train_shards(
-            method, again, folder, first, streams, placement.ranks, progress
-        )
+        with fitting("distillation", stack.device, _LESS):
+            first = first_streams(again, tokens, config)
+            streams.inputs = None  # which nothing reads any more
+            results.distilled = train_shards(
+                method, again, folder, first, streams, placement.ranks, progress
+            )
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.calibration.drift import make_up_for_drift
-from duqpp.calibration.gptq import gptq
+from duqpp.calibration.gptq import Gptq
 from duqpp.calibration.silent import excite_silent, without_silent
 from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.errors import InputError
@@ -26,6 +26,9 @@ from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
+# Of a group, that are folded and rounded together: at most some 15 GB in float64 and beside it. All
+# of a group's up to LLaMA-3 70B; the rows of a wider group are taken in parts, linear by linear.
+WEIGHTS_AT_A_TIME = 2**29
 REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
 
 
@@ -130,54 +133,65 @@ def quantize_weights(
         drift: what GPTQ makes up for; None for nothing.
         ranks: those that have the same arguments, and share the rows of GPTQ.
     """
-    names = list(plan.weights)
-    with stage("fold"):
-        exact = plan.transform.fold(torch.cat([plan.weights[n] for n in names])).float()  # [N, K]
-    if not torch.isfinite(exact).all():
-        raise InputError(f"{plan.first_linear}: folded weights overflow float32")
-    if hessian is None:
-        with stage("rounding"):
-            quantized, latent = quantize(exact, rule=options.weight_rule), exact
-    else:
-        start = _gptq_target(plan, exact[ranks.share(len(exact))], hessian, drift)
+    gptq = None
+    if hessian is not None:
+        if _has_silent(plan):
+            excite_silent(hessian, plan.silent, plan.transform.apply)
         with named(plan.first_linear):
-            result = gptq(
-                start,
-                hessian,
-                rule=options.weight_rule,
-                damping=options.damping,
-                order=options.block_order,
-            )
+            gptq = Gptq.of(hessian, damping=options.damping, order=options.block_order)
+
+    def rounded(weight: Tensor) -> RoundedWeight:
+        with stage("fold"):
+            exact = plan.transform.fold(weight).float()
+        if not torch.isfinite(exact).all():
+            raise InputError(f"{plan.first_linear}: folded weights overflow float32")
+        if gptq is None or hessian is None:
+            with stage("rounding"):
+                return RoundedWeight(quantize(exact, rule=options.weight_rule), exact, exact)
+        own = exact[ranks.share(len(exact))]
+        target = own if drift is None else _drift_target(plan, own, hessian, drift)
+        result = gptq.round(target, options.weight_rule)
         codes, scales = ranks.gather(result.weight.codes), ranks.gather(result.weight.scales)
-        quantized, latent = MXFP4Tensor(codes, scales), ranks.gather(result.compensated)
-    rows = [plan.weights[n].shape[0] for n in names]
-    parts = zip(
-        names,
-        quantized.codes.split(rows),
-        quantized.scales.split(rows),
-        exact.split(rows),
-        latent.split(rows),
-        strict=True,
-    )
-    return {
-        name: RoundedWeight(MXFP4Tensor(codes, scales), w, rounded_from)
-        for name, codes, scales, w, rounded_from in parts
-    }
+        return RoundedWeight(MXFP4Tensor(codes, scales), exact, ranks.gather(result.compensated))
+
+    weights = list(plan.weights.values())
+    if sum(weight.numel() for weight in weights) <= WEIGHTS_AT_A_TIME:
+        parts = _split(rounded(torch.cat(weights)), [len(weight) for weight in weights])
+    else:
+        rows = max(1, WEIGHTS_AT_A_TIME // weights[0].shape[1])
+        parts = [_joined([rounded(part) for part in weight.split(rows)]) for weight in weights]
+    return dict(zip(plan.weights, parts, strict=True))
+
+
+def _split(weight: RoundedWeight, rows: list[int]) -> list[RoundedWeight]:
+    """A weight cut into so many rows each."""
+    codes, scales = weight.quantized.codes.split(rows), weight.quantized.scales.split(rows)
+    parts = zip(codes, scales, weight.exact.split(rows), weight.latent.split(rows), strict=True)
+    return [RoundedWeight(MXFP4Tensor(c, s), exact, latent) for c, s, exact, latent in parts]
+
+
+def _joined(parts: list[RoundedWeight]) -> RoundedWeight:
+    """A weight of the rows of its parts."""
+    codes = torch.cat([part.quantized.codes for part in parts])
+    scales = torch.cat([part.quantized.scales for part in parts])
+    exact = torch.cat([part.exact for part in parts])
+    is_exact = all(part.latent is part.exact for part in parts)
+    latent = exact if is_exact else torch.cat([part.latent for part in parts])
+    return RoundedWeight(MXFP4Tensor(codes, scales), exact, latent)
+
+
+def _has_silent(plan: GroupPlan) -> bool:
+    return plan.silent is not None and len(plan.silent) > 0
 
 
 @stage("drift")
-def _gptq_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift | None) -> Tensor:
+def _drift_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift) -> Tensor:
     """What GPTQ rounds, float32 [N, K]: folded weights that make up for the drift.
 
-    Silent channels are excited in the Hessian, and the drift changes nothing of theirs.
+    It changes nothing of silent channels, which are excited in the Hessian.
     """
-    is_silent = plan.silent is not None and len(plan.silent) > 0
-    if is_silent:
-        excite_silent(hessian, plan.silent, plan.transform.apply)
-    if drift is None:
-        return exact
     target = make_up_for_drift(exact, hessian, drift.sums, share=drift.share)
-    if not is_silent:
+    if not _has_silent(plan):
         return target
     change = target - exact
     return exact + without_silent(change, plan.silent, plan.transform.apply, plan.transform.fold)

@@ -48,7 +48,9 @@ class ShapedModel:
         self._batch = max(1, TOKENS_PER_BATCH // seq_len), seq_len
         with _without_memory():
             self._stack = DecoderStack(_Shapes(config, dtype), dtype)
-            self._inputs = self._stack.first_inputs(torch.zeros(self._batch, dtype=torch.int64))
+            self._inputs = self._stack.first_inputs(
+                torch.zeros(self._batch, dtype=torch.int64, device=HOST)
+            )
         for arguments in self._inputs.arguments[0]:
             arguments["attention_mask"] = None  # which real tokens without padding have not
         self.blocks = [self._stack.skeleton(index) for index in range(len(self._stack))]
@@ -109,7 +111,8 @@ class _Shapes:
 
     def tensor(self, name: str) -> Tensor:
         """The embedding: nothing else is asked for."""
-        return torch.empty(self.config.vocab_size, self.config.hidden_size, dtype=self._dtype)
+        shape = self.config.vocab_size, self.config.hidden_size
+        return torch.empty(shape, dtype=self._dtype, device=HOST)
 
     def tokenizer(self) -> Any:
         raise NotImplementedError

@@ -73,20 +73,26 @@ def rest_for(placement: Placement, size: int) -> Placement:
 
 
 @contextmanager
-def fitting(what: str, device: torch.device) -> Iterator[None]:
+def fitting(
+    what: str, device: torch.device, advice: str = "`device=cpu` needs no GPU"
+) -> Iterator[None]:
     """Raise InputError, and not torch's error, where `what` does not fit into a GPU's memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"{what} does not fit into the memory of {device}: {first_line(error)} "
-            "(`device=cpu` needs no GPU)"
+            f"{what} does not fit into the memory of {device}: {first_line(error)} ({advice})"
         ) from error
 
 
 def gpu_count() -> int:
     """How many GPUs torch can use here."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free on a GPU; None for the CPU, whose memory is that of the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _why_not(gpu: torch.device) -> str | None:

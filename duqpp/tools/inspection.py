@@ -26,7 +26,7 @@ from duqpp.models.positions import check_seq_len
 from duqpp.models.source import Source, check_float_model, open_source
 from duqpp.models.stack import DecoderStack
 from duqpp.placement import ON_HOST, Placement
-from duqpp.placement.devices import choose_device
+from duqpp.placement.devices import choose_device, fitting
 from duqpp.torch_state import plain_torch
 
 
@@ -121,9 +121,10 @@ def inspect_source(
         for index, weights in enumerate(read):
             if progress:
                 progress("inspect", index, count)
-            block = Block.of(stack.block(index, weights), index, config.skip, stack.family)
-            result = method.quantize(block, streams)
-            streams.advance(block, result)
+            with fitting(stack.family.block_name(index), stack.device):
+                block = Block.of(stack.block(index, weights), index, config.skip, stack.family)
+                result = method.quantize(block, streams)
+                streams.advance(block, result)
             groups += result.groups
     if progress:
         progress("inspect", count, count)

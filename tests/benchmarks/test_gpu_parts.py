@@ -83,7 +83,7 @@ def _h100(monkeypatch):
 
 @without_gpu
 @pytest.mark.usefixtures("_h100")
-@pytest.mark.parametrize("part", [name for name in NAMES if name.startswith("bench-")])
+@pytest.mark.parametrize("part", [n for n in NAMES if n.startswith("bench-") or n == "quantize"])
 def test_the_options_of_each_benchmark_exist(part, tmp_path, capsys):
     """Each parses its own, and only then finds no GPU."""
     command = gpu.parts(options(tmp_path, "--commit", "abc"))[part]
@@ -194,6 +194,21 @@ def test_smoke_runs_a_benchmark_and_renders_it(tmp_path, monkeypatch, capsys):
     assert made["complete"] and len(made["rows"]) == 10
     assert "| plain | none | 64 |" in out and "bench-rotate: passed" in out
     assert "render: " in out
+
+
+def test_quantization_small(tmp_path, monkeypatch, capsys):
+    """On the CPU it is compared with itself: nothing differs."""
+    monkeypatch.setattr("bench_quantize_device.JOBS", {"duqpp": {"method": "duqpp"}})
+    monkeypatch.setattr("bench_quantize_device.COMPARED", {"hadamard": {"method": "hadamard"}})
+    command = gpu.parts(options(tmp_path, "--smoke"))["quantize"]
+    capsys.readouterr()
+    import_module(Path(command[1]).stem).main([*command[2:], "--threads", "1", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert made["complete"]
+    compared, timed = made["rows"]
+    assert compared["differing"] == 0 < compared["of"]
+    assert timed["job"] == "duqpp" and timed["s/block"] == timed["seconds"] / 2
+    assert len(timed["profile"]["blocks"]) == 2 and timed["output_error"] > 0
 
 
 @pytest.mark.parametrize("part", ["bench-gemm", "bench-layer"])

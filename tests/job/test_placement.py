@@ -2,13 +2,17 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import duqpp
+from duqpp.errors import InputError
 from duqpp.methods import METHODS
+from duqpp.models.stack import BlockInputs
 from duqpp.placement import HOST
+from duqpp.tools.inspection import inspect_model
 from tests.second_device import second_device
 
 PACKAGE = Path(duqpp.__file__).parent
@@ -19,9 +23,25 @@ FACTORIES |= {"randperm", "tensor", "zeros", "Generator"}
 TOKENS = torch.randint(0, 300, (90, 48), generator=torch.Generator().manual_seed(1))
 
 
-def quantized(model: Path, out: Path, device: torch.device, **options) -> dict[str, bytes]:
+def quantized(
+    model: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    tokens: torch.Tensor = TOKENS,
+    stops: int | None = None,
+    resume: bool = False,
+    **options,
+) -> dict[str, bytes]:
+    """Args: stops: how many blocks are finished when it is interrupted."""
     config = duqpp.QuantizeConfig(**({"max_steps": 4} | options))
-    duqpp.quantize_model(str(model), out, config, calibration=TOKENS, device=device)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantize", stops):
+            raise KeyboardInterrupt
+
+    call = {"calibration": tokens, "device": device, "resume": resume, "progress": progress}
+    duqpp.quantize_model(str(model), out, config, **call)
     return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
 
@@ -48,6 +68,62 @@ def test_blocks_are_quantized_where_the_device_says(options, narrow, tmp_path):
     with second_device() as device:
         made = quantized(narrow, tmp_path / "device", device, **options)
     assert made == expected
+
+
+@pytest.mark.parametrize(("free", "rests"), [(0.0, "cpu"), (1e15, "cpu:1")])
+def test_activations_rest_on_the_device_if_it_has_room(free, rests, narrow, tmp_path, monkeypatch):
+    """And the job goes on over blocks that were finished there, to the same bytes."""
+    stored = []
+    advance = BlockInputs.advance
+
+    def watched(inputs: BlockInputs, *args: Any) -> None:
+        advance(inputs, *args)
+        stored.extend(str(hidden.device) for hidden in inputs.hidden)
+
+    expected = quantized(narrow, tmp_path / "host", HOST, method="duqpp", tokens=TOKENS[:6])
+    monkeypatch.setattr(BlockInputs, "advance", watched)
+    monkeypatch.setattr("duqpp.job.quantize.free_memory", lambda device: free)
+    with second_device() as device:
+        options = {"method": "duqpp", "tokens": TOKENS[:6], "stops": 1}
+        with pytest.raises(KeyboardInterrupt):
+            quantized(narrow, tmp_path / "device", device, **options)
+        del options["stops"]
+        made = quantized(narrow, tmp_path / "device", device, resume=True, **options)
+    assert made == expected
+    assert set(stored) == {rests}
+
+
+def test_a_float_model_is_inspected_on_the_device(narrow, tmp_path):
+    text, found = tmp_path / "text.txt", []
+    text.write_text("A block of thirty-two values shares one scale. " * 20)
+    with second_device() as device:
+        for place in (HOST, device):
+            options = duqpp.QuantizeConfig(method="hadamard", samples=2, seq_len=48)
+            found.append(inspect_model(str(narrow), options, calibration=str(text), device=place))
+    assert found[0] == found[1]
+
+
+def test_a_full_device_is_an_error_of_one_line_and_the_job_goes_on(narrow, tmp_path, monkeypatch):
+    full = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
+    forward, calls = BlockInputs.advance, []
+
+    def advance(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError(full)
+        forward(*args)
+
+    expected = quantized(narrow, tmp_path / "whole", HOST, tokens=TOKENS[:6])
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockInputs, "advance", advance)
+        with pytest.raises(InputError) as raised:
+            quantized(narrow, tmp_path / "out", HOST, tokens=TOKENS[:6])
+    assert str(raised.value).startswith(
+        f"model.layers.1 does not fit into the memory of cpu: {full} (`device=cpu` needs no GPU; a "
+    )
+    assert "; continue with `resume=True`" in str(raised.value)
+    resumed = quantized(narrow, tmp_path / "out", HOST, tokens=TOKENS[:6], resume=True)
+    assert resumed == expected
 
 
 def implied_devices(tree: ast.AST) -> list[str]:

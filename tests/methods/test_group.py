@@ -1,9 +1,22 @@
-"""What the methods share: the rows that a report is of."""
+"""What the methods share: the rows that a report is of, and wide weights in parts."""
 
 import pytest
 import torch
 
-from duqpp.methods.group import REPORT_ROWS, report_rows
+from duqpp.calibration.silent import silent_channels
+from duqpp.config import QuantizeConfig
+from duqpp.methods import group as module
+from duqpp.methods.group import (
+    REPORT_ROWS,
+    Drift,
+    RoundedWeight,
+    plan_weights,
+    quantize_weights,
+    report_rows,
+)
+from duqpp.models.family import LinearGroup
+from duqpp.rotation import BlockRotation, InputTransform
+from tests import inputs
 
 
 @pytest.mark.parametrize("sampled", [1024, 1000, REPORT_ROWS])
@@ -19,3 +32,38 @@ def test_a_report_is_of_all_of_the_text(sampled):
 @pytest.mark.parametrize("sampled", [1, 2, 100])
 def test_a_short_text_is_reported_whole(sampled):
     assert report_rows(sampled).tolist() == list(range(sampled))
+
+
+def rounded_weights(gptq: bool) -> dict[str, RoundedWeight]:
+    """Two linears of 24 and 40 rows, by a transform; channel 7 of the input is silent."""
+    weights = {"a": inputs.gaussian(24, 96, seed=1), "b": inputs.gaussian(40, 96, seed=2)}
+    plan = plan_weights("block", LinearGroup("group", ("a", "b")), weights)
+    matrix = inputs.gaussian(96, 32, seed=3).view(3, 32, 32).double()
+    plan.transform = InputTransform(BlockRotation.rounded(matrix))
+    x = inputs.outliers(200, 96, seed=4).float()
+    x[:, 7] = 0.0
+    plan.silent = silent_channels(x.abs().amax(0))
+    assert plan.silent.tolist() == [7]
+    rotated = plan.transform.apply(x)
+    drift = inputs.gaussian(200, 96, seed=5) * 0.1
+    sums = Drift(drift.T @ rotated / 100, share=0.5)
+    hessian = rotated.T @ rotated / 100
+    options = QuantizeConfig(method="duqpp").build_method().options
+    return quantize_weights(plan, options, *((hessian, sums) if gptq else (None,)))
+
+
+@pytest.mark.parametrize("gptq", [False, True])
+@pytest.mark.parametrize("at_a_time", [1, 96 * 7, 96 * 24])
+def test_wide_weights_in_parts_are_as_in_one_piece(gptq, at_a_time, monkeypatch):
+    """But for rounding: the sums of a product may go by how many rows it has."""
+    expected = rounded_weights(gptq)
+    monkeypatch.setattr(module, "WEIGHTS_AT_A_TIME", at_a_time)
+    found = rounded_weights(gptq)
+    for name, weight in expected.items():
+        assert found[name].exact.shape == weight.exact.shape
+        assert torch.allclose(found[name].exact, weight.exact, rtol=1e-6, atol=1e-6)
+        close = torch.isclose(found[name].latent, weight.latent, rtol=1e-3, atol=1e-3)
+        assert close.float().mean() > 0.95  # GPTQ goes on from a code that differs
+        same = found[name].quantized.codes == weight.quantized.codes
+        assert same.float().mean() > 0.95
+        assert (found[name].latent is found[name].exact) is not gptq

@@ -42,6 +42,7 @@ JOB = "duqpp/job/quantize.py"
 STAGES = "duqpp/placement/stages.py"
 JOB_BLOCKS = "duqpp/job/blocks.py"
 JOB_OVERLAP = "duqpp/job/overlap.py"
+PLACEMENT_TESTS = "tests/job/test_placement.py"
 JOB_CALIBRATION = "duqpp/job/calibration.py"
 JOB_FOLDER = "duqpp/job/folder.py"
 JOB_DISTILLATION = "duqpp/job/distillation.py"
@@ -712,10 +713,45 @@ MUTATIONS = (
         f"{GROUP_TESTS} {INDEPENDENT_TESTS}",
     ),
     Mutation(
+        "calibration: statistics imply a device",
+        "duqpp/calibration/statistics.py",
+        "self.amax = torch.zeros(channels, dtype=torch.float32, device=device)",
+        "self.amax = torch.zeros(channels, dtype=torch.float32)",
+        f"{PLACEMENT_TESTS}::test_blocks_are_quantized_where_the_device_says",
+    ),
+    Mutation(
+        "rotation: a balanced transform implies a device",
+        "duqpp/rotation/balance.py",
+        "eye = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=moment.device)",
+        "eye = torch.eye(BLOCK_SIZE, dtype=torch.float64)",
+        f"{PLACEMENT_TESTS}::test_blocks_are_quantized_where_the_device_says",
+    ),
+    Mutation(
+        "methods: scales of a plan imply a device",
+        "duqpp/methods/group.py",
+        "scales = torch.ones(first.shape[1], dtype=torch.float64, device=first.device)",
+        "scales = torch.ones(first.shape[1], dtype=torch.float64)",
+        f"{PLACEMENT_TESTS}::test_blocks_are_quantized_where_the_device_says",
+    ),
+    Mutation(
+        "job: activations rest on a device without room",
+        JOB,
+        'stack.dtype, free, ranks) == "host":',
+        'stack.dtype, free, ranks) == "device":',
+        f"{PLACEMENT_TESTS}::test_activations_rest_on_the_device_if_it_has_room",
+    ),
+    Mutation(
+        "group: a wide weight is left with its first rows",
+        GROUP,
+        "for part in weight.split(rows)]",
+        "for part in weight.split(rows)[:1]]",
+        GROUP_TESTS,
+    ),
+    Mutation(
         "group: refinement starts from uncompensated weights",
         GROUP,
-        "MXFP4Tensor(codes, scales), ranks.gather(result.compensated)",
-        "MXFP4Tensor(codes, scales), exact",
+        "exact, ranks.gather(result.compensated))",
+        "exact, exact)",
         f"{GROUP_TESTS} {SEQUENTIAL_TESTS} {REFINE_BLOCKS_TESTS}",
     ),
     Mutation(
@@ -1342,8 +1378,8 @@ MUTATIONS = (
     Mutation(
         "job: the stages of a block have no number",
         JOB,
-        'with stage("other", index):',
-        'with stage("other"):',
+        'with stage("other", index), ',
+        'with stage("other"), ',
         STAGES_TESTS,
     ),
     # The command.

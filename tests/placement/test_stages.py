@@ -23,7 +23,7 @@ GPTQ = {"drift", "factor", "gptq"}
 JOBS = {
     "rtn": ({}, ALWAYS | {"smoothing", "rounding"}),
     "duquant++": ({}, FITTED | {"smoothing", "rounding"}),
-    "duquant": ({"gptq": True}, FITTED | {"smoothing"} | GPTQ),
+    "duquant": ({"gptq": True}, FITTED | {"smoothing"} | GPTQ - {"drift"}),
     "learned": ({}, FITTED | {"smoothing", "rounding"}),
     "duqpp": ({}, FITTED | GPTQ),
     "duqpp blocks": ({"refine": "blocks", "samples": 2}, FITTED | {"rounding", "refine"}),

@@ -126,6 +126,8 @@ def quantize(
                 "out": str(out),
                 "seconds": report.seconds,
                 "resumed_blocks": report.resumed_blocks,
+                "device": str(report.placement.compute),
+                "activations_on": str(report.placement.storage),
                 "bytes": report.weight_bytes,
                 "linear_bytes": linear_bytes,
                 "bits_per_weight": 8 * linear_bytes / weights,
