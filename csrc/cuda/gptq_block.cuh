@@ -42,7 +42,8 @@ DUQPP_HOST_DEVICE Quad<float>* quads(float* matrix, int64_t row) {
 
 // One row. factor: [32, 32] at a multiple of 16 bytes, with kFed.
 template <bool kFed>
-DUQPP_HOST_DEVICE void gptq_block_row(const GptqBlockProblem& p, int64_t row, const float* factor) {
+DUQPP_WARP_PROGRAM void gptq_block_row(const GptqBlockProblem& p, int64_t row,
+                                       const float* factor) {
   float values[kBlockSize];
   DUQPP_UNROLL
   for (int i = 0; i < kBlockSize; i += 4) {
