@@ -93,11 +93,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     _write(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
 
 
-def write_block(path: Path, name: str, block: nn.Module) -> None:
-    """Write the shard of a decoder block, by its name in the model."""
-    write_shard(path, block_tensors(name, block))
-
-
 def block_tensors(name: str, block: nn.Module) -> dict[str, Tensor]:
     """The tensors of a decoder block by their names in the model."""
     return {f"{name}.{own}": tensor for own, tensor in block.state_dict().items()}

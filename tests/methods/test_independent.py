@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import duqpp.methods.group as quantize_group
 import duqpp.methods.independent as module
+from duqpp.calibration.gptq import Gptq
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import dequantize, quantize
@@ -386,13 +386,13 @@ def test_seeded(method, run):
 @pytest.fixture
 def hessians(monkeypatch) -> list[torch.Tensor]:
     """Every Hessian that GPTQ gets, in order."""
-    seen = []
+    seen, real = [], Gptq.of
 
-    def recording(weight, hessian, gptq=quantize_group.gptq, **options):
+    def recording(hessian, **options):
         seen.append(hessian)
-        return gptq(weight, hessian, **options)
+        return real(hessian, **options)
 
-    monkeypatch.setattr(quantize_group, "gptq", recording)
+    monkeypatch.setattr(Gptq, "of", recording)
     return seen
 
 

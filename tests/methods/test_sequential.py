@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import duqpp.methods.sequential as module
-from duqpp.calibration.gptq import gptq
+from duqpp.calibration.gptq import Gptq
 from duqpp.calibration.statistics import draw_sample
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
@@ -273,12 +273,11 @@ def test_the_input_is_let_go_of_before_gptq(run, monkeypatch):
 
 
 def test_refinement_starts_from_what_gptq_has_rounded(make_tiny, monkeypatch):
-    compensated = []
+    compensated, real = [], Gptq.round
     monkeypatch.setattr(
-        "duqpp.methods.group.gptq",
-        lambda *arguments, **options: (
-            compensated.append(gptq(*arguments, **options)) or compensated[-1]
-        ),
+        Gptq,
+        "round",
+        lambda *arguments: compensated.append(real(*arguments)) or compensated[-1],
     )
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
