@@ -99,7 +99,7 @@ class QuantizeConfig:
     next_inputs: whether the next decoder block is calibrated on the quantized block's outputs.
     refine: train the weights through their rounding afterwards, for the method duqpp: each block to
         give the float block's outputs, or after that the whole model to give the float model's
-        distribution of the next token (in memory: 16 bytes a weight, see docs/large-models.md).
+        distribution of the next token (in memory: 13 bytes a weight, see docs/large-models.md).
     samples, seq_len: calibration sequences and their length in tokens.
     refine_samples: sequences for refinement, of which `samples` calibrate; None: 72, or as many as
         a shorter calibration text has (see `for_text`).
