@@ -37,6 +37,7 @@ class ForkedRanks:
 
         def run(rank: int) -> Callable[[], object]:
             def start() -> object:
+                torch.set_num_threads(1)  # a child has none of its parent's threads, and would wait
                 gc.freeze()  # what the parent has, such as its stores, is not the child's to end
                 faulthandler.dump_traceback_later(TIMEOUT - 5)
                 os.environ |= self._environment(rank, count)
