@@ -19,7 +19,7 @@ import bench_quantize
 from harness import Table, parser, report, start
 
 from duqpp.config import QuantizeConfig
-from duqpp.job.plan import GPUS, plan_job
+from duqpp.job.plan import GPUS, plan_job, shaped
 from duqpp.models.source import read_config
 
 COLUMNS = {"h x f": "s", "options": "s", "measured MB": ".0f", "planned MB": ".0f", "ratio": ".2f"}
@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 def planned(model: Path, options: dict[str, Any]) -> float:
     """Bytes of tensors by the plan, on a CPU."""
     cpu = replace(GPUS["H100"], name="cpu", memory=None)
-    return plan_job(read_config(str(model)), QuantizeConfig(**options), machine=cpu).tensors
+    config = QuantizeConfig(**options)
+    return plan_job(shaped(read_config(str(model)), config), config, machine=cpu).tensors
 
 
 JOB = """

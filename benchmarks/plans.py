@@ -14,7 +14,7 @@ from harness import write_json
 from duqpp.cli.plan import duration
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.job.plan import GPUS, JobPlan, plan_shaped
+from duqpp.job.plan import GPUS, JobPlan, plan_job
 from duqpp.models.shapes import ShapedModel
 
 FILE = Path(__file__).parent / "results" / "plans.json"
@@ -109,7 +109,7 @@ def tables(models: Iterable[str] = MODELS) -> dict[str, Any]:
 def planned(model: ShapedModel, config: QuantizeConfig, gpu: str, ranks: int) -> JobPlan | None:
     """A plan; None where there is not enough text for so many ranks."""
     try:
-        return plan_shaped(model, config, machine=GPUS[gpu], ranks=ranks)
+        return plan_job(model, config, machine=GPUS[gpu], ranks=ranks)
     except InputError:
         return None
 

@@ -61,7 +61,18 @@ class Gptq:
     @classmethod
     @stage("factor")
     def of(cls, hessian: Tensor, *, damping: float, order: BlockOrder = "diagonal") -> "Gptq":
-        """Order and factor of a Hessian; the arguments, and what is raised, are those of `gptq`."""
+        """Order and factor of a Hessian.
+
+        Args:
+            hessian: float32 [K, K], symmetric, from `duqpp.calibration.hessian`, K a multiple of
+                32. Columns whose diagonal is 0 take no part in the others' errors, and are rounded
+                to nearest.
+            damping: added to the diagonal, as a fraction of its mean.
+            order: in which blocks are rounded. diagonal: by falling sum of their diagonal in H, so
+                that what is left of the errors ends up where it costs least; channels: as they
+                come.
+        Raises: InputError when H is not finite, or not positive definite even after more damping.
+        """
         if not torch.stack(hessian.aminmax()).isfinite().all():  # of two values: no copy of H
             raise InputError("GPTQ: the Hessian has NaN or infinite values")
         if order == "diagonal":
@@ -72,7 +83,13 @@ class Gptq:
 
     @stage("gptq")
     def round(self, weight: Tensor, rule: ScaleRule) -> GptqResult:
-        """Quantize some rows of W, or all: float32 [N, K]."""
+        """Quantize some rows of W, or all, so that (W - Q) H (W - Q).T is small.
+
+        With a diagonal H this is round-to-nearest. No row has a larger error, by the damped H, than
+        rounding it to nearest gives: where column by column would, it is rounded to nearest.
+
+        Args: weight: float32 [N, K]. rule: how a block's exponent is chosen.
+        """
         rows, width = weight.shape
         backend = select("rotate_quantize", weight.device)
         codes = weight.new_empty((rows, width // BLOCK_SIZE, BLOCK_SIZE // 2), dtype=torch.uint8)
@@ -129,33 +146,6 @@ class Gptq:
             below = loss > 0
             rows, errors, loss = rows[below], errors[below], loss[below]
         return rows
-
-
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    rule: ScaleRule,
-    damping: float,
-    order: BlockOrder = "diagonal",
-) -> GptqResult:
-    """Quantize W so that (W - Q) H (W - Q).T is small. With a diagonal H this is round-to-nearest.
-
-    No row has a larger error, by the damped H, than rounding it to nearest gives: where column by
-    column would, it is rounded to nearest.
-
-    Args:
-        weight: float32 [N, K], K a multiple of 32.
-        hessian: float32 [K, K], symmetric, from `duqpp.calibration.hessian`. Columns whose diagonal
-            is 0 take no part in the others' errors, and are rounded to nearest.
-        rule: how a block's exponent is chosen.
-        damping: added to the diagonal, as a fraction of its mean.
-        order: in which blocks are rounded. diagonal: by falling sum of their diagonal in H, so that
-            what is left of the errors ends up where it costs least; channels: as they come.
-    Returns: GptqResult.
-    Raises: InputError when H is not finite, or not positive definite even after more damping.
-    """
-    return Gptq.of(hessian, damping=damping, order=order).round(weight, rule)
 
 
 def _by_falling_diagonal(hessian: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rich.table import Table
 from duqpp.cli.tables import console, size
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.job.plan import GPUS, JobPlan, Machine, plan_job, this_cpu
+from duqpp.job.plan import GPUS, JobPlan, Machine, plan_job, shaped, this_cpu
 from duqpp.models.source import read_config
 from duqpp.placement.devices import gpu_count
 
@@ -54,11 +54,10 @@ def make_plan(
     disk_rate = bytes_of(disk_bandwidth or _DISK_RATE, "disk_bandwidth")
     if flops is not None and not 0 < flops < math.inf:
         raise InputError(f"`flops` must be a number of operations a second, got {flops:g}")
-    model_config = read_config(model)
-    dtype = config.torch_dtype or getattr(model_config, "dtype", None) or torch.bfloat16
-    machine = _machine(on, dtype, wants_gpu=memory is not None)
+    planned = shaped(read_config(model), config)
+    machine = _machine(on, planned.dtype, wants_gpu=memory is not None)
     return plan_job(
-        model_config,
+        planned,
         config,
         machine=machine if flops is None else machine.at(flops),
         device_memory=memory,

@@ -33,7 +33,7 @@ def train_shards(
     """Train all blocks of a folder together, and replace their shards.
 
     Args:
-        stack: with none of its blocks released.
+        stack: of the job's source, which no rank shares.
         first: what enters block 0, all batches. last: what leaves the last block, those of this
             rank; of the float model alone.
         ranks: that train together; the first alone writes shards.

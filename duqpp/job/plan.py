@@ -203,38 +203,16 @@ class JobPlan:
         return sum(self.seconds.values())
 
 
-def plan_job(
-    model_config: Any,
-    config: QuantizeConfig,
-    *,
-    machine: Machine,
-    device_memory: float | None = None,
-    ranks: int = 1,
-    disk_rate: float = 1e9,
-) -> JobPlan:
-    """What `quantize_model` will take for a model of this configuration.
+def shaped(model_config: Any, config: QuantizeConfig) -> ShapedModel:
+    """A model by its transformers configuration alone, to plan with; no weights are needed.
 
-    Args:
-        model_config: transformers configuration; no weights are needed.
-        machine: of `GPUS`, or `this_cpu`. device_memory: bytes, in the place of the machine's.
-        ranks: processes, each on a device of its own.
-        disk_rate: bytes a second, read or written.
-    Raises: InputError for a model that duqpp does not know, for more ranks than there are batches
-        of calibration sequences, and for a device in which one block has no room.
+    Raises: InputError for a model that duqpp does not know.
     """
     dtype = config.torch_dtype or getattr(model_config, "dtype", None) or torch.bfloat16
-    model = ShapedModel(model_config, dtype, config.seq_len)
-    return plan_shaped(
-        model,
-        config,
-        machine=machine,
-        device_memory=device_memory,
-        ranks=ranks,
-        disk_rate=disk_rate,
-    )
+    return ShapedModel(model_config, dtype, config.seq_len)
 
 
-def plan_shaped(
+def plan_job(
     model: ShapedModel,
     config: QuantizeConfig,
     *,
@@ -243,7 +221,16 @@ def plan_shaped(
     ranks: int = 1,
     disk_rate: float = 1e9,
 ) -> JobPlan:
-    """`plan_job` for a model whose blocks run on sequences of `config.seq_len` tokens."""
+    """What `quantize_model` will take.
+
+    Args:
+        model: from `shaped`, for sequences of `config.seq_len` tokens.
+        machine: of `GPUS`, or `this_cpu`. device_memory: bytes, in the place of the machine's.
+        ranks: processes, each on a device of its own.
+        disk_rate: bytes a second, read or written.
+    Raises: InputError for more ranks than there are batches of calibration sequences, and for a
+        device in which one block has no room.
+    """
     model.family.check(config.skip)
     plan = _Planner(model, config, machine, ranks).plan(device_memory or machine.memory, disk_rate)
     if device_memory is not None and not plan.fits:
@@ -256,13 +243,13 @@ def plan_shaped(
 
 
 def resting_place(
-    model_config: Any, config: QuantizeConfig, dtype: torch.dtype, memory: float, ranks: int = 1
+    model: ShapedModel, config: QuantizeConfig, memory: float, ranks: int = 1
 ) -> Place:
     """Where the activations of a job rest, between blocks and while one is worked on.
 
-    Args: dtype: what blocks compute in. memory: bytes of the device, all that the job may use.
+    Args: model: in the dtype that blocks compute in. memory: bytes of the device, all that the job
+        may use.
     """
-    model = ShapedModel(model_config, dtype, config.seq_len)
     return _Planner(model, config, GPUS["H100"], ranks).rests(memory)
 
 

@@ -37,6 +37,7 @@ from duqpp.job.records import digest_of, write_record
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
 from duqpp.models.family import family_of
+from duqpp.models.shapes import ShapedModel
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.ops.dispatch import select
@@ -205,7 +206,8 @@ def _with_room(stack: DecoderStack, config: QuantizeConfig, tokens: Tensor | Non
         }
         asked = replace(config, seq_len=tokens.shape[1], **sequences)
         ranks = stack.placement.ranks.count
-        if resting_place(stack.config, asked, stack.dtype, free, ranks) == "host":
+        model = ShapedModel(stack.config, stack.dtype, asked.seq_len)
+        if resting_place(model, asked, free, ranks) == "host":
             storage = HOST
         logger.info("%s has %.1f GB free: activations rest on %s", compute, free / 1e9, storage)
     return replace(stack.placement, storage=storage)

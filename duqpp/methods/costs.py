@@ -24,7 +24,7 @@ SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of chan
 CODES = 17 / 32  # bytes a weight: a code of 4 bits, and a scale for 32 of them
 _FLOAT32, _FLOAT64 = 4, 8
 _COMPARED_ROWS = 1024  # at a time, after GPTQ
-_ROWS_AT_A_TIME = 2048  # of an input that is transformed and rounded for a Hessian
+ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the Hessian
 
 
 @dataclass(frozen=True)
@@ -435,7 +435,7 @@ def _group_in_turn(
     passed = shape.passes(tokens).times(group.weights / max(1, shape.weights))
     x = {"its input, float32": _FLOAT32 * tokens * k}
     forward = {"forward pass of a batch": shape.forward.bytes}
-    chunk = min(tokens, _ROWS_AT_A_TIME) * k
+    chunk = min(tokens, ROWS_AT_A_TIME) * k
     sums = (1 + drift) if gptq else 0
     name = "Hessian and drift" if drift else "Hessian"
     added = {f"{name}, float64": sums * _FLOAT64 * group.square} if gptq else {}

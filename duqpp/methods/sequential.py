@@ -26,7 +26,7 @@ from duqpp.methods.base import (
     Streams,
     TrainedModel,
 )
-from duqpp.methods.costs import SAMPLE_TOKENS
+from duqpp.methods.costs import ROWS_AT_A_TIME, SAMPLE_TOKENS
 from duqpp.methods.group import (
     Drift,
     GroupPlan,
@@ -53,8 +53,6 @@ from duqpp.placement.ranks import Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
 from duqpp.rotation.balance import balanced_transform, second_moments
-
-_ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the Hessian
 
 
 class Sequential(Method):
@@ -280,9 +278,9 @@ def _parts(inputs: BlockInputs) -> list[int]:
     it is the same however the batches are shared out over ranks."""
     batches = [hidden.shape[0] * hidden.shape[1] for hidden in inputs.hidden]
     return [
-        min(_ROWS_AT_A_TIME, tokens - start)
+        min(ROWS_AT_A_TIME, tokens - start)
         for tokens in batches
-        for start in range(0, tokens, _ROWS_AT_A_TIME)
+        for start in range(0, tokens, ROWS_AT_A_TIME)
     ]
 
 

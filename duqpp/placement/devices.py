@@ -66,10 +66,10 @@ def _best_device() -> torch.device:
 def rest_for(placement: Placement, size: int) -> Placement:
     """A placement whose activations, `size` bytes, rest on the GPU if that leaves half of what is
     free there to the blocks; a placement without a GPU as it is."""
-    if placement.compute.type != "cuda":
+    free = free_memory(placement.compute)
+    if free is None:
         return placement
-    free, _ = torch.cuda.mem_get_info(placement.compute)
-    return replace(placement, storage=placement.compute if size <= free // 2 else HOST)
+    return replace(placement, storage=placement.compute if size <= free / 2 else HOST)
 
 
 @contextmanager

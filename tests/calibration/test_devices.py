@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from duqpp.calibration.drift import make_up_for_drift
-from duqpp.calibration.gptq import gptq
+from duqpp.calibration.gptq import Gptq
 from duqpp.calibration.hessian import ProductSum
 from duqpp.calibration.statistics import InputStatistics, draw_sample
 from duqpp.placement import host_generator
@@ -48,7 +48,7 @@ def rounded(x: Tensor, weight: Tensor) -> list[Tensor]:
     start = make_up_for_drift(weight, hessian, 0.1 * hessian.tril(), share=0.5)
     made = [start]
     for order in ("diagonal", "channels"):
-        result = gptq(start, hessian, rule="mse", damping=0.01, order=order)
+        result = Gptq.of(hessian, damping=0.01, order=order).round(start, "mse")
         made += [result.weight.codes, result.weight.scales, result.compensated]
     return made
 

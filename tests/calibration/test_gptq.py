@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from duqpp.calibration import gptq as module
+from duqpp.calibration.gptq import Gptq, GptqResult
 from duqpp.errors import InputError
 from duqpp.format import MXFP4Tensor, ScaleRule, dequantize, quantize
 from duqpp.format.e2m1 import unpack_e2m1
@@ -14,8 +15,12 @@ from tests.memory import peak_growth
 RULES = list(ScaleRule)
 
 
+def rounded(weight: torch.Tensor, H: torch.Tensor, *, rule: ScaleRule, **options) -> GptqResult:
+    return Gptq.of(H, **options).round(weight, rule)
+
+
 def gptq(*args, **options) -> MXFP4Tensor:
-    return module.gptq(*args, **options).weight
+    return rounded(*args, **options).weight
 
 
 def correlated(k: int, seed: int, rows: int = 4096) -> torch.Tensor:
@@ -143,7 +148,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(rank, order):
 def test_a_row_that_is_rounded_to_nearest_says_so_in_what_it_was_rounded_from():
     x = inputs.gaussian(1, 96, 0)
     weight, H = inputs.gaussian(300, 96, 1), x.T @ x
-    found = module.gptq(weight, H, rule=ScaleRule.MSE, damping=0.01)
+    found = rounded(weight, H, rule=ScaleRule.MSE, damping=0.01)
     own = (found.compensated == weight).all(1)
     assert 0 < own.sum() < 150, "both kinds of rows are there"
     nearest = quantize(weight, rule=ScaleRule.MSE)
@@ -229,7 +234,7 @@ def test_agrees_with_a_textbook(order, rule, seed):
     H[:, 50] = H[50] = 0.0
     H[64:] *= 2  # the last block comes first in the order of the diagonal
     H[:, 64:] *= 2
-    found = module.gptq(weight, H, rule=rule, damping=damping, order=order)
+    found = rounded(weight, H, rule=rule, damping=damping, order=order)
     own = ~(found.compensated == weight).all(1)
     weight, n = weight[own], int(own.sum())
     assert n >= 12
@@ -288,7 +293,7 @@ def test_errors_reach_all_columns_however_many():
     """More columns than are fed forward at a time: each of the last ones hears of the first."""
     k = module._COLUMNS_AT_A_TIME + 64
     weight, H = inputs.gaussian(8, k, seed=15), correlated(k, seed=16)
-    found = module.gptq(weight, H, rule=ScaleRule.MSE, damping=0.01, order="channels")
+    found = rounded(weight, H, rule=ScaleRule.MSE, damping=0.01, order="channels")
     factor = factorized_by_hand(H, torch.arange(k), 0.01)[0]
     errors = (weight - dequantize(found.weight)).double() @ factor
     made = found.compensated - dequantize(found.weight)
@@ -299,7 +304,7 @@ def test_errors_reach_all_columns_however_many():
 def test_the_compensated_weight_is_what_was_rounded(rule):
     """Each value of it rounds to its code, and behind the first column it is not the weight."""
     weight, H = inputs.gaussian(16, 96, 1), correlated(96, 2)
-    found = module.gptq(weight, H, rule=rule, damping=0.01)
+    found = rounded(weight, H, rule=rule, damping=0.01)
     scale = torch.exp2(found.weight.scales.float() - 127).repeat_interleave(32, 1)
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     grid = torch.cat((-grid, grid))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.job.plan import GPUS, plan_job, resting_place
+from duqpp.job.plan import GPUS, plan_job, resting_place, shaped
 from duqpp.methods import METHODS
 from duqpp.models.shapes import ShapedModel
 from duqpp.models.source import open_source
@@ -30,14 +30,15 @@ def config(tiny_llama):
 
 def planned(config, *, ranks=1, device_memory=None, machine=H100, **options):
     options = QuantizeConfig(**SMALL | options)
-    return plan_job(config, options, machine=machine, ranks=ranks, device_memory=device_memory)
+    model = shaped(config, options)
+    return plan_job(model, options, machine=machine, ranks=ranks, device_memory=device_memory)
 
 
 def test_a_pass_without_weights_is_counted_as_one_with_them(tiny_llama, config):
     """Operations to the last one; and no tensor of the model has memory."""
-    shaped = ShapedModel(config, torch.float32, 64)
-    forward = shaped.forward(1)
-    assert all(p.is_meta for p in shaped.blocks[1].parameters())
+    model = ShapedModel(config, torch.float32, 64)
+    forward = model.forward(1)
+    assert all(p.is_meta for p in model.blocks[1].parameters())
     stack = DecoderStack(open_source(str(tiny_llama)))
     inputs = stack.first_inputs(torch.zeros(forward.tokens // 64, 64, dtype=torch.int64))
     with FlopCounterMode(display=False) as counter:
@@ -137,15 +138,15 @@ def test_ranks_share_the_text_and_not_the_weights():
 
 
 def test_activations_rest_where_there_is_room():
-    config = open_config(1024, 4096)
     options = QuantizeConfig(method="duqpp", samples=64, seq_len=1024)
-    plan = plan_job(config, options, machine=H100)
+    model = shaped(open_config(1024, 4096), options)
+    plan = plan_job(model, options, machine=H100)
     assert plan.rests == "device"
     needed = plan.device / 0.95
     for memory, place in ((needed * 1.001, "device"), (needed * 0.999, "host")):
-        assert resting_place(config, options, torch.bfloat16, memory) == place
-        assert plan_job(config, options, machine=H100, device_memory=memory).rests == place
-    on_host = plan_job(config, options, machine=H100, device_memory=needed * 0.9)
+        assert resting_place(model, options, memory) == place
+        assert plan_job(model, options, machine=H100, device_memory=memory).rests == place
+    on_host = plan_job(model, options, machine=H100, device_memory=needed * 0.9)
     assert on_host.host - plan.host == pytest.approx(plan.activations)
 
 

@@ -86,7 +86,7 @@ def test_each_group_is_calibrated_on_what_it_will_read(run, monkeypatch):
 
     Of 288 rows, which the Hessian takes in part by part.
     """
-    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", 100)
     seen, hessians = [], []
     monkeypatch.setattr(
         module,
@@ -227,7 +227,7 @@ def test_a_float_model_that_overflows_is_an_error_with_the_linears_name(run, mak
 @pytest.mark.parametrize("gptq", [True, False])
 def test_reports_are_of_all_that_a_group_reads(gptq, run, monkeypatch):
     """block_amax of every row, errors of the drawn ones; many batches, and parts of one."""
-    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", 100)
     monkeypatch.setattr(common, "REPORT_ROWS", 7)
     seen, plans, reported = [], [], []
     monkeypatch.setattr(

@@ -736,8 +736,8 @@ MUTATIONS = (
     Mutation(
         "job: activations rest on a device without room",
         JOB,
-        'stack.dtype, free, ranks) == "host":',
-        'stack.dtype, free, ranks) == "device":',
+        'resting_place(model, asked, free, ranks) == "host":',
+        'resting_place(model, asked, free, ranks) == "device":',
         f"{PLACEMENT_TESTS}::test_activations_rest_on_the_device_if_it_has_room",
     ),
     Mutation(
