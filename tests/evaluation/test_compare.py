@@ -368,10 +368,14 @@ def test_killed_in_a_quantization_it_goes_on_at_the_last_block(tiny_llama, tmp_p
     is_there = tmp_path / "there"
 
     def stay(stage: str, done: int, total: int) -> None:
-        """In the second block of duquant++ with seed 1, however slow the machine is."""
+        """In the second block of duquant++ with seed 1, however slow the machine is.
+
+        The first one is written by another thread, its record last.
+        """
         while (stage, done) == ("duquant++, seed 1: quantize", 1):
-            is_there.touch()
-            time.sleep(60)
+            if len(list(work.glob("model-*.partial/model-*.json"))) == 2:
+                is_there.touch()
+            time.sleep(0.01)
 
     job = Forked(lambda: resumed(tiny_llama, METHODS, work, resume=False, progress=stay))
     deadline = time.monotonic() + 120
