@@ -4,6 +4,8 @@ Source: the target of GPTAQ (arXiv 2504.02692), the float model's output, here a
 step before GPTQ.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ from torch import Tensor
 _DAMPING = 0.05
 
 
-def make_up_for_drift(weight: Tensor, hessian: Tensor, drift: Tensor, *, share: float) -> Tensor:
-    """W + share * W C H^-1: towards the outputs that the float model's inputs would have given.
+def making_up_for_drift(
+    hessian: Tensor, drift: Tensor, *, share: float, rows: int
+) -> Callable[[Tensor], Tensor]:
+    """W -> W + share * W C H^-1: towards the outputs that the float model's inputs would give.
 
     With inputs x of the quantized model, x' of the float model and q of the product, H = 2 q.T q
     and C = 2 (x' - x).T q, means over tokens. The whole of it (share 1) is the least-squares
@@ -21,14 +25,31 @@ def make_up_for_drift(weight: Tensor, hessian: Tensor, drift: Tensor, *, share: 
     block after block, which is why a share does better.
 
     Args:
-        weight: float32 [N, K], in the basis of q.
         hessian, drift: float32 [K, K], H and C.
         share: in [0, 1].
-    Returns: float32 [N, K]; the weight itself where H is not finite, or not positive definite even
-        damped, which GPTQ then reports.
+        rows: N of the whole W, whichever rows of it are asked for. The fewer equations are solved:
+            for the K columns of C, or for those N rows.
+    Returns: of some rows of W in the basis of q, float32 [n, K], to the same; the identity where H
+        is not finite, or not positive definite even damped, which GPTQ then reports.
     """
+    factor = _factor(hessian)
+    if factor is None:
+        return lambda weight: weight
+    if rows > len(hessian):
+        inverted = torch.cholesky_solve(drift.double().T, factor).T.float()  # C H^-1
+        return lambda weight: torch.addmm(weight, weight, inverted, alpha=share)
+
+    def made_up(weight: Tensor) -> Tensor:
+        change = torch.cholesky_solve((weight @ drift).double().T, factor)  # [K, n]
+        return weight + share * change.T.float()
+
+    return made_up
+
+
+def _factor(hessian: Tensor) -> Tensor | None:
+    """The Cholesky factor of the damped H, float64 [K, K]; None where there is none."""
     if not torch.stack(hessian.aminmax()).isfinite().all():
-        return weight
+        return None
     # Its columns are contiguous, as LAPACK wants them, so that it is factored where it is.
     matrix = torch.empty_like(
         hessian, dtype=torch.float64, memory_format=torch.contiguous_format
@@ -37,7 +58,4 @@ def make_up_for_drift(weight: Tensor, hessian: Tensor, drift: Tensor, *, share: 
     matrix.diagonal().add_(_DAMPING * hessian.diagonal().double().mean())
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
-    if failed:
-        return weight
-    change = torch.cholesky_solve((weight @ drift).double().T, matrix)  # [K, N]
-    return weight + share * change.T.float()
+    return None if failed else matrix

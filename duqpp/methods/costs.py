@@ -338,6 +338,7 @@ def _by_gptq(
     folded: dict[str, float] = {"folded weights": _FLOAT32 * weights}
     stages = []
     if drift:
+        solved = group.square if n > k else weights * share
         stages.append(
             Cost(
                 f"{group.name}: make up for the drift",
@@ -346,11 +347,11 @@ def _by_gptq(
                     **folded,
                     # The matrix of the equations, and its factor.
                     "two matrices in float64": 2 * _FLOAT64 * group.square,
-                    "right side and solution, float64": 2 * _FLOAT64 * weights * share,
+                    "right side and solution, float64": 2 * _FLOAT64 * solved,
                 },
                 Operations(
                     single=2 * n * k**2 * share,
-                    double=k**3 / 3 + 2 * n * k**2 * share,
+                    double=k**3 / 3 + 2 * k * solved,
                     moved=60 * weights * share,
                 ),
             )

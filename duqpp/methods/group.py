@@ -1,7 +1,7 @@
 """One linear group on its way to MXFP4: its plan, its rounded weights, its report."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duqpp.calibration.drift import make_up_for_drift
+from duqpp.calibration.drift import making_up_for_drift
 from duqpp.calibration.gptq import Gptq
 from duqpp.calibration.silent import excite_silent, without_silent
 from duqpp.checkpoint.layout import Layout, convert_group
@@ -26,8 +26,9 @@ from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
 
-# Of a group, that are folded and rounded together: at most some 15 GB in float64 and beside it. All
-# of a group's up to LLaMA-3 70B; the rows of a wider group are taken in parts, linear by linear.
+# Of a group, that are folded, rounded or reported together: at most some 15 GB in float64 and
+# beside it. All of a group's up to LLaMA-3 70B; the rows of a wider group are taken in parts,
+# linear by linear.
 WEIGHTS_AT_A_TIME = 2**29
 REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
 
@@ -83,7 +84,7 @@ def plan_weights(block: str, group: LinearGroup, weights: Mapping[str, Tensor]) 
 
 
 class Drift(NamedTuple):
-    """sums: float32 [K, K], C of `make_up_for_drift`. share: of it that is made up for."""
+    """sums: float32 [K, K], C of `making_up_for_drift`. share: of it that is made up for."""
 
     sums: Tensor
     share: float
@@ -133,34 +134,77 @@ def quantize_weights(
         drift: what GPTQ makes up for; None for nothing.
         ranks: those that have the same arguments, and share the rows of GPTQ.
     """
-    gptq = None
-    if hessian is not None:
-        if _has_silent(plan):
-            excite_silent(hessian, plan.silent, plan.transform.apply)
-        with named(plan.first_linear):
-            gptq = Gptq.of(hessian, damping=options.damping, order=options.block_order)
+    parts = [_folded(plan, part) for part in _in_parts(plan)]
+    if hessian is None:
+        with stage("rounding"):
+            rounded = [
+                RoundedWeight(quantize(part, rule=options.weight_rule), part, part)
+                for part in parts
+            ]
+    else:
+        rounded = _by_gptq(plan, parts, options, hessian, drift, ranks)
+    return _by_linear(plan, rounded)
 
-    def rounded(weight: Tensor) -> RoundedWeight:
-        with stage("fold"):
-            exact = plan.transform.fold(weight).float()
-        if not torch.isfinite(exact).all():
-            raise InputError(f"{plan.first_linear}: folded weights overflow float32")
-        if gptq is None or hessian is None:
-            with stage("rounding"):
-                return RoundedWeight(quantize(exact, rule=options.weight_rule), exact, exact)
-        own = exact[ranks.share(len(exact))]
-        target = own if drift is None else _drift_target(plan, own, hessian, drift)
-        result = gptq.round(target, options.weight_rule)
-        codes, scales = ranks.gather(result.weight.codes), ranks.gather(result.weight.scales)
-        return RoundedWeight(MXFP4Tensor(codes, scales), exact, ranks.gather(result.compensated))
 
+def _in_parts(plan: GroupPlan) -> list[Tensor]:
+    """The weights of a group, all linears' rows in one, or rows of one linear in each."""
     weights = list(plan.weights.values())
     if sum(weight.numel() for weight in weights) <= WEIGHTS_AT_A_TIME:
-        parts = _split(rounded(torch.cat(weights)), [len(weight) for weight in weights])
-    else:
-        rows = max(1, WEIGHTS_AT_A_TIME // weights[0].shape[1])
-        parts = [_joined([rounded(part) for part in weight.split(rows)]) for weight in weights]
-    return dict(zip(plan.weights, parts, strict=True))
+        return [torch.cat(weights)]
+    return [part for weight in weights for part in weight.split(_rows_at_a_time(weight))]
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    rows: int = WEIGHTS_AT_A_TIME // weight.shape[1]
+    return max(1, rows)
+
+
+@stage("fold")
+def _folded(plan: GroupPlan, weight: Tensor) -> Tensor:
+    """Some rows of a group in the basis of its transformed input, float32 [n, K]."""
+    exact = plan.transform.fold(weight).float()
+    if not torch.isfinite(exact).all():
+        raise InputError(f"{plan.first_linear}: folded weights overflow float32")
+    return exact
+
+
+def _by_gptq(
+    plan: GroupPlan,
+    parts: list[Tensor],
+    options: Options,
+    hessian: Tensor,
+    drift: Drift | None,
+    ranks: Ranks,
+) -> list[RoundedWeight]:
+    """The folded parts of a group's weights by GPTQ: see `quantize_weights`."""
+    if _has_silent(plan):
+        excite_silent(hessian, plan.silent, plan.transform.apply)
+    targets = [part[ranks.share(len(part))] for part in parts]
+    if drift is not None:
+        targets = _drift_targets(plan, targets, hessian, drift)
+    with named(plan.first_linear):
+        gptq = Gptq.of(hessian, damping=options.damping, order=options.block_order)
+    rounded = []
+    for exact, target in zip(parts, targets, strict=True):
+        made = gptq.round(target, options.weight_rule)
+        codes, scales = ranks.gather(made.weight.codes), ranks.gather(made.weight.scales)
+        latent = ranks.gather(made.compensated)
+        rounded.append(RoundedWeight(MXFP4Tensor(codes, scales), exact, latent))
+    return rounded
+
+
+def _by_linear(plan: GroupPlan, parts: list[RoundedWeight]) -> dict[str, RoundedWeight]:
+    """What `_in_parts` has taken apart, or together, by linear."""
+    rows = {name: len(weight) for name, weight in plan.weights.items()}
+    if len(parts) == 1:
+        return dict(zip(rows, _split(parts[0], list(rows.values())), strict=True))
+    made, left = {}, iter(parts)
+    for name, count in rows.items():
+        own = [next(left)]
+        while sum(len(part.exact) for part in own) < count:
+            own.append(next(left))
+        made[name] = _joined(own)
+    return made
 
 
 def _split(weight: RoundedWeight, rows: list[int]) -> list[RoundedWeight]:
@@ -185,16 +229,25 @@ def _has_silent(plan: GroupPlan) -> bool:
 
 
 @stage("drift")
-def _drift_target(plan: GroupPlan, exact: Tensor, hessian: Tensor, drift: Drift) -> Tensor:
-    """What GPTQ rounds, float32 [N, K]: folded weights that make up for the drift.
+def _drift_targets(
+    plan: GroupPlan, weights: list[Tensor], hessian: Tensor, drift: Drift
+) -> list[Tensor]:
+    """What GPTQ rounds, float32 [n, K] each: folded weights that make up for the drift.
 
     It changes nothing of silent channels, which are excited in the Hessian.
     """
-    target = make_up_for_drift(exact, hessian, drift.sums, share=drift.share)
+    rows = sum(len(weight) for weight in plan.weights.values())
+    made_up = making_up_for_drift(hessian, drift.sums, share=drift.share, rows=rows)
     if not _has_silent(plan):
-        return target
-    change = target - exact
-    return exact + without_silent(change, plan.silent, plan.transform.apply, plan.transform.fold)
+        return [made_up(weight) for weight in weights]
+
+    def target(exact: Tensor) -> Tensor:
+        change = made_up(exact) - exact
+        return exact + without_silent(
+            change, plan.silent, plan.transform.apply, plan.transform.fold
+        )
+
+    return [target(weight) for weight in weights]
 
 
 @stage("packing")
@@ -245,7 +298,7 @@ def report_rows(sampled: int) -> Tensor:
 @stage("report")
 def group_outputs(plan: GroupPlan, x: Tensor) -> Tensor:
     """Exact outputs of a group, float32 [n, sum N], before anything is changed."""
-    return x @ torch.cat(list(plan.weights.values())).T
+    return torch.cat([x @ weight.T for weight in plan.weights.values()], 1)
 
 
 @stage("report")
@@ -264,23 +317,36 @@ def report_group(
             activations. rows: int64, those of them that the errors are measured on.
         exact_output: float32 [len(rows), sum N], of these rows. rule: scale rule of the inputs.
     """
-    weight = torch.cat([dequantize(w.quantized) for w in weights.values()])
-    weight_error = _relative(weight, torch.cat([w.exact for w in weights.values()]))
     if samples is None or rows is None or exact_output is None:
-        return GroupReport(plan.name, weight_error)
+        errors = [_norms(weight, exact) for weight, exact in _dequantized(weights.values())]
+        return GroupReport(plan.name, _relative(errors))
     transformed = plan.apply(samples)
     before, x = samples[rows], transformed[rows]
     rounded = dequantize(quantize(x, rule=rule))
     plain = dequantize(quantize(before, rule=rule))
+    errors, output_errors, done = [], [], 0
+    for weight, exact in _dequantized(weights.values()):
+        own = slice(done, done := done + len(weight))
+        errors.append(_norms(weight, exact))
+        output_errors.append(_norms(rounded @ weight.T, exact_output[:, own]))
     return GroupReport(
         plan.name,
-        weight_error,
-        activation_error_before=_relative(plain, before),
-        activation_error=_relative(rounded, x),
-        output_error=_relative(rounded @ weight.T, exact_output),
+        _relative(errors),
+        activation_error_before=_relative([_norms(plain, before)]),
+        activation_error=_relative([_norms(rounded, x)]),
+        output_error=_relative(output_errors),
         block_amax_before=block_amax(samples),
         block_amax=block_amax(transformed),
     )
+
+
+def _dequantized(weights: Iterable[RoundedWeight]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rounded and exact weights, float32 [n, K], as many rows at a time as are folded together."""
+    for weight in weights:
+        rows, quantized = _rows_at_a_time(weight.exact), weight.quantized
+        whole = (quantized.codes, quantized.scales, weight.exact)
+        for codes, scales, exact in zip(*(tensor.split(rows) for tensor in whole), strict=True):
+            yield dequantize(MXFP4Tensor(codes, scales)), exact
 
 
 def block_amax(x: Tensor) -> list[float]:
@@ -289,8 +355,15 @@ def block_amax(x: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in amax.to(HOST).tolist()]
 
 
-def _relative(value: Tensor, exact: Tensor) -> float:
-    return float((value - exact).norm() / exact.norm().clamp(min=1e-30))
+def _norms(value: Tensor, exact: Tensor) -> Tensor:
+    """||value - exact|| and ||exact||, float32 [2]."""
+    return torch.stack(((value - exact).norm(), exact.norm()))
+
+
+def _relative(norms: list[Tensor]) -> float:
+    """||value - exact|| / ||exact|| of the whole, whose parts have these `_norms`."""
+    error, size = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
+    return float(error / size.clamp(min=1e-30))
 
 
 def group_generator(seed: int, name: str) -> torch.Generator:

@@ -311,7 +311,7 @@ def _transform(
 
 
 class _Observed(NamedTuple):
-    """hessian, drift: H and C of `make_up_for_drift`, float32 [K, K], of the transformed input,
+    """hessian, drift: H and C of `making_up_for_drift`, float32 [K, K], of the transformed input,
     rounded or not; None where GPTQ is off, and drift where it is not made up for.
     amax: the largest magnitude of each transformed channel, [K].
     """

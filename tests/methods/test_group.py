@@ -5,13 +5,17 @@ import torch
 
 from duqpp.calibration.silent import silent_channels
 from duqpp.config import QuantizeConfig
+from duqpp.format import ScaleRule
 from duqpp.methods import group as module
 from duqpp.methods.group import (
     REPORT_ROWS,
     Drift,
+    GroupPlan,
     RoundedWeight,
+    group_outputs,
     plan_weights,
     quantize_weights,
+    report_group,
     report_rows,
 )
 from duqpp.models.family import LinearGroup
@@ -34,8 +38,8 @@ def test_a_short_text_is_reported_whole(sampled):
     assert report_rows(sampled).tolist() == list(range(sampled))
 
 
-def rounded_weights(gptq: bool) -> dict[str, RoundedWeight]:
-    """Two linears of 24 and 40 rows, by a transform; channel 7 of the input is silent."""
+def group_plan() -> tuple[GroupPlan, torch.Tensor]:
+    """Two linears of 24 and 40 rows, with a transform; and 200 inputs, channel 7 of them silent."""
     weights = {"a": inputs.gaussian(24, 96, seed=1), "b": inputs.gaussian(40, 96, seed=2)}
     plan = plan_weights("block", LinearGroup("group", ("a", "b")), weights)
     matrix = inputs.gaussian(96, 32, seed=3).view(3, 32, 32).double()
@@ -44,6 +48,11 @@ def rounded_weights(gptq: bool) -> dict[str, RoundedWeight]:
     x[:, 7] = 0.0
     plan.silent = silent_channels(x.abs().amax(0))
     assert plan.silent.tolist() == [7]
+    return plan, x
+
+
+def rounded_weights(gptq: bool) -> dict[str, RoundedWeight]:
+    plan, x = group_plan()
     rotated = plan.transform.apply(x)
     drift = inputs.gaussian(200, 96, seed=5) * 0.1
     sums = Drift(drift.T @ rotated / 100, share=0.5)
@@ -67,3 +76,18 @@ def test_wide_weights_in_parts_are_as_in_one_piece(gptq, at_a_time, monkeypatch)
         same = found[name].quantized.codes == weight.quantized.codes
         assert same.float().mean() > 0.95
         assert (found[name].latent is found[name].exact) is not gptq
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_report_in_parts_is_as_in_one_piece(observed, monkeypatch):
+    plan, x = group_plan()
+    weights, outputs = rounded_weights(gptq=True), group_outputs(plan, x)
+    assert torch.allclose(outputs[:, 24:], x @ plan.weights["b"].T, rtol=1e-5, atol=1e-4)
+    seen = (x, torch.arange(len(x)), outputs) if observed else (None, None, None)
+    whole = report_group(plan, weights, *seen, ScaleRule.EVEN).to_dict()
+    monkeypatch.setattr(module, "WEIGHTS_AT_A_TIME", 96 * 7)
+    parts = report_group(plan, weights, *seen, ScaleRule.EVEN).to_dict()
+    assert 0 < whole["weight_error"] < 0.3 and (whole["output_error"] is not None) is observed
+    for name, value in whole.items():
+        is_sum = isinstance(value, float)
+        assert parts[name] == (pytest.approx(value, rel=1e-5) if is_sum else value), name
