@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duqpp.errors import InputError
+from duqpp.evaluation.head import Head
 from duqpp.placement import HOST
 
 
@@ -41,17 +42,17 @@ class Reference:
     at a time.
 
     tokens: int64 [windows, seq_len]. hidden: of each window, the final hidden states at all
-    positions but the last, in the model's dtype on the CPU: [seq_len - 1, hidden size]. head: the
-    model's lm_head.
+    positions but the last, in the model's dtype on the CPU: [seq_len - 1, hidden size]. head: from
+    those to the model's logits.
     """
 
     tokens: Tensor
     hidden: list[Tensor]
-    head: nn.Linear
+    head: Head
 
     def check(self, tokens: Tensor, vocabulary: int) -> None:
         """Raise InputError unless a model with this vocabulary, on these tokens, compares."""
-        own = self.head.weight.shape[0]
+        own = self.head.vocabulary
         if own != vocabulary:
             raise InputError(
                 f"the reference's vocabulary has {own} tokens, the model's {vocabulary}: "
@@ -62,9 +63,3 @@ class Reference:
                 "the reference was evaluated on other tokens: its tokenizer is not the model's, "
                 "or it was given other windows"
             )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [tokens, vocabulary] of some of the hidden states."""
-        device = self.head.weight.device
-        # A head that accelerate has offloaded is on the meta device, and fetches its input itself.
-        return self.head(hidden if device.type == "meta" else hidden.to(device)).float()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.errors import refusing
+from duqpp.evaluation.head import Head
 from duqpp.job.overlap import ahead
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.placement.devices import fitting, rest_for
@@ -29,8 +30,8 @@ def rounds(model: Any) -> int:
 
 def final_states(
     model: Any, windows: Tensor, step: Callable[[], None]
-) -> tuple[nn.Linear, Iterator[Tensor]]:
-    """A model's lm_head, and the states [seq_len, hidden size] of each window that it is for.
+) -> tuple[Head, Iterator[Tensor]]:
+    """A model's head, and the states [seq_len, hidden size] of each window that it is for.
 
     A stack gives what the whole model gives, bit by bit: windows go through its blocks one by one.
     It keeps the states of all windows, on the GPU where there is room, and the weights of one block
@@ -44,7 +45,7 @@ def final_states(
     """
     if not isinstance(model, DecoderStack):
         with _reading(model.device):
-            head = model.lm_head
+            head = Head.of(model)
         return head, (_whole(model, window[None]) for window in windows)
     size = windows.numel() * model.config.hidden_size * model.dtype.itemsize
     with _reading(model.device):
@@ -54,13 +55,13 @@ def final_states(
         for index in range(len(model)):
             _advance(inputs, model.block(index, next(weights)), index, step)
     norm, lm_head = model.head()
-    return lm_head, _normalized(norm, inputs)
+    return Head(lm_head), _normalized(norm, inputs)
 
 
 @torch.no_grad()
 def _whole(model: Any, ids: Tensor) -> Tensor:
     with _reading(model.device):
-        out = model.model(input_ids=ids.to(model.device), use_cache=False)
+        out = model.base_model(input_ids=ids.to(model.device), use_cache=False)
     states: Tensor = out.last_hidden_state[0]
     return states
 

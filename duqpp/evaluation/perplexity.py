@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from duqpp.checkpoint.shard import Progress
 from duqpp.errors import InputError
 from duqpp.evaluation.divergence import Divergence, Reference
 from duqpp.evaluation.final_states import WINDOW, final_states, rounds
+from duqpp.evaluation.head import Head
 from duqpp.models.logits import LOGIT_TOKENS, kl_and_agreement
 from duqpp.models.positions import check_seq_len
 from duqpp.placement import HOST
@@ -64,7 +65,7 @@ def perplexity(
     """Perplexity of a causal language model over non-overlapping windows.
 
     Args:
-        model: a transformers causal language model, with `.model` and `.lm_head`; or a stack, from
+        model: a transformers causal language model, of any family; or a stack, from
             `duqpp.evaluation.models.open_model`, of which one decoder block is in memory at a time.
         tokens: int64 [tokens], the whole text.
         seq_len: window length in tokens; each window predicts seq_len - 1 of them.
@@ -95,7 +96,7 @@ def perplexity_and_reference(
     """`perplexity`, and what to compare other models on the same tokens with.
 
     The reference holds the final hidden states of every window, 2 to 4 bytes times tokens times
-    hidden size, and the model's lm_head; the rest of the model can be released.
+    hidden size, and the model's head; the rest of the model can be released.
     """
     chosen, kept = _windows(model, tokens, seq_len, windows), list[Tensor]()
     with fitting(WINDOW, model.device):
@@ -129,7 +130,7 @@ def _evaluate(
     reference: Reference | None,
     kept: list[Tensor] | None,
     progress: Progress | None,
-) -> tuple[PerplexityResult, nn.Linear]:
+) -> tuple[PerplexityResult, Head]:
     """The result over windows [windows, seq_len], and the head; states are appended to `kept`."""
     started = time.monotonic()
     count, seq_len = windows.shape
@@ -159,7 +160,7 @@ def _evaluate(
 
 @torch.no_grad()
 def _sums(
-    head: nn.Linear, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
+    head: Head, hidden: Tensor, targets: Tensor, against: tuple[Reference, Tensor] | None
 ) -> tuple[float, float, int]:
     """Sums over the tokens of a window, from logits that are never whole.
 
@@ -170,11 +171,11 @@ def _sums(
     nll, kl, agreeing = 0.0, 0.0, 0
     for start in range(0, len(targets), LOGIT_TOKENS):
         part = slice(start, start + LOGIT_TOKENS)
-        logits = head(hidden[part]).float()
+        logits = head(hidden[part])
         nll += float(F.cross_entropy(logits, targets[part].to(logits.device), reduction="sum"))
         if against:
             reference, theirs = against
-            there = reference.logits(theirs[part]).to(logits.device)
+            there = reference.head(theirs[part]).to(logits.device)
             chunk_kl, chunk_agreeing = kl_and_agreement(there, logits)
             kl, agreeing = kl + chunk_kl, agreeing + chunk_agreeing
     return nll, kl, agreeing

@@ -149,7 +149,7 @@ def test_a_reference_is_hidden_states_and_a_head(model, monkeypatch):
     """No logits: they are computed again, at most a chunk at a time."""
     _, reference = perplexity_and_reference(model, TOKENS, seq_len=300, windows=2)
     assert [tuple(hidden.shape) for hidden in reference.hidden] == [(299, 64)] * 2
-    assert reference.head is model.lm_head
+    assert reference.head.lm_head is model.lm_head
     sizes = []
     monkeypatch.setattr(evaluate, "LOGIT_TOKENS", 64)
     handle = model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))

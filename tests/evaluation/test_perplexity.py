@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.evaluation import perplexity as evaluate
-from duqpp.evaluation.perplexity import perplexity
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 
 TOKENS = torch.randint(0, 320, (1000,), generator=torch.Generator().manual_seed(4))
 
@@ -45,6 +45,38 @@ def test_perplexity_by_definition(seq_len, model):
     assert result.window_nll == pytest.approx(expected, rel=2e-6)
     mean = math.fsum(expected) / len(expected)
     assert result.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+# What a model does to its states and logits besides the product with lm_head, or in another place.
+OTHERS = {
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.0625},
+    "granite": {"logits_scaling": 8.0},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_perplexity_of_any_family_by_definition(kind):
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(kind, **SIZES, **OTHERS[kind], pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0)  # so that logits are of a size that scales and caps change
+    result, reference = perplexity_and_reference(model, TOKENS, seq_len=100)
+    assert result.window_nll == pytest.approx(direct(model, TOKENS, 100), rel=2e-6)
+    again = perplexity(model, TOKENS, seq_len=100, reference=reference)
+    assert (again.divergence.kl, again.divergence.agreement) == (0.0, 1.0)
 
 
 def test_tail_is_dropped_and_windows_do_not_overlap(model):

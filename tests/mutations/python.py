@@ -1277,6 +1277,13 @@ MUTATIONS = (
         f"{STREAMING_TESTS}::test_streamed_results_are_those_of_the_whole_model",
     ),
     Mutation(
+        "evaluation: lm_head alone for the logits of any family",
+        "duqpp/evaluation/head.py",
+        "return cls(model.get_output_embeddings(), logits)",
+        "return cls(model.get_output_embeddings())",
+        "tests/evaluation/test_perplexity.py::test_perplexity_of_any_family_by_definition",
+    ),
+    Mutation(
         "streaming: a model that others quantized is read as a float one",
         "duqpp/evaluation/models.py",
         'and not values.get("quantization_config")',
