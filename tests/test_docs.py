@@ -24,7 +24,7 @@ from duqpp.calibration.tokens import builtin_text
 from duqpp.cli.main import app, main
 from duqpp.methods import METHODS
 from duqpp.models.family import FAMILIES
-from duqpp.tools import selfcheck
+from duqpp.tools import gemm_checks, selfcheck
 from tests.evaluation.test_tasks import lm_eval, write_task  # noqa: F401 (lm_eval is a fixture)
 
 ROOT = Path(__file__).parents[1]
@@ -107,8 +107,9 @@ def sandbox(quantized, tiny_llama, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read long ago
-    monkeypatch.setattr(selfcheck, "_ROWS", (1, 17))
-    monkeypatch.setattr(selfcheck, "_K", (32, 160))
+    for module in (selfcheck, gemm_checks):
+        monkeypatch.setattr(module, "ROWS", (1, 17))
+        monkeypatch.setattr(module, "K", (32, 160))
     return tmp_path
 
 

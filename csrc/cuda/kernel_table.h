@@ -63,13 +63,14 @@ constexpr GemmKernel select_gemm_sm80(int64_t M, int64_t N, int sm_count) {
 }
 
 // The kernel for a device of compute capability arch / 10; none where these kernels do not run.
+// streamk: whether K may be split over SMs (streamk_switch.h).
 constexpr std::optional<GemmPlan> select_gemm(int64_t M, int64_t N, int64_t K, int arch,
-                                              int sm_count) {
+                                              int sm_count, bool streamk) {
   if (arch == 120 || arch == 121) return GemmPlan{GemmKernel::kSm120Tile128x128, 1, sm_count};
   if (arch >= 80 && arch <= 90) return GemmPlan{select_gemm_sm80(M, N, sm_count), 1, sm_count};
   if (arch != 100 && arch != 103) return std::nullopt;
 
-  const int splits = streamk_splits(M, N, K, sm_count);
+  const int splits = streamk ? streamk_splits(M, N, K, sm_count) : 1;
   if (splits > 1) return GemmPlan{GemmKernel::kSm100SwappedStreamK, splits, sm_count};
   if (M <= 64) return GemmPlan{GemmKernel::kSm100Swapped, 1, sm_count};
 

@@ -7,6 +7,7 @@
 
 #include "cuda/mxfp4_gemm_sm80_plan.h"
 #include "cuda/rotate_quantize_plan.h"
+#include "cuda/streamk_switch.h"
 #include "format/weight_fragment.h"
 #include "python/mxfp4_gemm.h"
 
@@ -52,6 +53,9 @@ void bind_kernel_table(py::module_& module) {
       .def_property_readonly(
           "sms", [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_info(plan.kernel).sms; })
       .def_property_readonly(
+          "swapped",
+          [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_info(plan.kernel).swapped; })
+      .def_property_readonly(
           "reason",
           [](const cuda::GemmPlan& plan) { return cuda::gemm_kernel_reason(plan.kernel); })
       .def_readonly("splits", &cuda::GemmPlan::splits)
@@ -86,9 +90,24 @@ void bind_kernel_table(py::module_& module) {
       "plan"_a, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
       "How a kernel for sm_80 is launched on compute capability arch / 10: ctas, warps of each, "
       "rounds in which these take the segments of K, and bytes of shared memory of a CTA.");
-  module.def("select_gemm", &cuda::select_gemm, "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a,
-             "sm_count"_a,
-             "The plan for [M, K] by [N, K] on compute capability arch / 10, or None.");
+  module.def(
+      "select_gemm",
+      [](int64_t M, int64_t N, int64_t K, int arch, int sm_count, std::optional<bool> streamk) {
+        const bool allowed = streamk.has_value() ? *streamk : cuda::streamk_switch().load();
+        return cuda::select_gemm(M, N, K, arch, sm_count, allowed);
+      },
+      "M"_a, "N"_a, "K"_a, py::kw_only(), "arch"_a, "sm_count"_a, "streamk"_a = py::none(),
+      "The plan for [M, K] by [N, K] on compute capability arch / 10, or None. streamk: whether it "
+      "may be stream-K; None is what an op would do.");
+  module.def(
+      "allow_streamk", [](bool allowed) { return cuda::streamk_switch().exchange(allowed); },
+      "allowed"_a, "Let ops choose stream-K, or not; returns whether they could before.");
+  module.def(
+      "gemm_waves",
+      [](const cuda::GemmPlan& plan, int64_t M, int64_t N) {
+        return cuda::gemm_waves(plan.kernel, M, N, plan.sm_count);
+      },
+      "plan"_a, "M"_a, "N"_a, "Rounds of tiles until all are done, whatever their splits.");
   module.def("weight_scales_size", &cuda::weight_scales_size, "N"_a, "K"_a, py::kw_only(), "arch"_a,
              "Bytes of the scales of a weight [N, K] prepared for compute capability arch / 10.");
   module.def("gemm_workspace_size", &cuda::gemm_workspace_size, "plan"_a, "M"_a, "N"_a,

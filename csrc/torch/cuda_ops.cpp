@@ -14,6 +14,7 @@
 #include "cuda/kernel_table.h"
 #include "cuda/mxfp4_gemm.h"
 #include "cuda/rotate_quantize.h"
+#include "cuda/streamk_switch.h"
 #include "format/scale_layout.h"
 #include "torch/cuda_device.h"
 #include "torch/problems.h"
@@ -109,8 +110,8 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
   STD_TORCH_CHECK(b_scales.numel() == scales_size, kGemm, ": the weight's scales must have ",
                   scales_size, " bytes on compute capability ", info.arch / 10, ".", info.arch % 10,
                   ", got ", b_scales.numel());
-  const std::optional<cuda::GemmPlan> plan =
-      cuda::select_gemm(problem.M, problem.N, problem.K, info.arch, info.sm_count);
+  const std::optional<cuda::GemmPlan> plan = cuda::select_gemm(
+      problem.M, problem.N, problem.K, info.arch, info.sm_count, cuda::streamk_switch());
   STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel), kGemm,
                   ": no kernel in this build for compute capability ", info.arch / 10, ".",
                   info.arch % 10);

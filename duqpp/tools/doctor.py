@@ -28,9 +28,9 @@ def doctor(
         shapes: (M, N, K) of products, for each of which a kernel is named.
         gpu: a GPU to speak of instead of this machine's devices.
     Returns: versions, python, platform, cpu, library (see `library_info`), threads, gpus,
-        DUQPP_BACKEND, error (None, or that this variable names no backend), and per op and device:
-        the backend selected, or the error instead; of the others, why not; and for each shape the
-        kernel, or None, and why.
+        DUQPP_BACKEND, DUQPP_STREAMK, error (None, or that the first names no backend), and per op
+        and device: the backend selected, or the error instead; of the others, why not; and for each
+        shape the kernel, or None, and why.
     """
     import transformers
 
@@ -47,6 +47,7 @@ def doctor(
         "threads": torch.get_num_threads(),
         "gpus": [_gpu_name(index) for index in range(torch.cuda.device_count())],
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+        "DUQPP_STREAMK": os.environ.get("DUQPP_STREAMK"),
         "error": _unknown_backend(os.environ.get(ENVIRONMENT_VARIABLE)),
         "ops": [
             _op(op, machine, shapes)

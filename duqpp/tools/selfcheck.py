@@ -1,6 +1,7 @@
 """selfcheck: every kernel that can run here against the reference, and its speed on a GPU."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn.functional import linear
 
 from duqpp.checkpoint.shard import Progress
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
-from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
+from duqpp.format.scale_layout import unswizzle_scales
 from duqpp.ops import (
     mxfp4_gemm,
     mxfp4_linear,
@@ -20,12 +21,23 @@ from duqpp.ops import (
     rotate_quantize,
     silu_mul_rotate_quantize,
 )
-from duqpp.ops.backend import Backend
+from duqpp.ops.backend import OPS, Backend
 from duqpp.ops.dispatch import BACKENDS
-from duqpp.ops.large_gemm import Route, large_gemm, route_on
-from duqpp.ops.native import Sm80Backend
 from duqpp.rotation.basis import hadamard
 from duqpp.tools.doctor import doctor
+from duqpp.tools.gemm_checks import (
+    ROWS,
+    Check,
+    K,
+    Run,
+    check_streamk,
+    checks_of,
+    has_streamk,
+    on,
+    out_dtypes,
+    streamk,
+    swizzles,
+)
 
 REFERENCE = "reference"
 # (K, N) of LLaMA-3's linears; those that read one input are one product.
@@ -39,21 +51,8 @@ LLAMA_3 = {
     "70B gate_up": (8192, 57344),
     "70B down": (28672, 8192),
 }
-_ROWS = (1, 7, 16, 129, 300)  # of x: whole tiles, ragged ones, and one token
-_K = (32, 96, 160, 4096)
-_N = (8, 136, 512)
 _TIMED_ROWS = (1, 16, 128, 1024, 8192)
 _FUSED_TOLERANCE = 1e-3  # share of E2M1 codes: float32 sums in another order cross some midpoints
-
-
-@dataclass(frozen=True)
-class Check:
-    """One kernel held against the reference over many shapes. failures: the first few, in words."""
-
-    backend: str
-    op: str
-    cases: int
-    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,51 @@ def selfcheck(*, timings: bool = True, progress: Progress | None = None) -> Repo
 
     Inputs are such that every float32 sum is exact, in any order: results must be equal, byte for
     byte. The fused forms compute a square root or an exponential, so that a few codes may differ;
-    products of many rows on GPUs up to sm_90 are within the bounds of `duqpp.ops.large_gemm`.
+    products of many rows on GPUs up to sm_90 are within the bounds of `duqpp.ops.large_gemm`. Of
+    mxfp4_gemm on a GPU every kernel runs, as `duqpp.ops.cover` says; stream-K comes after all
+    others, in a process of its own, and is timed only where it has passed.
 
     Args:
         timings: whether to time LLaMA-3's linears on a CUDA device.
         progress: called with ("selfcheck", steps done, steps in all).
     """
-    skipped, runnable = [], []
+    runnable, skipped = _runnable()
+    on_gpu = [b for b, op, d in runnable if op == "mxfp4_gemm" and d == "cuda"]
+    steps = [(run, b, d) for b, op, d in runnable for run in _checks(b, op, d)]
+    total, checks = len(steps) + (1 + timings) * len(on_gpu), []
+    advance = progress or (lambda *step: None)
+    with streamk(False) if on_gpu else nullcontext(False) as allowed:
+        for done, (run, backend, device) in enumerate(steps):
+            advance("selfcheck", done, total)
+            checks.append(run(backend, device))
+    works = False
+    if on_gpu and has_streamk():
+        if allowed:
+            advance("selfcheck", len(steps), total)
+            found = check_streamk(on_gpu[0])
+            works = not any(check.failures for check in found)
+            checks += found
+        else:
+            skipped.append(f"stream-K on {on_gpu[0].name}: DUQPP_STREAMK=off")
+    measured, bandwidth = [], None
+    for backend in on_gpu if timings else []:
+        bandwidth = _copy_bandwidth("cuda")
+        with streamk(works):
+            measured += list(_timings(backend, "cuda"))
+    if timings and not on_gpu:
+        skipped.append("timings: they are for CUDA devices; benchmarks/ has the CPU's")
+    advance("selfcheck", total, total)
+    return Report(tuple(checks), tuple(measured), bandwidth, tuple(skipped), doctor())
+
+
+def _runnable() -> tuple[list[tuple[Backend, str, str]], list[str]]:
+    """Backends that can run here, each with an op and a type of device; and why others cannot."""
+    runnable, skipped = [], []
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for backend, device in product(BACKENDS, devices):
         if backend.name == REFERENCE or not backend.name.startswith(device):
             continue
-        for op in ("rotate_quantize", "mxfp4_gemm"):
+        for op in OPS:
             reason = backend.unavailable_reason(op, torch.device(device))
             if reason is None:
                 runnable.append((backend, op, device))
@@ -118,22 +150,13 @@ def selfcheck(*, timings: bool = True, progress: Progress | None = None) -> Repo
                 skipped.append(f"{op} on {backend.name}: {reason}")
     if "cuda" not in devices:
         skipped.append("all CUDA backends: torch sees no CUDA device")
+    return runnable, skipped
 
-    steps = [(run, *case) for case in runnable for run in _checks(*case[:2])]
-    timed = [(b, d) for b, op, d in runnable if timings and op == "mxfp4_gemm" and d == "cuda"]
-    total, checks, measured, bandwidth = len(steps) + len(timed), [], [], None
-    for done, (run, backend, _, device) in enumerate(steps):
-        if progress:
-            progress("selfcheck", done, total)
-        checks.append(run(backend, device))
-    for backend, device in timed:
-        bandwidth = _copy_bandwidth(device)
-        measured += list(_timings(backend, device))
-    if timings and not timed:
-        skipped.append("timings: they are for CUDA devices; benchmarks/ has the CPU's")
-    if progress:
-        progress("selfcheck", total, total)
-    return Report(tuple(checks), tuple(measured), bandwidth, tuple(skipped), doctor())
+
+def _checks(backend: Backend, op: str, device: str) -> list[Run]:
+    if op == "rotate_quantize":
+        return [_check_rotate_quantize, _check_fused]
+    return checks_of(backend, device)
 
 
 def _integers(rows: int, k: int, generator: torch.Generator, limit: int = 4) -> Tensor:
@@ -155,27 +178,11 @@ def _rotations(k: int, generator: torch.Generator) -> dict[str, Tensor | None]:
 
 def _row_major(quantized: MXFP4Tensor, backend: Backend) -> MXFP4Tensor:
     """An op's result with row-major scales, on the CPU."""
-    if not _swizzles(backend):
-        return _on(quantized, "cpu")
+    if not swizzles(backend):
+        return on(quantized, "cpu")
     rows, columns = quantized.shape
     scales = unswizzle_scales(quantized.scales, rows, columns // BLOCK_SIZE)
-    return _on(MXFP4Tensor(quantized.codes, scales), "cpu")
-
-
-def _as_activation(operand: MXFP4Tensor, backend: Backend, device: str) -> MXFP4Tensor:
-    """A row-major operand as this backend's rotate_quantize leaves activations."""
-    operand = _on(operand, device)
-    if not _swizzles(backend):
-        return operand
-    return MXFP4Tensor(operand.codes, swizzle_scales(operand.scales))
-
-
-def _swizzles(backend: Backend) -> bool:
-    return len(backend.scales_shape(128, 128)) == 1
-
-
-def _on(tensor: MXFP4Tensor, device: str) -> MXFP4Tensor:
-    return MXFP4Tensor(tensor.codes.to(device), tensor.scales.to(device))
+    return on(MXFP4Tensor(quantized.codes, scales), "cpu")
 
 
 def _moved(tensor: Tensor | None, device: str) -> Tensor | None:
@@ -187,17 +194,12 @@ def _without_sign_of_zero(codes: Tensor) -> Tensor:
     return torch.where(low == 0x08, 0, low) | torch.where(high == 0x80, 0, high)
 
 
-def _dtypes(device: str) -> tuple[torch.dtype, ...]:
-    half = (torch.bfloat16, torch.float16)
-    return half if device == "cuda" else (*half, torch.float32)
-
-
 def _check_rotate_quantize(backend: Backend, device: str) -> Check:
     generator, failures, cases = torch.Generator().manual_seed(1), [], 0
-    for rows, k in product(_ROWS, _K):
+    for rows, k in product(ROWS, K):
         x = _integers(rows, k, generator)
         for (name, r), rule, dtype in product(
-            _rotations(k, generator).items(), ScaleRule, _dtypes(device)
+            _rotations(k, generator).items(), ScaleRule, out_dtypes(device)
         ):
             expected = rotate_quantize(x.to(dtype), r, rule=rule, backend=REFERENCE)
             on_device = rotate_quantize(
@@ -215,7 +217,7 @@ def _check_rotate_quantize(backend: Backend, device: str) -> Check:
 
 def _check_fused(backend: Backend, device: str) -> Check:
     generator, failures, cases = torch.Generator().manual_seed(2), [], 0
-    for rows, k in product(_ROWS, _K):
+    for rows, k in product(ROWS, K):
         x, up = (
             torch.randn(rows, k, dtype=torch.float32, generator=generator).bfloat16()
             for _ in range(2)
@@ -246,76 +248,6 @@ def _check_fused(backend: Backend, device: str) -> Check:
                 if not differ <= max(_FUSED_TOLERANCE, 4 / one.numel()):
                     failures.append(f"{form} [{rows}, {k}], rotation {name}: {differ:.2%} differ")
     return Check(backend.name, "fused rotate_quantize", cases, tuple(failures[:5]))
-
-
-def _operand(rows: int, k: int, generator: torch.Generator) -> MXFP4Tensor:
-    """Random codes, and scales of two exponents: products sum exactly in float32."""
-    codes = torch.randint(0, 256, (rows, k // 2), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(126, 128, (rows, k // BLOCK_SIZE), generator=generator)
-    return MXFP4Tensor(codes, scales.to(torch.uint8))
-
-
-def _check_gemm(backend: Backend, device: str) -> Check:
-    generator, failures, cases = torch.Generator().manual_seed(3), [], 0
-    for m, n, k in product(_ROWS, _N, _K):
-        a, b = _operand(m, k, generator), _operand(n, k, generator)
-        bias = _integers(1, n, generator)[0] / 4
-        exact = dequantize(a).double() @ dequantize(b).double().T + bias.double()
-        prepared = _as_activation(a, backend, device)
-        weight = prepare_weight(_on(b, device), backend=backend.name)
-        for dtype in _dtypes(device):
-            actual = mxfp4_gemm(
-                prepared, weight, bias.to(device), out_dtype=dtype, backend=backend.name
-            )
-            cases += 1
-            wrong = int((actual.cpu() + 0 != exact.float().to(dtype) + 0).sum())
-            if wrong:
-                failures.append(f"[{m}, {k}] x [{n}, {k}] to {dtype}: {wrong} of {m * n} differ")
-    return Check(backend.name, "mxfp4_gemm", cases, tuple(failures[:5]))
-
-
-def _check_nan(backend: Backend, device: str) -> Check:
-    generator, failures = torch.Generator().manual_seed(4), []
-    a, b = _operand(40, 96, generator), _operand(136, 96, generator)
-    a.scales[33, 1] = b.scales[130, 2] = 255
-    prepared = _as_activation(a, backend, device)
-    weight = prepare_weight(_on(b, device), backend=backend.name)
-    actual = mxfp4_gemm(prepared, weight, out_dtype=torch.bfloat16, backend=backend.name)
-    expected = torch.zeros(40, 136, dtype=torch.bool)
-    expected[33] = expected[:, 130] = True
-    if not torch.equal(actual.isnan().cpu(), expected):
-        failures.append("NaN scales must make their row and column NaN, and no other")
-    return Check(backend.name, "mxfp4_gemm with NaN scales", 1, tuple(failures))
-
-
-def _check_many_rows(backend: Backend, device: str) -> Check:
-    generator, failures, cases = torch.Generator().manual_seed(5), [], 0
-    routes = {route_on(torch.device(device)), Route.BFLOAT16}
-    for (m, n, k), route in product(((300, 264, 160), (129, 512, 544)), sorted(routes, key=str)):
-        a, b = _operand(m, k, generator), _operand(n, k, generator)
-        actual = large_gemm(
-            _as_activation(a, backend, device),
-            backend.prepare_weight(_on(b, device)),
-            route=route,
-        )
-        values = [dequantize(operand).double() for operand in (a, b)]
-        exact, magnitude = values[0] @ values[1].T, values[0].abs() @ values[1].abs().T
-        bound = exact.abs() / 2**8 + (0 if route is Route.BFLOAT16 else magnitude / 2**5)
-        cases += 1
-        if wrong := int(((actual.cpu().double() - exact).abs() > bound).sum()):
-            failures.append(f"[{m}, {k}] x [{n}, {k}] by {route.value}: {wrong} of {m * n} differ")
-    return Check(backend.name, "mxfp4_gemm of many rows", cases, tuple(failures))
-
-
-_CHECKS: dict[str, tuple[Callable[[Backend, str], Check], ...]] = {
-    "rotate_quantize": (_check_rotate_quantize, _check_fused),
-    "mxfp4_gemm": (_check_gemm, _check_nan),
-}
-
-
-def _checks(backend: Backend, op: str) -> tuple[Callable[[Backend, str], Check], ...]:
-    large = op == "mxfp4_gemm" and isinstance(backend, Sm80Backend)
-    return (*_CHECKS[op], _check_many_rows) if large else _CHECKS[op]
 
 
 def _median_us(call: Callable[[], Any], repeats: int = 20) -> float:

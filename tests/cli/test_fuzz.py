@@ -23,7 +23,8 @@ from typer.main import get_command
 import duqpp
 from duqpp.cli.main import app, main
 from duqpp.config import DESCRIPTIONS
-from duqpp.tools.selfcheck import Check, Report
+from duqpp.tools.gemm_checks import Check
+from duqpp.tools.selfcheck import Report
 
 RUNS = int(os.environ.get("DUQPP_FUZZ_RUNS", "2000"))
 SEED = int(os.environ.get("DUQPP_FUZZ_SEED", "0"))

@@ -3,6 +3,7 @@
 import pytest
 
 from duqpp.format.scale_layout import swizzled_size
+from tests.cpp.test_rotate_quantize_programs import run_program
 from tests.cuda.library import extension
 
 B200_SMS = 148
@@ -59,6 +60,38 @@ def test_splits_use_idle_sms_and_leave_each_a_share_of_k(arch, sm_count):
                 assert tiles * plan.splits <= sm_count
                 assert 2 * plan.splits <= -(-K // 256)
     assert (split > 0) == (sm_count > 1)
+
+
+def test_stream_k_has_an_off_switch():
+    select = extension().select_gemm
+    shape, gpu = (1, 4096, 4096), {"arch": 100, "sm_count": B200_SMS}
+    assert select(*shape, **gpu).kernel == STREAMK
+    assert extension().allow_streamk(False)
+    try:
+        off = select(*shape, **gpu)
+        assert (off.kernel, off.splits) == (LONG["A"], 1)
+        assert select(*shape, **gpu, streamk=True).kernel == STREAMK
+        assert select(65, 4096, 4096, **gpu).kernel == LONG["D"]
+    finally:
+        assert not extension().allow_streamk(True)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("off", "off"),
+        ("on", "on"),
+        ("", "DUQPP_STREAMK must be on or off, got "),
+        ("0", "DUQPP_STREAMK must be on or off, got 0"),
+        (None, "on"),
+    ],
+)
+def test_the_switch_is_what_the_environment_says(value, expected, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("DUQPP_STREAMK", raising=False)
+    else:
+        monkeypatch.setenv("DUQPP_STREAMK", value)
+    assert run_program("print_streamk_switch") == expected
 
 
 def test_workspace_of_stream_k_is_a_float32_tile_and_a_barrier_for_each_tile():

@@ -9,6 +9,7 @@ OP_TESTS = "tests/cuda/test_op_checks.py"
 BUILD_TESTS = "tests/cuda/test_mxfp4_gemm_build.py"
 
 TABLE = "csrc/cuda/kernel_table.h"
+SWITCH = "csrc/cuda/streamk_switch.h"
 OPS = "csrc/torch/cuda_ops.cpp"
 LAUNCH = "csrc/cuda/mxfp4_gemm.cpp"
 KERNEL = "csrc/cuda/mxfp4_gemm_cutlass.cuh"
@@ -31,6 +32,21 @@ MUTATIONS = (
         "gemm_kernel_info(kernel).tile_k);",
         f"{TABLE_TESTS}::test_splits_use_idle_sms_and_leave_each_a_share_of_k",
         library=True,
+    ),
+    Mutation(
+        "stream-K chosen where it is off",
+        TABLE,
+        "const int splits = streamk ? streamk_splits(M, N, K, sm_count) : 1;",
+        "const int splits = streamk_splits(M, N, K, sm_count);",
+        f"{TABLE_TESTS}::test_stream_k_has_an_off_switch",
+        library=True,
+    ),
+    Mutation(
+        "stream-K on, whatever the environment says",
+        SWITCH,
+        'return value == "on";',
+        "return true;",
+        f"{TABLE_TESTS}::test_the_switch_is_what_the_environment_says",
     ),
     Mutation(
         "one split sent to stream-K",

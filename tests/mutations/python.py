@@ -103,8 +103,60 @@ OPTIONS_TESTS = "tests/cli/test_options.py"
 TABLES_TESTS = "tests/cli/test_tables.py"
 TERMINAL_TESTS = "tests/cli/test_terminal.py"
 PROGRESS_TESTS = "tests/cli/test_progress.py"
+COVER = "duqpp/ops/cover.py"
+SELFCHECK = "duqpp/tools/selfcheck.py"
+GEMM_CHECKS = "duqpp/tools/gemm_checks.py"
 
 MUTATIONS = (
+    Mutation(
+        "selfcheck: no product has more tiles than the GPU has SMs",
+        COVER,
+        "range(1, MOST_WAVES * at_once // few + 1, _STEP)",
+        "range(1, at_once // few + 1, _STEP)",
+        "tests/ops/test_cover.py",
+    ),
+    Mutation(
+        "selfcheck: every product has one tile along K",
+        COVER,
+        "(_SHORT_K, (_LONG_TILES - 1) * k + BLOCK_SIZE)",
+        "(_SHORT_K, k)",
+        "tests/ops/test_cover.py",
+    ),
+    Mutation(
+        "selfcheck: what torch multiplies counted for a kernel",
+        COVER,
+        "if known is not None and known.at(self.N, self.K) <= self.M:",
+        "if known is not None and known.at(self.N, self.K) < 0:",
+        "tests/ops/test_cover.py::test_products_of_many_rows_are_not_for_a_kernel",
+    ),
+    Mutation(
+        "selfcheck: stream-K among the other checks",
+        SELFCHECK,
+        "with streamk(False) if on_gpu",
+        "with streamk(True) if on_gpu",
+        "tests/tools/test_selfcheck.py::test_streamk_is_checked_after_all_else_and_then_timed",
+    ),
+    Mutation(
+        "selfcheck: stream-K that failed is timed",
+        SELFCHECK,
+        "with streamk(works):",
+        "with streamk(True):",
+        "tests/tools/test_selfcheck.py::test_streamk_that_fails_is_not_timed",
+    ),
+    Mutation(
+        "selfcheck: each product with one bias",
+        GEMM_CHECKS,
+        "pairs = list(product(out_dtypes(device), _BIASES))",
+        "pairs = list(product(out_dtypes(device), _BIASES[-1:]))",
+        "tests/tools/test_gemm_checks.py::test_a_wrong_kernel_is_found",
+    ),
+    Mutation(
+        "selfcheck: one end of the scales for both",
+        GEMM_CHECKS,
+        '"smallest": (-126, 127)}',
+        '"smallest": (127, -126)}',
+        "tests/tools/test_gemm_checks.py::test_a_wrong_scale_is_found",
+    ),
     # Calibration.
     Mutation(
         "gptq: dead columns count in the damping",

@@ -9,16 +9,19 @@ from typer.testing import CliRunner
 from duqpp.cli.main import app, main
 from duqpp.format import MXFP4Tensor
 from duqpp.ops import dispatch
-from duqpp.ops.large_gemm import Route, large_gemm
 from duqpp.ops.native import CpuBackend
+from duqpp.tools import gemm_checks
 from duqpp.tools import selfcheck as module
+from duqpp.tools.gemm_checks import Check
 from duqpp.tools.selfcheck import selfcheck
+from tests.cuda.library import extension
 
 
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", (1, 17))
-    monkeypatch.setattr(module, "_K", (32, 160))
+    for part in (module, gemm_checks):
+        monkeypatch.setattr(part, "ROWS", (1, 17))
+        monkeypatch.setattr(part, "K", (32, 160))
 
 
 @pytest.fixture
@@ -97,41 +100,65 @@ def test_a_wrong_kernel_is_found(backend, op, install):
 
 
 @pytest.fixture
-def many_rows(monkeypatch):
-    """Check products of many rows, as on a Hopper, on this CPU; returns the failures."""
-    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm80")
-    monkeypatch.setattr(module, "route_on", lambda device: Route.CUTLASS)
+def gpu(monkeypatch):
+    """A GPU with stream-K, whose steps are noted instead of run: each with what the table chooses.
 
-    def check(large_gemm) -> tuple[str, ...]:
-        monkeypatch.setattr(module, "large_gemm", large_gemm)
-        run = module._checks(backend, "mxfp4_gemm")[-1]
-        check = run(backend, "cpu")
-        assert check.op == "mxfp4_gemm of many rows" and check.cases == 4
-        return check.failures
+    Returns: the notes, and the failures that stream-K's check is to report.
+    """
+    notes, failures = [], []
+    backend = next(b for b in dispatch.BACKENDS if b.name == "cuda-sm100")
 
-    return check
+    def note(what: str) -> None:
+        plan = extension().select_gemm(1, 4096, 4096, arch=100, sm_count=148)
+        notes.append((what, plan.kernel.endswith("streamk")))
+
+    def run(backend, device) -> Check:
+        note("check")
+        return Check(backend.name, "mxfp4_gemm", 1, ())
+
+    def check_streamk(backend) -> list[Check]:
+        note("stream-K")
+        return [Check(backend.name, "mxfp4_gemm: stream-K", 1, tuple(failures))]
+
+    def timings(backend, device):
+        note("timings")
+        yield from ()
+
+    monkeypatch.setattr(module, "_runnable", lambda: ([(backend, "mxfp4_gemm", "cuda")], []))
+    monkeypatch.setattr(module, "_checks", lambda *_: [run, run])
+    monkeypatch.setattr(module, "has_streamk", lambda: True)
+    monkeypatch.setattr(module, "check_streamk", check_streamk)
+    monkeypatch.setattr(module, "_copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(module, "_timings", timings)
+    return notes, failures
 
 
-def test_products_of_many_rows_pass(many_rows):
-    assert many_rows(large_gemm) == ()
-    names = [check.__name__ for check in module._checks(CpuBackend(), "mxfp4_gemm")]
-    assert names == ["_check_gemm", "_check_nan"]
+def test_streamk_is_checked_after_all_else_and_then_timed(gpu):
+    notes, _ = gpu
+    report = selfcheck()
+    assert report.passed and report.skipped == ()
+    assert notes == [("check", False)] * 2 + [("stream-K", True), ("timings", True)]
 
 
-def test_a_wrong_product_of_many_rows_is_found(many_rows):
-    def one_block_lost(a, b, route):
-        codes = a.codes.clone()
-        codes[:, :16] = 0
-        return large_gemm(MXFP4Tensor(codes, a.scales), b, route=route)
+def test_streamk_that_fails_is_not_timed(gpu):
+    notes, failures = gpu
+    failures.append("no end within 180 s")
+    assert not selfcheck().passed
+    assert notes[-1] == ("timings", False)
+    assert extension().allow_streamk(True), "as it was before"
 
-    def last_row_lost(a, b, route):
-        out = large_gemm(a, b, route=route)
-        out[-1] = 0
-        return out
 
-    for wrong in (one_block_lost, last_row_lost):
-        failures = many_rows(wrong)
-        assert len(failures) == 4 and "torch.mm" in failures[0], failures
+def test_streamk_that_is_off_is_not_checked(gpu):
+    notes, _ = gpu
+    extension().allow_streamk(False)
+    try:
+        report = selfcheck()
+    finally:
+        extension().allow_streamk(True)
+    assert report.passed
+    assert report.skipped == ("stream-K on cuda-sm100: DUQPP_STREAMK=off",)
+    assert [what for what, _ in notes] == ["check", "check", "timings"]
+    assert not any(streamk for _, streamk in notes)
 
 
 def test_nothing_to_check_is_no_pass(install):

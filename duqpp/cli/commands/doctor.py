@@ -38,7 +38,8 @@ def doctor(
         print(f"cpu: {facts['cpu']}, {facts['threads']} threads")
         print(f"library: {_library(facts['library'])}")
         print(f"gpu: {'; '.join(facts['gpus']) or 'none that torch can use'}")
-        print(f"DUQPP_BACKEND: {facts['DUQPP_BACKEND'] or 'not set'}")
+        for name in ("DUQPP_BACKEND", "DUQPP_STREAMK"):
+            print(f"{name}: {facts[name] or 'not set'}")
         print(*doctor_lines(facts), *others_lines(facts), sep="\n")
     if facts["error"] is not None:
         print(f"error: {facts['error']}", file=sys.stderr)
