@@ -415,9 +415,10 @@ def text_of(config: QuantizeConfig, ranks: int) -> Text | None:
     return Text(
         calibrating * config.seq_len,
         (calibrating + rest) * config.seq_len,
-        own + others,
         ranks,
         config.samples * config.seq_len,
+        config.sequences * config.seq_len,
+        batches + refining,
     )
 
 

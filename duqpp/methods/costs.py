@@ -153,15 +153,17 @@ class BlockShape:
 class Text:
     """The calibration text of one rank.
 
-    calibrating: tokens that calibrate. all: with those that only refine. batches: they make.
-    ranks: how many ranks there are. everywhere: tokens that calibrate, of all of them.
+    calibrating: tokens that calibrate. all: with those that only refine. ranks: how many ranks
+    there are. everywhere: tokens that calibrate, of all of them. whole: with those that only
+    refine. batches: they make.
     """
 
     calibrating: int
     all: int
-    batches: int
     ranks: int
     everywhere: int
+    whole: int
+    batches: int
 
     @property
     def held(self) -> float:
@@ -475,9 +477,12 @@ def quantized_pass(shape: BlockShape, text: Text) -> Cost:
 
 
 def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
-    """Training of one block through its rounding. checks: of the held-back loss."""
+    """Training of one block through its rounding. checks: of the held-back loss.
+
+    Each step is on a batch of one rank, while the others wait.
+    """
     latents = _FLOAT32 * shape.weights
-    trained, held = text.all * (1 - text.held), text.all * text.held
+    trained, held = text.whole * (1 - text.held), text.whole * text.held
     batches = trained / shape.forward.tokens
     return Cost(
         "refine",
@@ -501,8 +506,9 @@ def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
 def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
     """Training of one block's rotations: every weight is rotated and rounded for every batch."""
     groups, tokens = shape.groups, text.calibrating
-    batches = epochs * tokens / shape.forward.tokens
-    products = shape.passes(epochs * tokens * (3 * (1 - text.held) + text.held)).half
+    trained, held = text.everywhere * (1 - text.held), text.everywhere * text.held
+    batches = epochs * trained / shape.forward.tokens
+    products = shape.passes(epochs * (3 * trained + held)).half
     samples = sum(sampled_rows(text.everywhere, g.channels) * g.channels for g in groups)
     return Cost(
         "training of rotations",
@@ -524,7 +530,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
 def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -> Cost:
     """Training of all blocks together."""
     trained, held = text.all * (1 - text.held), text.all * text.held
-    batch = text.all / text.batches
+    batch = text.whole / text.batches
     steps = epochs * trained / batch
     checks = 1 + steps / check_steps
     return Cost(

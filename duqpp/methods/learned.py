@@ -23,11 +23,11 @@ from duqpp.methods.refine.latent import RoundedInput, round_straight_through
 from duqpp.methods.refine.schedule import (
     EarlyStopping,
     LatentOptimizer,
+    backward,
+    batches_of_all,
     held_back,
-    mean_gradients,
     mean_loss,
     shuffled,
-    steps_of,
 )
 from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
@@ -118,9 +118,11 @@ def learn_rotations(
     Args:
         inputs: what the block reads. generator: of the signs, and of the order of batches.
     Returns: float64 [32, 32] or [K/32, 32, 32] by group name.
-    Raises: InputError when a rank has fewer than two batches.
+    Raises: InputError when there are fewer than two batches.
     """
-    ranks, held = inputs.placement.ranks, held_back(len(inputs.hidden))
+    ranks = inputs.placement.ranks
+    batches = batches_of_all(ranks, len(inputs.hidden))
+    held = held_back(len(batches))
     if not block.groups:  # all skipped
         return {}
     module = block.module
@@ -134,24 +136,19 @@ def learn_rotations(
             linear = RotatedLinear(floats[name], rotation, rounded_input, options.weight_rule)
             module.set_submodule(name, linear)
     turns = [parameter for rotation in rotations.values() for parameter in rotation.parameters()]
-    order = [steps_of(shuffled(held.start, generator), ranks) for _ in range(_EPOCHS)]
-    steps = sum(len(epoch) for epoch in order)
+    order = [shuffled(held.start, generator) for _ in range(_EPOCHS)]
     sizes = [1.0] * len(turns)
-    optimizer = LatentOptimizer(turns, rate=_RATE, steps=steps, sizes=sizes)
+    optimizer = LatentOptimizer(turns, rate=_RATE, steps=_EPOCHS * held.start, sizes=sizes)
 
     def matrices() -> dict[str, Tensor]:
         return {name: rotation().detach().double() for name, rotation in rotations.items()}
 
     start = matrices()
-    stopping = EarlyStopping(
-        lambda: mean_loss([float(loss(batch)) for batch in held], ranks), matrices
-    )
+    stopping = EarlyStopping(lambda: mean_loss(loss, batches[held.start :], ranks), matrices)
     with torch.enable_grad():
         for epoch in order:
-            for batch, batches in epoch:
-                if batch is not None:
-                    loss(batch).backward()
-                mean_gradients(turns, ranks, batches)
+            for batch in epoch:
+                backward(loss, batches[batch], turns, ranks)
                 optimizer.step()
             if not stopping.check():
                 break

@@ -119,7 +119,13 @@ class Sequential(Method):
         if self.options.refine != "none" and targets is not None:
             generator = group_generator(self.options.seed, f"{block.name}.refine")
             refined, latents = refine_block(
-                block, latents, inputs, targets, self.options.weight_rule, generator
+                block,
+                latents,
+                inputs,
+                targets,
+                self.options.weight_rule,
+                generator,
+                calibrating=streams.calibrating,
             )
         elif outputs is None:
             outputs = _outputs_of_block(block, inputs, found.known)

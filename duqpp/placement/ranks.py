@@ -84,6 +84,13 @@ class Ranks:
         """Give x, in place, the largest value of each element over ranks."""
         return self._reduced(x, dist.ReduceOp.MAX)
 
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """Give x, in place, what it is on the rank `source`."""
+        if self.count > 1:
+            with _among_ranks():
+                dist.broadcast(x, source)
+        return x
+
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
         if self.count > 1:
             with _among_ranks():

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,8 @@ CASES = {
         {"method": "duqpp", "hessian": "float", "next_inputs": "float"},
         True,
     ),
-}
-TRAINED = {
-    "learned": {"method": "learned"},
-    "duqpp, blocks": {"method": "duqpp", "refine": "blocks", **PARTLY},
+    "learned": ({"method": "learned"}, True),
+    "duqpp, blocks": ({"method": "duqpp", "refine": "blocks", **PARTLY}, True),
 }
 ON_THREE = ("duquant, GPTQ", "duqpp", "duqpp, blocks")  # which have all that ranks share
 RUNS = [(name, 2) for name in CASES] + [(name, 3) for name in CASES if name in ON_THREE]
@@ -74,31 +73,34 @@ def hashes(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 
-def keep_latents(folder: Path) -> None:
+@contextmanager
+def latents_kept(folder: Path) -> Iterator[None]:
     """Let each block's latents be saved once they are refined."""
     folder.mkdir()
     real = sequential.refine_block
 
-    def refine_block(block, *arguments):
-        report, latents = real(block, *arguments)
+    def refine_block(block, *arguments, **options):
+        report, latents = real(block, *arguments, **options)
         torch.save(latents, folder / f"{block.index}.pt")
         return report, latents
 
-    sequential.refine_block = refine_block
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequential, "refine_block", refine_block)
+        yield
 
 
 @pytest.fixture(scope="module")
 def outputs(tiny_llama, tmp_path_factory) -> Path:
     """A folder with the outputs of all cases: "CASE" of one process, "CASE on 2" of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name, (options, _) in CASES.items():
-        quantize(tiny_llama, folder / name, **options)
+    with latents_kept(folder / "latents of 0 on 1"):
+        for name, (options, _) in CASES.items():
+            quantize(tiny_llama, folder / name, **options)
 
     def on(count: int) -> Callable[[int], None]:
         def run(rank: int) -> None:
-            keep_latents(folder / f"latents of {rank} on {count}")
-            with joined(HOST) as ranks:
-                for name, options in ({n: o for n, (o, _) in CASES.items()} | TRAINED).items():
+            with joined(HOST) as ranks, latents_kept(folder / f"latents of {rank} on {count}"):
+                for name, (options, _) in CASES.items():
                     if count == 2 or name in ON_THREE:
                         quantize(tiny_llama, folder / f"{name} on {count}", ranks, **options)
 
@@ -123,28 +125,32 @@ def test_ranks_give_the_codes_of_one_process(name, count, outputs):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_blocks_are_refined_by_batches_of_all_ranks(count, outputs):
-    """The rank with the most batches decides how many steps there are: five, or three, of ten."""
-    report = read_json(outputs / f"duqpp, blocks on {count}" / REPORT_FILE)
-    assert [block["steps"] for block in report["refined"]] == [{2: 5, 3: 3}[count]] * 2
-    assert any(block["loss_after"] < block["loss_before"] for block in report["refined"])
+def test_blocks_are_refined_in_the_steps_of_one_process(count, outputs):
+    """Nine of ten batches train, whichever rank has them."""
+    alone, shared = (
+        read_json(outputs / f"duqpp, blocks{on}" / REPORT_FILE)["refined"]
+        for on in ("", f" on {count}")
+    )
+    assert [block["steps"] for block in shared] == [9, 9]
+    for own, expected in zip(shared, alone, strict=True):
+        assert own == pytest.approx(expected, rel=1e-3)
+    assert any(block["loss_after"] < block["loss_before"] for block in shared)
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_ranks_refine_to_the_same_latents(count, outputs):
+    """Bit by bit; and to those of one process, whose transforms are the same but for ties."""
     for block in ("0.pt", "1.pt"):
         first, *others = (
             torch.load(outputs / f"latents of {rank} on {count}" / block) for rank in range(count)
         )
         assert len(first) == 7
-        for latents in others:
+        alone = torch.load(outputs / "latents of 0 on 1" / block)
+        for latents in (*others, alone):
             assert latents.keys() == first.keys()
-            assert all(torch.equal(latents[name], first[name]) for name in first)
-
-
-def test_rotations_are_learned_from_batches_of_all_ranks(outputs):
-    groups = read_json(outputs / "learned on 2" / REPORT_FILE)["groups"]
-    assert all(0 < group["output_error"] < 0.3 for group in groups)
+        for name, latent in first.items():
+            assert all(torch.equal(latents[name], latent) for latents in others)
+            assert (alone[name] - latent).norm() <= 1e-3 * latent.norm()
 
 
 def command(model: Path, out: Path, *options: str) -> Callable[[], object]:

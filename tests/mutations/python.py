@@ -320,13 +320,6 @@ MUTATIONS = (
         STATISTICS_TESTS,
     ),
     Mutation(
-        "schedule: gradients of ranks without a batch count as zeros",
-        SCHEDULE,
-        "ranks.sum_(parameter.grad).div_(batches)",
-        "ranks.sum_(parameter.grad).div_(ranks.count)",
-        SCHEDULE_TESTS,
-    ),
-    Mutation(
         "duqpp: each rank's transform is of its own tokens",
         SEQUENTIAL,
         "ranks.sum_(second_moments(x, parts))",
@@ -734,6 +727,34 @@ MUTATIONS = (
         "max(1, batches // _HELD_SHARE)",
         "1",
         SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "schedule: ranks have the batches that only refine where their first ones are",
+        SCHEDULE,
+        "before = sum(own[:kind])",
+        "before = 0",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "schedule: a rank without the batch steps by a gradient of its own",
+        SCHEDULE,
+        "ranks.broadcast_(parameter.grad, batch.rank)",
+        "ranks.broadcast_(parameter.grad.clone(), batch.rank)",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "schedule: a loss is the mean of what one rank holds back",
+        SCHEDULE,
+        "sum(chain(*ranks.all(own))) / len(batches)",
+        "sum(own) / len(batches)",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "duqpp: ranks refine on their batches in turn, and not in the order of one process",
+        SEQUENTIAL,
+        "calibrating=streams.calibrating,",
+        "calibrating=0,",
+        RANKS_JOB_TESTS,
     ),
     Mutation(
         "schedule: a loss that is no number is as good as the least",

@@ -37,6 +37,7 @@ def _everything(ranks: Ranks) -> dict[str, object]:
         "of none": ranks.gather(torch.empty(0, 5)),
         "sum": ranks.sum_(SUMMANDS[ranks.index].clone()),
         "max": ranks.max_(SUMMANDS[ranks.index].float()),
+        "broadcast": ranks.broadcast_(SUMMANDS[ranks.index].clone(), 1),
         "identity": (ranks.index, ranks.count, ranks.local, ranks.is_first),
     }
 
@@ -53,6 +54,7 @@ def test_what_three_ranks_tell_each_other(tmp_path):
         assert torch.equal(own["sum"], found[0]["sum"]), "the same bits on all"
         assert torch.equal(own["sum"].float(), SUMMANDS.sum(0).float())
         assert torch.equal(own["max"], SUMMANDS.float().amax(0))
+        assert torch.equal(own["broadcast"], SUMMANDS[1])
         assert own["identity"] == (rank, 3, rank, rank == 0)
 
 
@@ -61,7 +63,8 @@ def test_alone_every_operation_gives_back_what_it_is_given():
     with joined(HOST) as ranks:
         assert ranks is ALONE
         assert ranks.all(1) == [1] and ranks.first(lambda: 2) == 2 and ranks.place(3) == (0, 3)
-        assert all(same is x for same in (ranks.sum_(x), ranks.max_(x), ranks.gather(x)))
+        made = [ranks.sum_(x), ranks.max_(x), ranks.gather(x), ranks.broadcast_(x, 0)]
+        assert all(same is x for same in made)
 
 
 def _fail(ranks: Ranks, how: str) -> None:

@@ -11,11 +11,11 @@ from duqpp.methods.refine.latent import to_codes, to_latents
 from duqpp.methods.refine.schedule import (
     EarlyStopping,
     LatentOptimizer,
+    backward,
+    batches_of_all,
     held_back,
-    mean_gradients,
     mean_loss,
     shuffled,
-    steps_of,
 )
 from duqpp.methods.reports import RefineReport
 from duqpp.models.stack import BlockInputs
@@ -52,41 +52,44 @@ def refine_block(
     targets: list[Tensor],
     rule: ScaleRule,
     generator: torch.Generator,
+    *,
+    calibrating: int = 0,
 ) -> tuple[RefineReport, dict[str, Tensor]]:
     """Train the weights of a quantized block through their rounding, in place.
 
     The block reads the quantized stream and is asked for the float stream's outputs, so that it
-    also makes up for what the blocks before it got wrong. Batches are seen once; of several ranks
-    each has one of its own in a step, so that there are fewer steps. The latents with the least
-    loss on held-back batches are kept, and nothing is changed where that is the start; training
-    stops early when checks are clearly worse.
+    also makes up for what the blocks before it got wrong. Batches are seen once, in an order that
+    is the same for any number of ranks. The latents with the least loss on held-back batches are
+    kept, and nothing is changed where that is the start; training stops early when checks are
+    clearly worse.
 
     Args:
         latents: by linear, from `Sequential.quantize_groups`.
         inputs: of the quantized stream. targets: the float block's outputs in the float stream,
             batch by batch.
-        rule: scale rule of the weights. generator: of the order of batches.
+        rule: scale rule of the weights. generator: of the order of batches. calibrating: how many
+            of this rank's batches calibrate; the others, behind them, only refine.
     Returns: the report; and the latents of the codes that stay, by linear.
-    Raises: InputError when a rank has fewer than two batches.
+    Raises: InputError when there are fewer than two batches.
     """
-    ranks, held = inputs.placement.ranks, held_back(len(inputs.hidden))
+    ranks = inputs.placement.ranks
+    batches = batches_of_all(ranks, calibrating, len(inputs.hidden) - calibrating)
+    held = held_back(len(batches))
     module, groups = block.module, block.groups
     parameters = to_latents(module, groups, latents, rule=rule)
     loss = block_loss(module, block.index, inputs, targets)
     stopping = EarlyStopping(
-        lambda: mean_loss([float(loss(batch)) for batch in held], ranks),
+        lambda: mean_loss(loss, batches[held.start :], ranks),
         lambda: {name: latent.detach().clone() for name, latent in parameters.items()},
     )
     if not groups:  # all skipped
         return RefineReport(stopping.first, stopping.least, 0), {}
-    order = steps_of(shuffled(held.start, generator), ranks)
+    order = shuffled(held.start, generator)
     optimizer = LatentOptimizer(parameters.values(), rate=_RATE, steps=len(order))
     steps, every = 0, -(-len(order) // CHECKS)
     with torch.enable_grad():
-        for batch, batches in order:
-            if batch is not None:
-                loss(batch).backward()
-            mean_gradients(parameters.values(), ranks, batches)
+        for batch in order:
+            backward(loss, batches[batch], parameters.values(), ranks)
             optimizer.step()
             steps += 1
             if (steps % every == 0 or steps == len(order)) and not stopping.check():

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from itertools import chain
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +35,49 @@ def held_back(batches: int) -> range:
     return range(batches - max(1, batches // _HELD_SHARE), batches)
 
 
-def mean_loss(losses: Sequence[float], ranks: Ranks) -> float:
-    """The mean over the batches of all ranks, each of which has the losses of its own."""
-    parts = ranks.all((sum(losses), len(losses)))
-    return sum(part for part, _ in parts) / sum(batches for _, batches in parts)
+class Batch(NamedTuple):
+    """A batch of a job. rank: which has it. place: among that rank's batches."""
+
+    rank: int
+    place: int
 
 
-def mean_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks, batches: int) -> None:
-    """Let each parameter have the mean gradient over ranks, of which so many have had a batch."""
+def batches_of_all(ranks: Ranks, *counts: int) -> list[Batch]:
+    """The batches of all ranks, in the order in which one process would have them.
+
+    Args: counts: how many of each kind this rank has, in order: those that calibrate come before
+        those that only refine, and of either kind each rank has a run.
+    """
+    batches, of_all = [], ranks.all(counts)
+    for kind in range(len(counts)):
+        for rank, own in enumerate(of_all):
+            before = sum(own[:kind])
+            batches += [Batch(rank, before + place) for place in range(own[kind])]
+    return batches
+
+
+def mean_loss(loss: Callable[[int], Tensor], batches: Sequence[Batch], ranks: Ranks) -> float:
+    """The mean loss over batches, each measured by the rank that has it."""
+    own = [float(loss(batch.place)) for batch in batches if batch.rank == ranks.index]
+    return sum(chain(*ranks.all(own))) / len(batches)
+
+
+def backward(
+    loss: Callable[[int], Tensor],
+    batch: Batch,
+    parameters: Iterable[nn.Parameter],
+    ranks: Ranks,
+) -> None:
+    """Let each parameter have the gradient of the loss of a batch, from the rank that has that.
+
+    So each step is, bit by bit, the one that a single process makes, while the other ranks wait.
+    """
+    if batch.rank == ranks.index:
+        loss(batch.place).backward()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        ranks.sum_(parameter.grad).div_(batches)
-
-
-def steps_of(own: Sequence[int], ranks: Ranks) -> list[tuple[int | None, int]]:
-    """In each step every rank has one of its batches, until it has none left.
-
-    Args: own: this rank's batches, in their order.
-    Returns: by step the batch, or None, and how many ranks have one: there are as many steps as the
-        rank with the most batches has.
-    """
-    counts = ranks.all(len(own))
-    having = [sum(count > step for count in counts) for step in range(max(counts))]
-    batches: list[int | None] = [*own, *[None] * (len(having) - len(own))]
-    return list(zip(batches, having, strict=True))
+        ranks.broadcast_(parameter.grad, batch.rank)
 
 
 def shuffled(count: int, generator: torch.Generator) -> list[int]:

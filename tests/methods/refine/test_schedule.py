@@ -10,10 +10,10 @@ from duqpp.errors import InputError
 from duqpp.methods.refine.schedule import (
     EarlyStopping,
     LatentOptimizer,
+    backward,
+    batches_of_all,
     held_back,
-    mean_gradients,
     mean_loss,
-    steps_of,
 )
 from duqpp.placement.ranks import ALONE, Ranks
 from tests.ranks import together
@@ -34,38 +34,38 @@ def test_fewer_than_two_batches_are_too_few(batches):
 
 
 def _trained(ranks: Ranks) -> dict[str, object]:
-    """Ranks with three batches, one and none."""
-    own = [[5, 3, 4], [8], []][ranks.index]
-    steps = steps_of(own, ranks)
+    """Ranks with two batches that calibrate, one and one; and one that only refines, none, two."""
+    counts = [(2, 1), (1, 0), (1, 2)][ranks.index]
+    batches = batches_of_all(ranks, *counts)
+    scale, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+
+    def loss(place: int) -> torch.Tensor:
+        return (10.0 * ranks.index + place) * scale.sum()
+
     gradients = []
-    for batch, batches in steps:
-        parameter = nn.Parameter(torch.zeros(2))
-        if batch is not None:
-            parameter.grad = torch.full((2,), float(batch))
-        mean_gradients([parameter], ranks, batches)
-        gradients.append(parameter.grad.tolist())
+    for batch in batches:
+        scale.grad = None
+        backward(loss, batch, [scale, other], ranks)
+        gradients.append(scale.grad.tolist())
     return {
-        "steps": steps,
+        "batches": batches,
         "gradients": gradients,
-        "loss": mean_loss([float(batch) for batch in own], ranks),
+        "unused": other.grad.tolist(),
+        "loss": mean_loss(lambda place: loss(place).detach(), batches[1:], ranks),
     }
 
 
-def test_ranks_step_together_until_the_last_one_has_no_batch_left(tmp_path):
-    found = together(3, _trained, tmp_path)
-    assert [own["steps"] for own in found] == [
-        [(5, 2), (3, 1), (4, 1)],
-        [(8, 2), (None, 1), (None, 1)],
-        [(None, 2), (None, 1), (None, 1)],
-    ]
-    for own in found:
-        assert own["gradients"] == [[6.5, 6.5], [3.0, 3.0], [4.0, 4.0]]
-        assert own["loss"] == 20 / 4, "of batches, not of ranks"
+def test_ranks_train_on_the_batches_of_one_process_in_its_order(tmp_path):
+    for own in together(3, _trained, tmp_path):
+        assert own["batches"] == [(0, 0), (0, 1), (1, 0), (2, 0), (0, 2), (2, 1), (2, 2)]
+        assert own["gradients"] == [[x, x] for x in (0.0, 1.0, 10.0, 20.0, 2.0, 21.0, 22.0)]
+        assert own["unused"] == [0.0] * 3
+        assert own["loss"] == pytest.approx(2 * (1 + 10 + 20 + 2 + 21 + 22) / 6)
 
 
-def test_alone_each_batch_is_a_step():
-    assert steps_of([2, 0, 1], ALONE) == [(2, 1), (0, 1), (1, 1)]
-    assert mean_loss([1.0, 4.0], ALONE) == 2.5
+def test_alone_the_batches_are_in_their_order():
+    losses = torch.tensor([1.0, 4.0])
+    assert mean_loss(lambda place: losses[place], batches_of_all(ALONE, 2), ALONE) == 2.5
 
 
 STEPS = 40
