@@ -36,12 +36,12 @@ def making_up_for_drift(
     if factor is None:
         return lambda weight: weight
     if rows > len(hessian):
-        inverted = torch.cholesky_solve(drift.double().T, factor).T.float()  # C H^-1
+        inverted = _solve_(factor, drift.double().T).T.float()  # C H^-1
         return lambda weight: torch.addmm(weight, weight, inverted, alpha=share)
 
     def made_up(weight: Tensor) -> Tensor:
-        change = torch.cholesky_solve((weight @ drift).double().T, factor)  # [K, n]
-        return weight + share * change.T.float()
+        change = _solve_(factor, (weight @ drift).double().T)  # [K, n]
+        return change.T.float().mul_(share).add_(weight)
 
     return made_up
 
@@ -59,3 +59,13 @@ def _factor(hessian: Tensor) -> Tensor | None:
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
     return None if failed else matrix
+
+
+def _solve_(factor: Tensor, right: Tensor) -> Tensor:
+    """H^-1 right, [K, n], in the place of right, where `cholesky_solve` copies the factor, too.
+
+    Args: factor: of H, lower triangular, [K, K]. right: its columns are contiguous.
+    """
+    torch.linalg.solve_triangular(factor, right, upper=False, out=right)
+    torch.linalg.solve_triangular(factor.T, right, upper=True, out=right)
+    return right

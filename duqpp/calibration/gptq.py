@@ -111,6 +111,7 @@ class Gptq:
             differences[:, start - done : stop - done] = weight[:, own] - rounded
             if stop - done == _COLUMNS_AT_A_TIME:
                 fed[:, stop:].addmm_(differences, self.factor[done:stop, stop:])
+        del fed, here  # as large as the weight, before rows are compared
         result = GptqResult(MXFP4Tensor(codes.flatten(1), scales), compensated)
         self._round_to_nearest_where_better(weight, result, loss, rule, backend)
         return result

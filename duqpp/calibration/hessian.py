@@ -8,11 +8,11 @@ from torch import Tensor
 from duqpp.placement import HOST
 from duqpp.placement.ranks import ALONE, Ranks
 
-_PART = 2**24  # elements of a product that are in memory at a time
+PART = 2**24  # elements of a product that are in memory at a time
 # Columns of a symmetric product that are computed at once. On one core with AVX2 and 2048 rows, of
 # 128 to 512 columns 192 and 256 took the least time: 0.73 of the whole product's for K = 576, 0.65
 # for 1536.
-_PANEL = 256
+PANEL = 256
 
 
 def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -23,7 +23,10 @@ def transform_second_moment(gram: Tensor, tokens: int, apply: Callable[[Tensor],
         apply: x -> x T for rows [n, K].
     """
     half = apply(gram)  # gram T
-    return apply(half.T.contiguous()).mul_(2.0 / tokens)
+    del gram  # which nobody else may have
+    turned = half.T.contiguous()
+    del half
+    return apply(turned).mul_(2.0 / tokens)
 
 
 class ProductSum:
@@ -43,8 +46,8 @@ class ProductSum:
         self, channels: int, device: torch.device = HOST, *, symmetric: bool = False
     ) -> None:
         self._sum = torch.zeros(channels, channels, dtype=torch.float64, device=device)
-        part = max(1, _PART // channels)
-        self._part = min(part, _PANEL) if symmetric else part
+        part = max(1, PART // channels)
+        self._part = min(part, PANEL) if symmetric else part
         self._symmetric = symmetric
         self.tokens = 0
 
@@ -58,7 +61,7 @@ class ProductSum:
 
     def take(self, ranks: Ranks = ALONE) -> Tensor:
         """The sum, float32 [K, K], which is let go of here. Every rank asks for it at once."""
-        total, self._sum = ranks.sum_(self._sum), self._sum[:0]
+        total, self._sum = ranks.sum_(self._sum), self._sum.new_empty(0)
         self.tokens = sum(ranks.all(self.tokens))
         result = total.float()
         return self._mirrored(result) if self._symmetric else result

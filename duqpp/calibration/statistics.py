@@ -70,8 +70,9 @@ class InputStatistics:
     def merge(self, ranks: Ranks) -> None:
         """Be what one process would have seen, which takes in the tokens of all ranks in order."""
         own = ranks.gather(self.amax[None]).argmax(0) == ranks.index  # the first that has the peak
-        self._peaks = ranks.gather(self._peaks[self._peak_row[own].unique()])
-        self._sampled = [ranks.gather(torch.cat(self._sampled))]
+        peaks = ranks.gather(self._peaks[self._peak_row[own].unique()])
+        self._sampled = [torch.cat((ranks.gather(torch.cat(self._sampled)), peaks))]
+        self._peaks = peaks[:0].clone()
         self.tokens = sum(ranks.all(self.tokens))
         ranks.max_(self.amax)
 
@@ -83,8 +84,9 @@ class InputStatistics:
         return gram.take(ranks)
 
     def samples(self) -> Tensor:
-        """The sampled rows and the rows of channel peaks: float32 [n, K]."""
-        return torch.cat((*self._sampled, self._peaks))
+        """The sampled rows and the rows of channel peaks: float32 [n, K]; once merged, no copy."""
+        parts = [rows for rows in (*self._sampled, self._peaks) if len(rows)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def overflow_of_input(name: str, dtype: torch.dtype) -> InputError:

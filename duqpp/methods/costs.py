@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from duqpp.calibration.hessian import PANEL, PART
 from duqpp.format import BLOCK_SIZE
 from duqpp.methods.refine.schedule import held_back
 from duqpp.models.family import LinearGroup
@@ -21,9 +22,15 @@ from duqpp.models.shapes import Forward
 Rotated = Literal["none", "shared", "per-block"]
 
 SAMPLE_TOKENS = 1024  # random rows kept of each input, besides the rows of channel peaks
+# Of a group, that are folded, rounded or reported together: at most some 15 GB in float64 and
+# beside it. All of a group's up to LLaMA-3 70B; the rows of a wider group are taken in parts,
+# linear by linear.
+WEIGHTS_AT_A_TIME = 2**29
+REPORT_ROWS = 256  # of the sampled ones, on which a report's errors are measured
 CODES = 17 / 32  # bytes a weight: a code of 4 bits, and a scale for 32 of them
 _FLOAT32, _FLOAT64 = 4, 8
 _COMPARED_ROWS = 1024  # at a time, after GPTQ
+_SEARCHED_ROWS = 2**16  # of 32 values, at a time
 ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the Hessian
 
 
@@ -31,12 +38,14 @@ ROWS_AT_A_TIME = 2048  # of a group's input, transformed and rounded for the Hes
 class Operations:
     """Floating-point operations by what they are done in, and what else takes time.
 
-    half: products in the dtype of the model. single, double: in float32 and float64. moved: bytes
-    that rounding and the like read and write. steps: one after the other, each too small to fill a
-    GPU, whose time is that of a launch.
+    half: products in the dtype of the model. rounded: of values that are rounded to MXFP4, in
+    training, which are in bfloat16 on a GPU and in float32 on a CPU (see `product_dtype`). single,
+    double: in float32 and float64. moved: bytes that rounding and the like read and write. steps:
+    one after the other, each too small to fill a GPU, whose time is that of a launch.
     """
 
     half: float = 0.0
+    rounded: float = 0.0
     single: float = 0.0
     double: float = 0.0
     moved: float = 0.0
@@ -53,7 +62,7 @@ class Operations:
     @property
     def total(self) -> float:
         """Floating-point operations of every kind."""
-        return self.half + self.single + self.double
+        return self.half + self.rounded + self.single + self.double
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ class GroupShape:
         """Entries of a matrix [K, K]."""
         return self.channels**2
 
+    @property
+    def gram(self) -> float:
+        """Operations of x.T x for each token: of panels of columns, what is not below them."""
+        return self.channels * (self.channels + min(PANEL, self.channels))
+
+    @property
+    def at_once(self) -> int:
+        """Weights that are folded and rounded together."""
+        return min(self.weights, WEIGHTS_AT_A_TIME)
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -134,6 +153,11 @@ class BlockShape:
     def weights(self) -> int:
         """Weights that are quantized."""
         return sum(group.weights for group in self.groups)
+
+    @cached_property
+    def outputs(self) -> int:
+        """Channels that quantized linears give."""
+        return sum(group.outputs for group in self.groups)
 
     @cached_property
     def widest(self) -> int:
@@ -186,7 +210,7 @@ class ModelShape:
     @property
     def outputs(self) -> int:
         """Channels that quantized linears give, all together."""
-        return sum(n * sum(g.outputs for g in s.groups) for s, n in self.blocks.items())
+        return sum(count * shape.outputs for shape, count in self.blocks.items())
 
     @property
     def forward(self) -> float:
@@ -201,17 +225,21 @@ class ModelShape:
 
 def rounding(shape: BlockShape, *, rotated: Rotated = "none") -> list[Cost]:
     """Of a method that reads no activations: every group folded, rounded and reported."""
-    kept = {"float32 weights of the block": _FLOAT32 * shape.weights}
-    return [
-        cost
-        for group in shape.groups
-        for cost in (_folded(kept, group, rotated), _reported(kept, group))
-    ]
+    stages = []
+    for index, group in enumerate(shape.groups):
+        kept = _weights_of(shape.groups[index:])
+        stages += [_folded(kept, group, rotated), _reported(kept, group, _FLOAT32)]
+    return stages
 
 
-# What stands beside the float32 weights while they are folded: float64 before and after, and for a
-# matrix per block the result once more in another order.
-_FOLD = {"none": 12, "shared": 16, "per-block": 24}
+def _weights_of(groups: Sequence[GroupShape]) -> dict[str, float]:
+    """Those of the groups that are not done yet."""
+    return {"float32 weights": _FLOAT32 * float(sum(group.weights for group in groups))}
+
+
+# What stands beside a group's float32 weights while they are folded: those in one, in float64, and
+# the result in float64, for a matrix per block in two orders, or in float32.
+_FOLD = {"none": 4 + 8 + 4, "shared": 4 + 8 + 8, "per-block": 4 + 8 + 8 + 8}
 
 
 def _folded(kept: Mapping[str, float], group: GroupShape, rotated: Rotated) -> Cost:
@@ -220,17 +248,27 @@ def _folded(kept: Mapping[str, float], group: GroupShape, rotated: Rotated) -> C
         double=0.0 if rotated == "none" else 2.0 * BLOCK_SIZE * group.weights,
         moved=60.0 * group.weights,
     )
-    own = {"weights in float64": float(_FOLD[rotated] * group.weights)}
+    own = {
+        "weights in float64": float(_FOLD[rotated] * group.at_once),
+        "parts before": float(_FLOAT32 * (group.weights - group.at_once)),
+    }
     return Cost(f"{group.name}: fold", {**kept, **own}, work)
 
 
-def _reported(kept: Mapping[str, float], group: GroupShape, samples: float = 0.0) -> Cost:
-    """Errors of a group. samples: bytes of its sampled inputs."""
-    # Exact weights, dequantized ones, exact ones in one, the difference; the last is made behind
-    # the transformed samples and their magnitudes.
-    report = _FLOAT32 * group.weights * 3 + max(_FLOAT32 * group.weights, 2 * samples)
-    work = Operations(moved=50.0 * group.weights)
-    return Cost(f"{group.name}: report", {**kept, "errors of the weights": report}, work)
+def _reported(
+    kept: Mapping[str, float], group: GroupShape, made: float, samples: float = 0.0
+) -> Cost:
+    """Errors of a group. made: bytes a weight that are rounded, and what they were rounded from.
+    samples: bytes of its sampled inputs.
+    """
+    # Linear by linear, or a part of it, dequantized, twice, beside samples, transformed; or those,
+    # and magnitudes of others.
+    linear = _FLOAT32 * min(max(group.rows) * group.channels, group.at_once)
+    report = {
+        "rounded weights": made * group.weights,
+        "errors": samples + max(2 * linear, samples),
+    }
+    return Cost(f"{group.name}: report", {**kept, **report}, Operations(moved=50.0 * group.weights))
 
 
 def sampled_rows(tokens: int, channels: int) -> float:
@@ -258,31 +296,25 @@ def independent(
     if text is None:
         return rounding(shape, rotated=rotated)
     tokens, groups = text.calibrating, shape.groups
-    samples = {
-        g.name: _FLOAT32 * sampled_rows(text.everywhere, g.channels) * g.channels for g in groups
-    }
+    samples = [_FLOAT32 * sampled_rows(text.everywhere, g.channels) * g.channels for g in groups]
     squares = sum(g.square for g in groups)
     moments = {"second moments, float64": _FLOAT64 * squares} if gptq and float_hessian else {}
     resting = shape.between(tokens) if float_outputs else 0.0
-    # float32 of a batch's input, and its magnitudes.
-    watched = 2 * _FLOAT32 * shape.forward.tokens * shape.widest
-    grams = sum(2 * tokens * g.square for g in groups)
+    # A batch's input, in float32, and its magnitudes.
+    watched = (shape.itemsize + 2 * _FLOAT32) * shape.forward.tokens * shape.widest
     observe = Cost(
         "float pass, statistics",
         {
-            "forward pass of a batch": shape.forward.bytes + watched,
-            "sampled inputs": sum(samples.values()),
+            "forward pass of a batch, or what is read there": max(shape.forward.bytes, watched),
+            "sampled inputs": sum(samples),
             **moments,
         },
         shape.passes(tokens)
-        + Operations(
-            single=float(grams) if moments else 0.0,
-            moved=5 * _FLOAT32 * tokens * sum(g.channels for g in groups),
-        ),
+        + (_added_up(shape, tokens) if moments else Operations())
+        + Operations(moved=5 * _FLOAT32 * tokens * sum(g.channels for g in groups)),
     )
-    # Statistics, samples, and what transforms are made for.
-    kept: dict[str, float] = {"float32 weights of the block": _FLOAT32 * shape.weights}
-    kept["sampled inputs, three times"] = 3 * sum(samples.values())
+    outputs = {"outputs of the float block": float(_FLOAT32 * REPORT_ROWS * shape.outputs)}
+    kept = _weights_of(groups) | {"sampled inputs": sum(samples)} | outputs
     stages = [observe]
     if smoothed and rotated != "per-block":
         group = max(groups, key=lambda g: g.weights)
@@ -292,89 +324,111 @@ def independent(
                   Operations(moved=48 * shape.weights))
         )  # fmt: skip
     if search:
-        steps = search * len(groups) * 12
-        stages.append(Cost("search of rotations", {**kept, **moments}, Operations(steps=steps)))
+        stages.append(_search(groups, search, {**kept, **moments}, samples))
     if gptq:
-        hessians = {"Hessians": _FLOAT32 * squares}
-        stages.append(_hessians(shape, text, {**kept, **hessians}, float_hessian))
-        kept |= hessians
-    for group in groups:
-        stages.append(_folded(kept, group, rotated))
+        stages.append(_hessians(shape, text, kept, float_hessian))
+    for index, group in enumerate(groups):
+        left = _weights_of(groups[index:]) | {"sampled inputs": sum(samples[index:])} | outputs
+        made = _FLOAT32
         if gptq:
-            stages += _by_gptq(kept, group, text, drift=False)
-            kept["Hessians"] -= _FLOAT32 * group.square
-        stages.append(_reported(kept, group, samples[group.name]))
+            behind = sum(g.square for g in groups[index + 1 :])
+            left["Hessians of the groups behind"] = _FLOAT32 * behind
+            stages += _by_gptq(left, group, text, rotated=rotated, drift=False)
+            made = 2 * _FLOAT32
+        else:
+            stages.append(_folded(left, group, rotated))
+        stages.append(_reported(left, group, made, samples[index]))
     stages = [replace(stage, resting=resting) for stage in stages]
     return stages if float_outputs else [*stages, quantized_pass(shape, text)]
+
+
+def _search(
+    groups: Sequence[GroupShape], steps: int, kept: Mapping[str, float], samples: Sequence[float]
+) -> Cost:
+    """The greedy search of rotations, group by group."""
+    parts = {
+        **kept,
+        "smoothed inputs of a group": max(samples),
+        "some of them, rotated": 2 * min(max(samples), _FLOAT32 * BLOCK_SIZE * _SEARCHED_ROWS),
+    }
+    return Cost("search of rotations", parts, Operations(steps=12 * steps * len(groups)))
+
+
+def _added_up(shape: BlockShape, tokens: float) -> Operations:
+    """Sums of x.T x over the tokens of every group's input."""
+    squares = sum(group.square for group in shape.groups)
+    return Operations(
+        single=tokens * sum(group.gram for group in shape.groups),
+        # Into a float64 sum for each batch, above the diagonal.
+        moved=0.5 * (2 * _FLOAT64 + _FLOAT32) * squares * tokens / shape.forward.tokens,
+    )
 
 
 def _hessians(
     shape: BlockShape, text: Text, kept: Mapping[str, float], float_hessian: bool
 ) -> Cost:
     """All groups' Hessians before the first is rounded."""
-    largest = max(group.square for group in shape.groups)
-    if float_hessian:  # the moments, and beside them three more of one group while they turn
-        work = Operations(single=sum(4 * BLOCK_SIZE * g.square for g in shape.groups))
-        return Cost("Hessians", {**kept, "one in turning": 3 * _FLOAT32 * largest}, work)
+    squares = [group.square for group in shape.groups]
+    if float_hessian:
+        # Of those before in float32, of those behind the moments in float64; and of one its moments
+        # in both, or in float32, once turned, and in another order.
+        most = max(
+            _FLOAT32 * sum(squares[:index])
+            + (_FLOAT64 + _FLOAT32) * square
+            + _FLOAT64 * sum(squares[index + 1 :])
+            for index, square in enumerate(squares)
+        )
+        work = Operations(single=sum(4 * BLOCK_SIZE * square for square in squares))
+        return Cost("Hessians", {**kept, "moments, one in turning": most}, work)
     rows = shape.forward.tokens * shape.widest
-    squares = sum(group.square for group in shape.groups)
     parts = {
         **kept,
-        "of it in float64 while they are added up": (_FLOAT64 - _FLOAT32) * squares,
-        "rounded inputs of a batch": 20 * rows,
-        "its forward": shape.forward.bytes,
+        "Hessians, float64": float(_FLOAT64 * sum(squares)),
+        "rounded inputs of a batch": 20.0 * rows,
+        "its forward": float(shape.forward.bytes),
     }
-    products = sum(2 * text.calibrating * g.square for g in shape.groups)
-    return Cost("Hessians", parts, shape.passes(text.calibrating) + Operations(single=products))
+    work = shape.passes(text.calibrating) + _added_up(shape, text.calibrating)
+    return Cost("Hessians", parts, work)
 
 
 def _by_gptq(
-    kept: Mapping[str, float], group: GroupShape, text: Text, *, drift: bool
+    kept: Mapping[str, float], group: GroupShape, text: Text, *, rotated: Rotated, drift: bool
 ) -> list[Cost]:
-    """The factors of one Hessian, and rounding column by column. `kept` has the Hessian.
+    """The fold, the factors of a group's Hessian, and rounding column by column.
 
-    The rows of a weight are split over ranks.
+    The rows of a weight are split over ranks. Where there is no drift, the Hessian is let go of
+    once it has its factor.
     """
-    k, n, weights = group.channels, group.outputs, group.weights
+    k, n, weights, square = group.channels, group.outputs, group.weights, group.square
     share = 1 / text.ranks
-    folded: dict[str, float] = {"folded weights": _FLOAT32 * weights}
-    stages = []
+    matrices = {"Hessian": float(_FLOAT32 * square)}
     if drift:
-        solved = group.square if n > k else weights * share
-        stages.append(
-            Cost(
-                f"{group.name}: make up for the drift",
-                {
-                    **kept,
-                    **folded,
-                    # The matrix of the equations, and its factor.
-                    "two matrices in float64": 2 * _FLOAT64 * group.square,
-                    "right side and solution, float64": 2 * _FLOAT64 * solved,
-                },
-                Operations(
-                    single=2 * n * k**2 * share,
-                    double=k**3 / 3 + 2 * k * solved,
-                    moved=60 * weights * share,
-                ),
-            )
-        )
-        folded["what makes up for the drift"] = _FLOAT32 * weights * share
+        matrices["drift"] = float(_FLOAT32 * square)
+    stages = [_folded({**kept, **matrices}, group, rotated)]
+    kept = {**kept, "folded weights": float(_FLOAT32 * weights)}
+    if drift:
+        stages.append(_made_up({**kept, **matrices}, group, share))
+        kept |= {"what makes up for the drift": _FLOAT32 * weights * share}
+    factors = {"factors": float((_FLOAT64 + _FLOAT32) * square)}
     stages.append(
         Cost(
             f"{group.name}: factors of the Hessian",
-            {**kept, **folded, "factors": (_FLOAT64 + _FLOAT32) * group.square},
+            {**kept, **matrices, **factors},
             Operations(double=k**3 / 3),
         )
     )
+    if drift:
+        kept |= matrices
+    # Rows of W - Q, or of those and of what they are compared with.
+    compared = 5 * _FLOAT32 * k * min(n * share, _COMPARED_ROWS)
     stages.append(
         Cost(
             f"{group.name}: GPTQ",
             {
                 **kept,
-                **folded,
-                "factor": _FLOAT32 * group.square,
-                "codes, errors, what they were rounded from": (2 * _FLOAT32 + CODES) * weights,
-                "rows compared with rounding to nearest": 20 * k * min(n, _COMPARED_ROWS),
+                "factor": float(_FLOAT32 * square),
+                "codes, what they were rounded from": (CODES + _FLOAT32) * weights,
+                "errors": max(_FLOAT32 * group.at_once * share, compared),
             },
             Operations(
                 single=(n * k**2 + 2 * n * k**2) * share,
@@ -386,6 +440,27 @@ def _by_gptq(
     return stages
 
 
+def _made_up(kept: Mapping[str, float], group: GroupShape, share: float) -> Cost:
+    """Weights that make up for the drift. share: of the rows that are this rank's."""
+    k, n, weights = group.channels, group.outputs, group.weights * share
+    # What is solved for: C H^-1 where W has more rows than columns, W C H^-1 of each part else.
+    solved = group.square if n > k else group.at_once * share
+    return Cost(
+        f"{group.name}: make up for the drift",
+        {
+            **kept,
+            "matrix of the equations, float64": float(_FLOAT64 * group.square),
+            "solution, float64 and float32": (_FLOAT64 + _FLOAT32) * solved,
+            "weights that make up for it": _FLOAT32 * weights if n > k else 0.0,
+        },
+        Operations(
+            single=2 * n * k**2 * share,
+            double=k**3 / 3 + 2 * k * solved,
+            moved=60 * weights,
+        ),
+    )
+
+
 def sequential(
     shape: BlockShape,
     text: Text,
@@ -394,8 +469,12 @@ def sequential(
     drift: bool,
     float_stream: bool,
     float_outputs: bool,
+    latents: bool,
 ) -> list[Cost]:
-    """Of the method that quantizes groups one after the other, each on what it will really read."""
+    """Of the method that quantizes groups one after the other, each on what it will really read.
+
+    latents: whether those of the whole block are kept.
+    """
     tokens, all_tokens = text.calibrating, text.all
     stages: list[Cost] = []
     batch = {"forward pass of a batch": float(shape.forward.bytes)}
@@ -410,11 +489,11 @@ def sequential(
     stages = [replace(stage, resting=resting) for stage in stages]
     done = 0
     for index, group in enumerate(shape.groups):
-        own: dict[str, float] = {"latents of the groups before": _FLOAT32 * done}
-        own["float32 weights"] = _FLOAT32 * group.weights
+        own = {"latents of the groups before": float(_FLOAT32 * done * latents)}
+        own |= _weights_of([group])
         if drift:
-            left = sum(g.channels for g in shape.groups[index:])
-            own["float inputs from here on"] = tokens * left * shape.itemsize
+            left = sum(g.channels for g in shape.groups[index + 1 :])
+            own["float inputs behind"] = float(tokens * left * shape.itemsize)
         # What is known of the block rests, and the input of what will be.
         rest = resting + (tokens * group.channels * shape.itemsize if group.returns else 0)
         turn = _group_in_turn(shape, group, text, own, gptq=gptq, drift=drift)
@@ -436,15 +515,10 @@ def _group_in_turn(
     tokens, k = text.calibrating, group.channels
     # Every linear runs once on the calibrating tokens, quantized, for what comes behind it.
     passed = shape.passes(tokens).times(group.weights / max(1, shape.weights))
-    x = {"its input, float32": _FLOAT32 * tokens * k}
+    x: dict[str, float] = {"its input, float32": _FLOAT32 * tokens * k}
+    if drift:
+        x["float input"] = tokens * k * shape.itemsize
     forward = {"forward pass of a batch": shape.forward.bytes}
-    chunk = min(tokens, ROWS_AT_A_TIME) * k
-    sums = (1 + drift) if gptq else 0
-    name = "Hessian and drift" if drift else "Hessian"
-    added = {f"{name}, float64": sums * _FLOAT64 * group.square} if gptq else {}
-    matrices = {name: sums * _FLOAT32 * group.square} if gptq else {}
-    products = sums * 2 * tokens * group.square
-    blocks = k // BLOCK_SIZE
     stages = [
         Cost(
             f"{group.name}: its input",
@@ -455,19 +529,55 @@ def _group_in_turn(
             f"{group.name}: transform",
             {**kept, **x, "its weights in one": _FLOAT32 * group.weights},
             Operations(
-                single=2 * BLOCK_SIZE * (tokens * k + group.weights), double=blocks * 2e6, steps=200
+                single=2 * BLOCK_SIZE * (tokens * k + group.weights),
+                double=k // BLOCK_SIZE * 2e6,
+                steps=200,
             ),
         ),
-        Cost(
-            f"{group.name}: Hessian, drift" if gptq else f"{group.name}: peaks of its input",
-            {**kept, **x, **added, "rows in turn": 32 * chunk},
-            Operations(single=products + 2 * BLOCK_SIZE * tokens * k, moved=60 * tokens * k),
-        ),
+        _observed_in_turn(shape, group, text, {**kept, **x}, gptq=gptq, drift=drift),
     ]
-    stages.append(_folded({**kept, **matrices}, group, "per-block"))
+    made = _FLOAT32
     if gptq:
-        stages += _by_gptq({**kept, **matrices}, group, text, drift=drift)
-    return [*stages, _reported(kept, group)]
+        stages += _by_gptq(kept, group, text, rotated="per-block", drift=drift)
+        made = 2 * _FLOAT32
+    else:
+        stages.append(_folded(kept, group, "per-block"))
+    return [*stages, _reported(kept, group, made)]
+
+
+def _observed_in_turn(
+    shape: BlockShape,
+    group: GroupShape,
+    text: Text,
+    kept: Mapping[str, float],
+    *,
+    gptq: bool,
+    drift: bool,
+) -> Cost:
+    """Once through a group's input, for the Hessian and what is due to the drift."""
+    tokens, k = text.calibrating, group.channels
+    moved, rotated = 60 * tokens * k, Operations(single=2 * BLOCK_SIZE * tokens * k)
+    chunk = _FLOAT32 * min(tokens, ROWS_AT_A_TIME, shape.forward.tokens) * k
+    if not gptq:  # in the order of its blocks, turned, and in its own order
+        parts = {**kept, "rows in turn": 2.0 * chunk}
+        return Cost(f"{group.name}: peaks of its input", parts, rotated + Operations(moved=moved))
+    sums = 1 + drift
+    # Rows turned and rounded, and either the float model's, in two orders; or a product of them, in
+    # float32 and float64.
+    product = (_FLOAT32 + _FLOAT64) * min(group.square, PART if drift else PANEL * k)
+    in_turn = max(5 * chunk, (2 + drift) * chunk + product)
+    parts = {
+        **kept,
+        "sums, float64": float(sums * _FLOAT64 * group.square),
+        "rows in turn, or a sum in float32": float(max(in_turn, _FLOAT32 * group.square)),
+    }
+    batches = tokens / shape.forward.tokens
+    work = Operations(
+        single=tokens * (group.gram + 2 * group.square * drift),
+        moved=moved + (0.5 + drift) * (2 * _FLOAT64 + _FLOAT32) * group.square * batches,
+    )
+    name = "Hessian, drift" if drift else "Hessian"
+    return Cost(f"{group.name}: {name}", parts, rotated + work)
 
 
 def quantized_pass(shape: BlockShape, text: Text) -> Cost:

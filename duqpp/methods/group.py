@@ -16,6 +16,7 @@ from duqpp.checkpoint.layout import Layout, convert_group
 from duqpp.errors import InputError
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule, dequantize
 from duqpp.methods.base import Block
+from duqpp.methods.costs import REPORT_ROWS, WEIGHTS_AT_A_TIME
 from duqpp.methods.options import Options
 from duqpp.methods.reports import GroupReport
 from duqpp.models.family import LinearGroup
@@ -25,12 +26,6 @@ from duqpp.placement import HOST, host_generator
 from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import stage
 from duqpp.rotation import InputTransform
-
-# Of a group, that are folded, rounded or reported together: at most some 15 GB in float64 and
-# beside it. All of a group's up to LLaMA-3 70B; the rows of a wider group are taken in parts,
-# linear by linear.
-WEIGHTS_AT_A_TIME = 2**29
-REPORT_ROWS = 256  # of them, spread evenly, on which the report's errors are measured
 
 
 @dataclass
@@ -142,7 +137,9 @@ def quantize_weights(
                 for part in parts
             ]
     else:
-        rounded = _by_gptq(plan, parts, options, hessian, drift, ranks)
+        gptq, targets = _prepared(plan, parts, options, hessian, drift, ranks)
+        del hessian, drift
+        rounded = _by_gptq(gptq, parts, targets, options, ranks)
     return _by_linear(plan, rounded)
 
 
@@ -168,22 +165,28 @@ def _folded(plan: GroupPlan, weight: Tensor) -> Tensor:
     return exact
 
 
-def _by_gptq(
+def _prepared(
     plan: GroupPlan,
     parts: list[Tensor],
     options: Options,
     hessian: Tensor,
     drift: Drift | None,
     ranks: Ranks,
-) -> list[RoundedWeight]:
-    """The folded parts of a group's weights by GPTQ: see `quantize_weights`."""
+) -> tuple[Gptq, list[Tensor]]:
+    """What GPTQ makes of a group's Hessian, and this rank's rows of each part that it rounds."""
     if _has_silent(plan):
         excite_silent(hessian, plan.silent, plan.transform.apply)
     targets = [part[ranks.share(len(part))] for part in parts]
     if drift is not None:
         targets = _drift_targets(plan, targets, hessian, drift)
     with named(plan.first_linear):
-        gptq = Gptq.of(hessian, damping=options.damping, order=options.block_order)
+        return Gptq.of(hessian, damping=options.damping, order=options.block_order), targets
+
+
+def _by_gptq(
+    gptq: Gptq, parts: list[Tensor], targets: list[Tensor], options: Options, ranks: Ranks
+) -> list[RoundedWeight]:
+    """The folded parts of a group's weights by GPTQ."""
     rounded = []
     for exact, target in zip(parts, targets, strict=True):
         made = gptq.round(target, options.weight_rule)

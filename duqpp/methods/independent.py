@@ -30,11 +30,11 @@ from duqpp.methods.group import (
     report_rows,
 )
 from duqpp.methods.options import Options
+from duqpp.methods.reports import GroupReport
 from duqpp.methods.smoothing import smooth_into_producers, smoothed_per_block
 from duqpp.models.family import LinearGroup
 from duqpp.models.stack import BlockInputs
 from duqpp.ops import quantize
-from duqpp.placement import HOST
 from duqpp.placement.stages import stage
 from duqpp.rotation import BlockRotation, InputTransform
 
@@ -43,16 +43,28 @@ from duqpp.rotation import BlockRotation, InputTransform
 class GroupInput:
     """What a group's transform is made for.
 
-    blocks: K / 32. x: sampled inputs, smoothed, float32 [n, K]; None for a method that reads none.
-    folded_scales: float64 [K], smoothing that becomes part of the transform; None for none.
-    generator: the group's own. device: where the transform belongs.
+    blocks: K / 32. samples: of inputs, float32 [n, K]; None for a method that reads none. scales:
+    float64 [K], what a producer divides them by. folded_scales: float64 [K], smoothing that becomes
+    part of the transform; None for none. generator: the group's own.
     """
 
     blocks: int
-    x: Tensor | None
+    samples: Tensor | None
+    scales: Tensor
     folded_scales: Tensor | None
     generator: torch.Generator
-    device: torch.device = HOST
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transform belongs."""
+        return self.scales.device
+
+    def x(self) -> Tensor:
+        """The samples, smoothed: a copy, for as long as the transform is made."""
+        if self.samples is None:
+            raise ValueError("there are no samples")
+        x = self.samples / self.scales.float()
+        return x if self.folded_scales is None else x.div_(self.folded_scales.float())
 
 
 class Independent(Method):
@@ -118,16 +130,16 @@ class Independent(Method):
         for name, transform in made.items():
             plans[name].transform = transform
         hessians = self._hessians(block, plans, streams.inputs, statistics)
-        reports = []
-        for name, plan in plans.items():
-            hessian = hessians.pop(name, None)
-            weights = quantize_weights(plan, self.options, hessian, ranks=ranks)
+        del groups, statistics  # which have the samples, too
+
+        def quantized(name: str) -> GroupReport:
+            """Everything of a group is let go of with it."""
+            plan, rule = plans.pop(name), self.options.activation_rule
+            weights = quantize_weights(plan, self.options, hessians.pop(name, None), ranks=ranks)
             replace_linears(block, plan, weights, self.layout())
-            rule = self.options.activation_rule
-            reports.append(
-                report_group(plan, weights, samples.get(name), rows, exact.get(name), rule)
-            )
-        return BlockResult(reports, outputs=outputs)
+            return report_group(plan, weights, samples.pop(name, None), rows, exact.get(name), rule)
+
+        return BlockResult([quantized(name) for name in list(plans)], outputs=outputs)
 
     @stage("float pass")
     def observe(
@@ -184,12 +196,9 @@ class Independent(Method):
     def _group_input(
         self, plan: GroupPlan, samples: Tensor | None, folded_scales: Tensor | None
     ) -> GroupInput:
-        x = None if samples is None else samples / plan.scales.float()
-        if x is not None and folded_scales is not None:
-            x = x / folded_scales.float()
         blocks = plan.scales.numel() // BLOCK_SIZE
         generator = group_generator(self.options.seed, plan.name)
-        return GroupInput(blocks, x, folded_scales, generator, plan.scales.device)
+        return GroupInput(blocks, samples, plan.scales, folded_scales, generator)
 
     @stage("hessian")
     def _hessians(
@@ -207,8 +216,9 @@ class Independent(Method):
             hessians = {}
             for name, plan in plans.items():
                 own = statistics[name]
-                gram = own.take_gram(ranks)
-                hessians[name] = transform_second_moment(gram, own.tokens, plan.apply)
+                hessians[name] = transform_second_moment(
+                    own.take_gram(ranks), own.tokens, plan.apply
+                )
             return hessians
         sums = {
             name: ProductSum(plan.scales.numel(), plan.scales.device, symmetric=True)

@@ -26,7 +26,7 @@ class DuQuant(GroupByGroup):
 
     def transform(self, group: GroupInput) -> InputTransform:
         transform = duquant_transform(
-            group.x, group.generator, per_block=self.per_block, max_steps=self.options.max_steps
+            group.x(), group.generator, per_block=self.per_block, max_steps=self.options.max_steps
         )
         if group.folded_scales is None or transform.pre_rotation is None:
             return transform
@@ -51,5 +51,5 @@ class DuQuantPlusPlus(OneMatrix):
 
     def matrix(self, group: GroupInput) -> Tensor | None:
         return outlier_aware(
-            group.x, group.generator, per_block=self.per_block, max_steps=self.options.max_steps
+            group.x(), group.generator, per_block=self.per_block, max_steps=self.options.max_steps
         )

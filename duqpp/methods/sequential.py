@@ -93,6 +93,7 @@ class Sequential(Method):
             drift=options.drift > 0,
             float_stream=self.needs.float_stream,
             float_outputs=options.next_inputs == "float",
+            latents=options.refine != "none",
         )
         if options.refine != "none":
             stages.append(costs.refined_block(shape, text, checks=CHECKS))
@@ -172,7 +173,7 @@ class Sequential(Method):
         samples = _report_sample(x, self.options.seed, ranks)
         exact = group_outputs(plan, samples)
         with stage("statistics"):
-            amax = ranks.max_(torch.maximum(x.amax(0), -x.amin(0)))
+            amax = ranks.max_(_channel_amax(x))
             plan.silent = silent_channels(amax)
         with named(plan.name):
             generator = group_generator(self.options.seed, plan.name)
@@ -187,7 +188,8 @@ class Sequential(Method):
         if group.returns is not None and read is not None:
             outputs = _outputs_of_linear(block, group.linears[0], inputs, read)
             done.known[group.owner] = Known(outputs, group.returns)
-        done.latents.update({name: weight.latent for name, weight in weights.items()})
+        if self.options.refine != "none":
+            done.latents.update({name: weight.latent for name, weight in weights.items()})
         every = torch.arange(len(samples), device=samples.device)
         rule = self.options.activation_rule
         report = report_group(plan, weights, samples, every, exact, rule)
@@ -316,6 +318,11 @@ def _transform(
     return InputTransform(BlockRotation.rounded(matrix))
 
 
+def _channel_amax(x: Tensor) -> Tensor:
+    """The largest magnitude of each channel of x [tokens, K], without a copy of x: [K]."""
+    return torch.maximum(x.amax(0), -x.amin(0))
+
+
 class _Observed(NamedTuple):
     """hessian, drift: H and C of `making_up_for_drift`, float32 [K, K], of the transformed input,
     rounded or not; None where GPTQ is off, and drift where it is not made up for.
@@ -345,20 +352,23 @@ def _observe(
     drifts = ProductSum(channels, device) if options.gptq and exact is not None else None
     amax = x.new_zeros(channels)
     exact_parts = itertools.repeat(None) if exact is None else exact.split(parts)
-    for rows, exact_rows in zip(x.split(parts), exact_parts, strict=False):
+
+    def take_in(rows: Tensor, exact_rows: Tensor | None) -> Tensor:
         rotated = plan.transform.apply(rows)
-        amax = torch.maximum(amax, rotated.abs().amax(0))
-        if hessians is None:
-            continue
-        rounded = rotated
-        if options.hessian == "quantized":
-            rounded = dequantize(quantize(rotated, rule=options.activation_rule))
-        hessians.update(rounded, rounded)
-        if exact_rows is not None and drifts is not None:
-            change = plan.transform.apply(exact_rows.to(device).float()) - rotated
-            drifts.update(change, rounded)
+        if hessians is not None:
+            rounded = rotated
+            if options.hessian == "quantized":
+                rounded = dequantize(quantize(rotated, rule=options.activation_rule))
+            hessians.update(rounded, rounded)
+            if exact_rows is not None and drifts is not None:
+                change = plan.transform.apply(exact_rows.to(device).float()).sub_(rotated)
+                drifts.update(change, rounded)
+        return _channel_amax(rotated)
+
+    for rows, exact_rows in zip(x.split(parts), exact_parts, strict=False):
+        amax = torch.maximum(amax, take_in(rows, exact_rows))
     hessian, drift = (None if sums is None else sums.mean(ranks) for sums in (hessians, drifts))
-    if drift is not None and not torch.isfinite(drift).all():
+    if drift is not None and not torch.stack(drift.aminmax()).isfinite().all():
         raise InputError("the float model's activations are not finite, or overflow float32")
     made_up = None if drift is None else Drift(drift, options.drift)
     return _Observed(hessian, made_up, ranks.max_(amax))

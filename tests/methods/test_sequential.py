@@ -282,7 +282,8 @@ def test_refinement_starts_from_what_gptq_has_rounded(make_tiny, monkeypatch):
     stack = DecoderStack(open_source(str(make_tiny("llama"))))
     first = stack.first_inputs(torch.randint(0, 300, (6, 48), generator=inputs.generator(1)))
     block = Block.of(stack.block(0), 0, (), stack.family)
-    latents = QuantizeConfig(method="duqpp").build_method().quantize_groups(block, first).latents
+    method = QuantizeConfig(method="duqpp", refine="blocks", gptq=True).build_method()
+    latents = method.quantize_groups(block, first).latents
     for group, result in zip(GROUPS, compensated, strict=True):
         found = torch.cat([latents[name] for name in group.linears])
         oracle.assert_same(found, result.compensated, group.name)

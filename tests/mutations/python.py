@@ -292,10 +292,17 @@ MUTATIONS = (
         RANKS_JOB_TESTS,
     ),
     Mutation(
+        "hessian: a sum that was taken stays in memory",
+        HESSIAN,
+        "self._sum.new_empty(0)",
+        "self._sum[:0]",
+        HESSIAN_TESTS,
+    ),
+    Mutation(
         "hessian: of this rank's tokens alone",
         HESSIAN,
-        "total, self._sum = ranks.sum_(self._sum), self._sum[:0]",
-        "total, self._sum = self._sum, self._sum[:0]",
+        "total, self._sum = ranks.sum_(self._sum), self._sum.new_empty(0)",
+        "total, self._sum = self._sum, self._sum.new_empty(0)",
         STATISTICS_TESTS,
     ),
     Mutation(
@@ -350,8 +357,8 @@ MUTATIONS = (
     Mutation(
         "hessian: transformed from one side twice",
         HESSIAN,
-        "apply(half.T.contiguous())",
-        "apply(half)",
+        "turned = half.T.contiguous()",
+        "turned = half",
         HESSIAN_TESTS,
     ),
     Mutation(
@@ -420,8 +427,8 @@ MUTATIONS = (
     Mutation(
         "drift: transposed, of many rows",
         DRIFT,
-        "torch.cholesky_solve(drift.double().T, factor)",
-        "torch.cholesky_solve(drift.double(), factor)",
+        "_solve_(factor, drift.double().T)",
+        "_solve_(factor, drift.double())",
         DRIFT_TESTS,
     ),
     Mutation(
@@ -844,8 +851,8 @@ MUTATIONS = (
     Mutation(
         "independent: smoothing is left out of the statistics' samples",
         INDEPENDENT,
-        "x = None if samples is None else samples / plan.scales.float()",
-        "x = samples",
+        "x = self.samples / self.scales.float()",
+        "x = self.samples.clone()",
         INDEPENDENT_TESTS,
     ),
     Mutation(
@@ -1012,7 +1019,7 @@ MUTATIONS = (
     Mutation(
         "duqpp: drift is the float model's inputs themselves",
         SEQUENTIAL,
-        "change = plan.transform.apply(exact_rows.to(device).float()) - rotated",
+        "change = plan.transform.apply(exact_rows.to(device).float()).sub_(rotated)",
         "change = plan.transform.apply(exact_rows.to(device).float())",
         SEQUENTIAL_TESTS,
     ),
@@ -1528,10 +1535,10 @@ MUTATIONS = (
     ),
     # Plans.
     Mutation(
-        "plan: sampled inputs are counted once",
+        "plan: sampled inputs are counted three times",
         COSTS,
-        'kept["sampled inputs, three times"] = 3 * sum(samples.values())',
-        'kept["sampled inputs, three times"] = 1 * sum(samples.values())',
+        'kept = _weights_of(groups) | {"sampled inputs": sum(samples)}',
+        'kept = _weights_of(groups) | {"sampled inputs": 3 * sum(samples)}',
         "tests/job/test_plan.py",
     ),
     Mutation(

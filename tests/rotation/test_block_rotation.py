@@ -26,8 +26,8 @@ def relative(made: torch.Tensor, exact: torch.Tensor) -> float:
 def method_transform(method: str, scope: str, scales, x: torch.Tensor, seed: int) -> InputTransform:
     """What a method does to the input x [n, K]; scales are smoothing folded into the matrices."""
     config = QuantizeConfig(method=method, rotation=scope, max_steps=12)
-    smoothed = x if scales is None else x / scales.float()
-    group = GroupInput(x.shape[1] // 32, smoothed, scales, inputs.generator(seed))
+    ones = torch.ones(x.shape[1], dtype=torch.float64)
+    group = GroupInput(x.shape[1] // 32, x, ones, scales, inputs.generator(seed))
     return config.build_method().transform(group)
 
 
