@@ -14,6 +14,7 @@ from duqpp.errors import InputError
 from duqpp.job.plan import GPUS, JobPlan, Machine, plan_job, shaped, this_cpu
 from duqpp.models.source import read_config
 from duqpp.placement.devices import gpu_count
+from duqpp.placement.ranks import started_ranks
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -47,6 +48,7 @@ def make_plan(
         on: what it computes on: cpu, or a name of `GPUS`; None for the GPU that is here, an H100
             where `device_memory` asks for one, else this machine's CPU.
         device_memory: in the place of that device's; disk_bandwidth: a second; as in `bytes_of`.
+        ranks: processes; None for those that torchrun has started, or one.
         flops: operations a second in every dtype, in the place of the device's.
     Raises: InputError.
     """
@@ -61,7 +63,7 @@ def make_plan(
         config,
         machine=machine if flops is None else machine.at(flops),
         device_memory=memory,
-        ranks=1 if ranks is None else ranks,
+        ranks=started_ranks() if ranks is None else ranks,
         disk_rate=disk_rate,
     )
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from duqpp.errors import refusing
 from duqpp.evaluation.head import Head
 from duqpp.job.overlap import ahead
+from duqpp.job.plan import memory_of_passes
+from duqpp.models.shapes import ShapedModel
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.placement.devices import fitting, rest_for
 
@@ -47,9 +49,13 @@ def final_states(
         with _reading(model.device):
             head = Head.of(model)
         return head, (_whole(model, window[None]) for window in windows)
-    size = windows.numel() * model.config.hidden_size * model.dtype.itemsize
+
+    def needed() -> float:
+        shaped = ShapedModel(model.config, model.dtype, windows.shape[1])
+        return memory_of_passes(shaped, len(windows))
+
+    placement = rest_for(model.placement, needed)
     with _reading(model.device):
-        placement = rest_for(model.placement, size)
         inputs = model.first_inputs(windows, batch=1, placement=placement)
     with closing(ahead(model.read, range(len(model)))) as weights:
         for index in range(len(model)):

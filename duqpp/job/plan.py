@@ -21,15 +21,16 @@ from duqpp.job.blocks import block_bytes
 from duqpp.methods.base import Needs
 from duqpp.methods.costs import BlockShape, Cost, ModelShape, Operations, Text
 from duqpp.models.family import LinearGroup
+from duqpp.models.logits import LOGIT_TOKENS
 from duqpp.models.shapes import ShapedModel
 from duqpp.models.stack import TOKENS_PER_BATCH
 from duqpp.placement import HOST
+from duqpp.placement.devices import has_room
 
 Place = Literal["device", "host"]
 
 _INTERPRETER = 0.55e9  # bytes of Python, torch and transformers; measured
 _CONTEXT = 1.0e9  # bytes of a CUDA context and cuBLAS's workspaces
-_USABLE = 0.95  # of a GPU's memory: what is between tensors is lost
 _HASHED = 1.0e9  # bytes a second of SHA-256, over the whole model, before the job
 
 
@@ -195,7 +196,7 @@ class JobPlan:
     @property
     def fits(self) -> bool:
         """Whether there is memory for it where blocks compute; taken for granted if not known."""
-        return self.memory is None or (self.device or self.host) <= _USABLE * self.memory
+        return self.memory is None or has_room(self.device or self.host, self.memory)
 
     @property
     def total_seconds(self) -> float:
@@ -242,15 +243,28 @@ def plan_job(
     return plan
 
 
-def resting_place(
-    model: ShapedModel, config: QuantizeConfig, memory: float, ranks: int = 1
-) -> Place:
-    """Where the activations of a job rest, between blocks and while one is worked on.
+def memory_of_job(model: ShapedModel, config: QuantizeConfig, ranks: int = 1) -> float:
+    """Bytes of a GPU's memory that quantizing takes with its activations there.
 
-    Args: model: in the dtype that blocks compute in. memory: bytes of the device, all that the job
-        may use.
+    Args: model: in the dtype that blocks compute in.
     """
-    return _Planner(model, config, GPUS["H100"], ranks).rests(memory)
+    return _Planner(model, config, GPUS["H100"], ranks).all_on_device()
+
+
+def memory_of_passes(model: ShapedModel, sequences: int) -> float:
+    """Bytes of a GPU's memory that it takes to run the blocks of a model one after the other, each
+    over so many sequences in turn, with the activations there, and then the head.
+    """
+    forwards = [model.forward(index) for index in range(len(model.blocks))]
+    stored = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    rest = sum(shape.numel() for shape in model.rest().values())
+    states: int = sequences * model.seq_len * model.config.hidden_size
+    # The next block is copied beside the one that runs.
+    values = states + rest + 2 * max(stored, default=0)
+    in_turn = max((f.bytes / f.tokens for f in forwards), default=0.0) * model.seq_len
+    logits: float = 4 * LOGIT_TOKENS * model.config.vocab_size * torch.float32.itemsize
+    size: int = values * model.dtype.itemsize
+    return _CONTEXT + size + max(in_turn, logits)
 
 
 class _Planner:
@@ -315,9 +329,13 @@ class _Planner:
 
     def rests(self, memory: float | None) -> Place:
         """Where activations rest: on the device if that has room for them beside any stage."""
+        return "device" if memory is None or has_room(self.all_on_device(), memory) else "host"
+
+    def all_on_device(self) -> float:
+        """Bytes of the device with the activations there; training of the whole model is not in it,
+        which begins without most of them."""
         most = max(cost.peak + cost.resting for cost, _ in self.costs())
-        needed = self.fixed() + most + self.streams()
-        return "device" if memory is None or needed <= _USABLE * memory else "host"
+        return self.fixed() + most + self.streams()
 
     def fixed(self) -> float:
         """Bytes on a GPU whatever the stage: the block as it was read, the embedding."""

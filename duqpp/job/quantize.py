@@ -32,7 +32,7 @@ from duqpp.job.folder import (
 )
 from duqpp.job.lock import locked
 from duqpp.job.overlap import ahead, behind
-from duqpp.job.plan import resting_place
+from duqpp.job.plan import memory_of_job
 from duqpp.job.records import digest_of, write_record
 from duqpp.methods.base import Block, Streams
 from duqpp.methods.reports import DistillReport, GroupReport, RefineReport
@@ -41,8 +41,8 @@ from duqpp.models.shapes import ShapedModel
 from duqpp.models.source import Source, open_source
 from duqpp.models.stack import BlockInputs, DecoderStack
 from duqpp.ops.dispatch import select
-from duqpp.placement import HOST, ON_HOST, Placement
-from duqpp.placement.devices import choose_device, fitting, free_memory
+from duqpp.placement import ON_HOST, Placement
+from duqpp.placement.devices import choose_device, fitting, rest_for
 from duqpp.placement.ranks import ALONE, Ranks
 from duqpp.placement.stages import profiled, stage
 from duqpp.torch_state import plain_torch
@@ -198,19 +198,18 @@ def _with_room(stack: DecoderStack, config: QuantizeConfig, tokens: Tensor | Non
 
     Args: tokens: int64 [sequences, seq_len], which the configuration need not agree with.
     """
-    compute, storage = stack.placement.compute, stack.placement.compute
-    free = free_memory(compute)
-    if free is not None and tokens is not None:
+
+    def needed() -> float:
+        if tokens is None:
+            return 0.0
         sequences: dict[str, Any] = {
             "refine_samples" if config.needs.refining else "samples": len(tokens)
         }
         asked = replace(config, seq_len=tokens.shape[1], **sequences)
-        ranks = stack.placement.ranks.count
         model = ShapedModel(stack.config, stack.dtype, asked.seq_len)
-        if resting_place(model, asked, free, ranks) == "host":
-            storage = HOST
-        logger.info("%s has %.1f GB free: activations rest on %s", compute, free / 1e9, storage)
-    return replace(stack.placement, storage=storage)
+        return memory_of_job(model, asked, stack.placement.ranks.count)
+
+    return rest_for(stack.placement, needed)
 
 
 @contextmanager

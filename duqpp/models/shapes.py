@@ -36,15 +36,16 @@ class Forward:
 class ShapedModel:
     """A model by its configuration alone.
 
-    config: transformers configuration. dtype: of every tensor. family: of the model. blocks: on the
-    meta device. kinds: what tells them apart, the names and shapes of what each has stored.
+    config: transformers configuration. dtype: of every tensor. seq_len: tokens of the sequences
+    that its blocks run on. family: of the model. blocks: on the meta device. kinds: what tells them
+    apart, the names and shapes of what each has stored.
 
-    Args: seq_len: tokens of the sequences that its blocks run on.
     Raises: InputError for a configuration of no model that duqpp knows.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, seq_len: int) -> None:
-        self.config, self.dtype, self.family = config, dtype, family_of(config)
+        self.config, self.dtype, self.seq_len = config, dtype, seq_len
+        self.family = family_of(config)
         self._batch = max(1, TOKENS_PER_BATCH // seq_len), seq_len
         with _without_memory():
             self._stack = DecoderStack(_Shapes(config, dtype), dtype)

@@ -3,7 +3,7 @@
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from duqpp.ops.native import CpuBackend
 from duqpp.placement import HOST, Placement
 
 AUTO = "auto"  # as None: see `choose_device`
+_USABLE = 0.95  # of a GPU's memory: what is between tensors is lost
 _OLDEST = (8, 0)  # compute capability from which GPUs have bfloat16, and duqpp has kernels
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,23 @@ def _best_device() -> torch.device:
     return gpu
 
 
-def rest_for(placement: Placement, size: int) -> Placement:
-    """A placement whose activations, `size` bytes, rest on the GPU if that leaves half of what is
-    free there to the blocks; a placement without a GPU as it is."""
-    free = free_memory(placement.compute)
-    if free is None:
-        return placement
-    return replace(placement, storage=placement.compute if size <= free / 2 else HOST)
+def rest_for(placement: Placement, needed: Callable[[], float]) -> Placement:
+    """A placement whose activations rest where blocks compute, if there is room, else on the host.
+
+    Args: needed: how many bytes of a GPU everything takes at its peak, these activations included;
+        it is asked for a GPU alone.
+    """
+    compute = storage = placement.compute
+    free = free_memory(compute)
+    if free is not None:
+        storage = compute if has_room(needed(), free) else HOST
+        logger.info("%s has %.1f GB free: activations rest on %s", compute, free / 1e9, storage)
+    return replace(placement, storage=storage)
+
+
+def has_room(size: float, memory: float) -> bool:
+    """Whether tensors of so many bytes have room in so many of a GPU's."""
+    return size <= _USABLE * memory
 
 
 @contextmanager

@@ -120,6 +120,11 @@ def started_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_started() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def local_rank() -> int:
     """Which of the processes on this machine this is, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))

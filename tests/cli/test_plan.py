@@ -35,6 +35,27 @@ def test_a_plan_needs_a_configuration_alone_and_writes_nothing(folder, capsys):
     assert sorted(folder.parent.rglob("*")) == before
 
 
+def test_of_ranks_that_torchrun_starts_the_first_prints_the_plan(folder, capsys, monkeypatch):
+    words = [
+        "quantize",
+        str(folder),
+        "out",
+        "--plan",
+        "--on",
+        "H100",
+        "--method",
+        "duqpp",
+        "--json",
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    printed = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert json.loads(printed[0])["ranks"] == 4 and printed[1:] == ["", "", ""]
+
+
 def test_the_cpu_is_what_is_planned_for_where_there_is_no_gpu(folder, capsys):
     words = ["quantize", str(folder), "out", "--plan", "--method", "rtn", "--json"]
     assert main([*words, "--on", "cpu"]) == 0

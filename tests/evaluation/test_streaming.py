@@ -89,8 +89,9 @@ def test_shards_may_be_cut_anywhere(method, shard_size, make_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("rests", ["host", "device"])
-def test_a_stack_computes_where_its_placement_says(rests, make_tiny, tmp_path):
-    """On a device that any machine simulates, to the numbers that the CPU gives."""
+def test_a_stack_computes_where_its_placement_says(rests, make_tiny, tmp_path, monkeypatch):
+    """On a device that any machine simulates, to the numbers that the CPU gives; and keeps states
+    there if it has room."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     folder = make_tiny("llama", hidden_size=32, intermediate_size=64, **heads)
     out = quantized(folder, tmp_path / "out")
@@ -107,7 +108,16 @@ def test_a_stack_computes_where_its_placement_says(rests, make_tiny, tmp_path):
 
     expected = evaluated(Placement())
     with second_device() as device:
-        assert evaluated(Placement(device, HOST if rests == "host" else device)) == expected
+        free, placed, first_inputs = 0.0 if rests == "host" else 1e15, [], DecoderStack.first_inputs
+
+        def watched(*args, **options):
+            placed.extend(p.storage for p in [options.get("placement")] if p is not None)
+            return first_inputs(*args, **options)
+
+        monkeypatch.setattr("duqpp.placement.devices.free_memory", lambda device: free)
+        monkeypatch.setattr(DecoderStack, "first_inputs", watched)
+        assert evaluated(Placement(device)) == expected
+    assert placed == [HOST if rests == "host" else device] * 2
 
 
 def test_memory_does_not_grow_with_the_number_of_blocks(make_tiny, tmp_path):

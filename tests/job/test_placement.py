@@ -82,7 +82,7 @@ def test_activations_rest_on_the_device_if_it_has_room(free, rests, narrow, tmp_
 
     expected = quantized(narrow, tmp_path / "host", HOST, method="duqpp", tokens=TOKENS[:6])
     monkeypatch.setattr(BlockInputs, "advance", watched)
-    monkeypatch.setattr("duqpp.job.quantize.free_memory", lambda device: free)
+    monkeypatch.setattr("duqpp.placement.devices.free_memory", lambda device: free)
     with second_device() as device:
         options = {"method": "duqpp", "tokens": TOKENS[:6], "stops": 1}
         with pytest.raises(KeyboardInterrupt):

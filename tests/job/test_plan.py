@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import duqpp
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
-from duqpp.job.plan import GPUS, plan_job, resting_place, shaped
+from duqpp.job.plan import GPUS, memory_of_job, memory_of_passes, plan_job, shaped
 from duqpp.methods import METHODS
 from duqpp.models.shapes import ShapedModel
 from duqpp.models.source import open_source
 from duqpp.models.stack import DecoderStack
+from duqpp.placement.devices import has_room
 
 H100 = GPUS["H100"]
 SMALL = {"samples": 2, "seq_len": 64, "max_steps": 4}
@@ -144,10 +145,18 @@ def test_activations_rest_where_there_is_room():
     assert plan.rests == "device"
     needed = plan.device / 0.95
     for memory, place in ((needed * 1.001, "device"), (needed * 0.999, "host")):
-        assert resting_place(model, options, memory) == place
+        assert has_room(memory_of_job(model, options), memory) == (place == "device")
         assert plan_job(model, options, machine=H100, device_memory=memory).rests == place
     on_host = plan_job(model, options, machine=H100, device_memory=needed * 0.9)
     assert on_host.host - plan.host == pytest.approx(plan.activations)
+
+
+def test_what_an_evaluation_takes_grows_with_its_windows():
+    model = ShapedModel(open_config(1024, 4096), torch.bfloat16, 512)
+    one, more = memory_of_passes(model, 1), memory_of_passes(model, 1001)
+    assert more - one == 1000 * 512 * 1024 * 2
+    embeddings, weights = 2 * 2048 * 1024 * 2, 2 * 2 * (1024 * (2560 + 3 * 4096))
+    assert 0 < one - 1e9 - embeddings - weights < 0.3 * weights
 
 
 @pytest.mark.parametrize("ranks, message", [(0, "at least 1"), (17, "16 batches of calibration")])

@@ -5,6 +5,7 @@ from tests.mutations.mutation import Mutation
 GPTQ = "duqpp/calibration/gptq.py"
 GPTQ_BLOCK = "duqpp/ops/gptq_block.py"
 HESSIAN = "duqpp/calibration/hessian.py"
+DEVICES = "duqpp/placement/devices.py"
 RANKS = "duqpp/placement/ranks.py"
 AGREEMENT = "duqpp/job/agreement.py"
 SMOOTHING = "duqpp/calibration/smoothing.py"
@@ -822,9 +823,9 @@ MUTATIONS = (
     ),
     Mutation(
         "job: activations rest on a device without room",
-        JOB,
-        'resting_place(model, asked, free, ranks) == "host":',
-        'resting_place(model, asked, free, ranks) == "device":',
+        DEVICES,
+        "compute if has_room(needed(), free) else HOST",
+        "compute",
         f"{PLACEMENT_TESTS}::test_activations_rest_on_the_device_if_it_has_room",
     ),
     Mutation(
@@ -1558,8 +1559,8 @@ MUTATIONS = (
     Mutation(
         "plan: activations rest on the device, room or not",
         JOB_PLAN,
-        'return "device" if memory is None or needed <= _USABLE * memory else "host"',
-        'return "device"',
+        "memory is None or has_room(self.all_on_device(), memory)",
+        "memory is None or True",
         "tests/job/test_plan.py",
     ),
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from duqpp.errors import InputError
-from duqpp.placement import HOST, Placement, devices
+from duqpp.placement import Placement, devices
 from duqpp.placement.devices import choose_device, rest_for
 
 
@@ -63,10 +63,11 @@ def test_a_gpu_that_is_not_here_or_too_old(name, count, message, gpus, monkeypat
     assert str(found.value).endswith("; `device=cpu` runs anywhere")
 
 
-@pytest.mark.parametrize(("size", "rests"), [(50, "cuda:1"), (51, "cpu")])
-def test_activations_rest_on_the_gpu_where_they_leave_half_of_it(size, rests, monkeypatch):
+@pytest.mark.parametrize(("size", "rests"), [(95, "cuda:1"), (96, "cpu")])
+def test_activations_rest_on_the_gpu_where_all_has_room(size, rests, monkeypatch):
     gpu = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000 + device.index))
-    assert rest_for(Placement(gpu), size) == Placement(gpu, torch.device(rests))
-    simulated = Placement(torch.device("cpu", 1), HOST)
-    assert rest_for(simulated, 10**15) == simulated, "without a GPU nothing is asked"
+    assert rest_for(Placement(gpu), lambda: size) == Placement(gpu, torch.device(rests))
+    simulated = torch.device("cpu", 1)
+    asked = iter(())  # without a GPU nothing is asked
+    assert rest_for(Placement(simulated), lambda: next(asked)) == Placement(simulated, simulated)

@@ -22,7 +22,7 @@ from duqpp.config import DESCRIPTIONS, QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.files import check_writable
 from duqpp.placement.devices import AUTO, choose_device
-from duqpp.placement.ranks import device_of_rank, joined
+from duqpp.placement.ranks import device_of_rank, is_first_started, joined
 
 
 @takes_fields(*DESCRIPTIONS)
@@ -57,7 +57,10 @@ def quantize(
         str | None, typer.Option(help="Plan for a device with so much, such as 80GB.")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Plan for so many processes, each on its own device.")
+        int | None,
+        typer.Option(
+            help="Plan for so many processes, each on a device of its own; as torchrun starts."
+        ),
     ] = None,
     flops: Annotated[
         float | None, typer.Option(help="Plan with so many operations a second, in every dtype.")
@@ -82,6 +85,8 @@ def quantize(
         "disk_bandwidth": disk_bandwidth,
     }
     if plan:
+        if not is_first_started():
+            return
         from duqpp.cli.plan import make_plan, print_plan
 
         made = make_plan(model, options, **planned)
