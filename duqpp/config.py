@@ -276,11 +276,11 @@ class QuantizeConfig:
         """What the method reads besides the weights."""
         return self.build_method().needs
 
-    def for_text(self, tokens: int) -> "QuantizeConfig":
-        """With the refine_samples that a calibration text of so many tokens has by default."""
+    def for_text(self, sequences: int) -> "QuantizeConfig":
+        """With the refine_samples that a calibration text of so many sequences has by default."""
         if self.refine == "none" or self.refine_samples is not None:
             return self
-        most = min(_REFINE_SAMPLES, tokens // self.seq_len)
+        most = min(_REFINE_SAMPLES, sequences)
         return replace(self, refine_samples=max(self.samples + 1, most))
 
     @property

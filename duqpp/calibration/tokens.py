@@ -90,14 +90,6 @@ def read_text(source: str, *, part: str = "calibration") -> str:
     return text
 
 
-def is_stream(source: str) -> bool:
-    """Whether a text is a pipe or a device, which gives its text once."""
-    if source == BUILTIN or source.startswith("hf:"):
-        return False
-    path = local_path(source)
-    return path.exists() and not path.is_file()
-
-
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """One tokenizer call over the whole text, without special tokens of its own: int64 [tokens].
 
@@ -112,18 +104,20 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=HOST)
 
 
-def sample_sequences(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -> Tensor:
+def sample_sequences(
+    tokens: Tensor, *, samples: int, seq_len: int, seed: int, what: str = "calibration text"
+) -> Tensor:
     """Seeded calibration sequences, spread over the text without overlap: int64 [samples, seq_len].
 
     The text is cut into `samples` equal stretches, and one sequence starts at random in each.
 
-    Args: tokens: int64 [tokens].
+    Args: tokens: int64 [tokens]. what: they are, in an error.
     Raises: InputError when the text is shorter than samples * seq_len tokens.
     """
     stretch = tokens.numel() // samples
     if stretch < seq_len:
         raise InputError(
-            f"calibration text has {tokens.numel()} tokens, but {samples} samples of {seq_len} "
+            f"{what} has {tokens.numel()} tokens, but {samples} samples of {seq_len} "
             f"need {samples * seq_len}: lower `samples` or `seq_len` (with `refine`: "
             "`refine_samples`), or give more text"
         )

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 from typer.main import get_command
 
-from duqpp.calibration.tokens import BUILTIN, read_text
+from duqpp.calibration.text import CalibrationText, parse_sources
+from duqpp.calibration.tokens import BUILTIN
 from duqpp.cli.interruption import ResumableError, interruptible
 from duqpp.config import DESCRIPTIONS, QuantizeConfig, method_defaults
 from duqpp.errors import InputError
@@ -31,7 +32,8 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calib",
         help="Calibration text: a file (of .jsonl the field text) or a pipe, "
-        "hf:NAME[:CONFIG[:SPLIT]], builtin; no special tokens are added.",
+        "hf:NAME[:CONFIG[:SPLIT]], builtin; or several with weights, wiki.txt*2,builtin. No "
+        "special tokens are added.",
     ),
 ]
 TEXT_HELP = "Evaluation text: a file, hf:NAME[:CONFIG[:SPLIT]], builtin (the default)"
@@ -182,8 +184,8 @@ def check_calibration(calibration: str, configs: Iterable[QuantizeConfig]) -> No
     """
     if calibration == BUILTIN or any(config.needs.inputs for config in configs):
         return
-    if not calibration.startswith("hf:"):  # which may be large
-        read_text(calibration)
+    if not any(source.name.startswith("hf:") for source in parse_sources(calibration)):
+        CalibrationText.read(calibration)  # a dataset may be large
     print("--calib is not used: the method reads no activations", file=sys.stderr)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duqpp.calibration.tokens import BUILTIN, is_stream, read_text, sample_sequences, tokenize
+from duqpp.calibration.text import CalibrationText
+from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
 from duqpp.checkpoint.shard import Progress, linear_storage
 from duqpp.checkpoint.stack import CheckpointSource, QuantizedStack
 from duqpp.config import DESCRIPTIONS, QuantizeConfig
@@ -145,7 +146,6 @@ def compare(
         if work is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-compare-"))
             work = Path(scratch, "work")
-        plan = _with_calibration_file(plan, calibration, stack)
         progress("fingerprint", 0, 1)
         job = comparison_job(source, tokens, plan.windowing) | {"dtype": str(plan.dtype)}
         folder = stack.enter_context(ComparisonFolder(work, job, calibration, resume=resume))
@@ -154,7 +154,9 @@ def compare(
         )
         rows = [row]
         on_row(row)
-        runner = _Runner(source, plan, folder, placement, tokens, references, resume, progress)
+        runner = _Runner(
+            source, plan, calibration, folder, placement, tokens, references, resume, progress
+        )
         for name in plan.methods:
             rows.append(_row(name, [runner.run(run) for run in plan.runs(name)], rows[0]))
             on_row(rows[-1])
@@ -179,6 +181,7 @@ class _Runner:
 
     source: Source
     plan: Plan
+    calibration: CalibrationText
     folder: ComparisonFolder
     placement: Placement
     tokens: Mapping[str, Tensor]
@@ -206,7 +209,7 @@ class _Runner:
                 self.source,
                 out,
                 config,
-                calibration=self.plan.calibration,
+                calibration=self.calibration,
                 resume=self.resume,
                 device=self.placement.compute,
                 progress=progress,
@@ -230,29 +233,19 @@ def _staged(progress: Progress, title: str) -> Progress:
     return lambda stage, done, total: progress(f"{title}: {stage}", done, total)
 
 
-def _with_calibration_file(plan: Plan, text: str, stack: ExitStack) -> Plan:
-    """The plan, with its calibration text in a temporary file where a pipe has given it: once."""
-    if not is_stream(plan.calibration):
-        return plan
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="duqpp-calibration-"))
-    file = Path(folder, Path(plan.calibration).name)
-    file.write_text(text, encoding="utf-8")
-    return replace(plan, calibration=str(file))
-
-
-def _calibration_text(model_config: Any, tokenizer: Any, plan: Plan) -> str:
-    """The calibration text, empty where no method reads it.
+def _calibration_text(model_config: Any, tokenizer: Any, plan: Plan) -> CalibrationText:
+    """The calibration text, empty where no method reads it; a pipe gives it once.
 
     Raises: InputError now, if it is missing or too short for some method, or the model is.
     """
     calibrated = [config for config in plan.methods.values() if config.needs.inputs]
     if not calibrated:
-        return ""
-    text = read_text(plan.calibration)
-    tokens = tokenize(tokenizer, text)
-    configs = [config.for_text(tokens.numel()) for config in calibrated]
+        return CalibrationText((), ())
+    text = CalibrationText.read(plan.calibration)
+    tokens = text.tokenized(tokenizer)
+    configs = [config.for_text(tokens.most(config.seq_len)) for config in calibrated]
     for samples, seq_len in {(config.sequences, config.seq_len) for config in configs}:
-        sample_sequences(tokens, samples=samples, seq_len=seq_len, seed=0)
+        tokens.sequences(samples=samples, seq_len=seq_len, seed=0)
         check_seq_len(model_config, seq_len, "calibration sequences")
     return text
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from duqpp.calibration.text import CalibrationText
 from duqpp.checkpoint.shard import read_json, write_json
 from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, InputError
@@ -42,16 +43,21 @@ class ComparisonFolder:
 
     A context manager: until it ends, no other process may work in the folder.
 
-    Args: job: from `comparison_job`. calibration: the text itself.
+    Args: job: from `comparison_job`. calibration: what the methods read.
     Raises: InputError when the folder has something in it and resume is not asked for, or it is of
         another comparison, or no comparison's, or another process works in it.
     """
 
     def __init__(
-        self, folder: Path, job: dict[str, Any], calibration: str, *, resume: bool = False
+        self,
+        folder: Path,
+        job: dict[str, Any],
+        calibration: CalibrationText,
+        *,
+        resume: bool = False,
     ) -> None:
         self._folder = folder
-        self._calibration = hashlib.sha256(calibration.encode()).hexdigest()
+        self._calibration = hashlib.sha256(calibration.identity.encode()).hexdigest()
         file = folder / COMPARISON_FILE
         check_utf8(folder)
         if folder.exists() and not folder.is_dir():

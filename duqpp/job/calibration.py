@@ -1,12 +1,11 @@
 """The calibration sequences of a job, and what they make enter the first decoder block."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from duqpp.calibration.tokens import read_text, sample_sequences, tokenize
+from duqpp.calibration.text import CalibrationText
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.methods.base import Streams
@@ -15,10 +14,13 @@ from duqpp.models.stack import DecoderStack
 from duqpp.placement import HOST
 from duqpp.placement.stages import stage
 
+# Text by name, read already, or tokens int64 [samples, seq_len].
+Calibration: TypeAlias = str | CalibrationText | Tensor
+
 
 @stage("tokens")
 def calibration_tokens(
-    model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: str | Tensor
+    model_config: Any, tokenizer: Any, config: QuantizeConfig, calibration: Calibration
 ) -> tuple[Tensor | None, str, QuantizeConfig]:
     """Token sequences, or None where no activations are read; and what the data are called.
 
@@ -35,15 +37,11 @@ def calibration_tokens(
             )
         tokens = tokens.to(HOST)
     else:
-        text = tokenize(tokenizer, read_text(calibration))
-        config = config.for_text(text.numel())
-        tokens = sample_sequences(
-            text,
-            samples=config.sequences,
-            seq_len=config.seq_len,
-            seed=config.seed,
-        )
-        name = Path(calibration).name if Path(calibration).exists() else calibration
+        if isinstance(calibration, str):
+            calibration = CalibrationText.read(calibration)
+        text, name = calibration.tokenized(tokenizer), calibration.name
+        config = config.for_text(text.most(config.seq_len))
+        tokens = text.sequences(samples=config.sequences, seq_len=config.seq_len, seed=config.seed)
     check_seq_len(model_config, tokens.shape[1], "calibration sequences")
     least, most = (int(token) for token in tokens.aminmax())
     if least < 0 or most >= model_config.vocab_size:

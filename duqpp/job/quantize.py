@@ -19,7 +19,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import CheckpointError, DuqppError, InputError
 from duqpp.job.agreement import check_agreement, check_shared
 from duqpp.job.blocks import BlockFolder, Results
-from duqpp.job.calibration import calibration_tokens, first_streams
+from duqpp.job.calibration import Calibration, calibration_tokens, first_streams
 from duqpp.job.companions import REPORT_FILE, Companions
 from duqpp.job.distillation import forget_training, is_trained, train_shards
 from duqpp.job.finish import provenance, stage_companions, write_companions
@@ -80,7 +80,7 @@ def quantize_model(
     out: str | Path,
     config: QuantizeConfig | None = None,
     *,
-    calibration: str | Tensor = BUILTIN,
+    calibration: Calibration = BUILTIN,
     resume: bool = False,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
@@ -97,7 +97,8 @@ def quantize_model(
     Args:
         model: local folder, .gguf file or hub name; or an open `Source`.
         out: folder to create; it must not exist, or be empty.
-        calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or tokens int64
+        calibration: text file, "builtin", "hf:NAME[:CONFIG[:SPLIT]]", or several of them with the
+            weights of each, "wiki.txt*2,builtin"; a `CalibrationText`; or tokens int64
             [samples, seq_len].
         resume: continue an interrupted job of the same model, data and configuration.
         device: where blocks compute: "cpu", "cuda" or "cuda:N"; None for the GPU where torch sees
@@ -125,7 +126,7 @@ def _quantize_model(
     model: str | Source,
     output: Output,
     config: QuantizeConfig,
-    calibration: str | Tensor,
+    calibration: Calibration,
     resume: bool,
     progress: Progress,
     placement: Placement,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from duqpp.calibration.tokens import BUILTIN, read_text, sample_sequences, tokenize
+from duqpp.calibration.text import CalibrationText
+from duqpp.calibration.tokens import BUILTIN
 from duqpp.checkpoint.layout import Layout, checkpoint_family, is_duqpp, quantization_of
 from duqpp.checkpoint.manifest import verify_manifest
 from duqpp.checkpoint.shard import Progress, read_json
@@ -108,10 +109,8 @@ def inspect_source(
     family = family_of(source.config)
     family.check(config.skip)
     config = replace(config, next_inputs="float")
-    tokens = tokenize(source.tokenizer(), read_text(calibration))
-    sequences = sample_sequences(
-        tokens, samples=config.samples, seq_len=config.seq_len, seed=config.seed
-    )
+    text = CalibrationText.read(calibration).tokenized(source.tokenizer())
+    sequences = text.sequences(samples=config.samples, seq_len=config.seq_len, seed=config.seed)
     check_seq_len(source.config, config.seq_len, "calibration sequences")
     stack = DecoderStack(source, config.torch_dtype, placement)
     method, streams = config.build_method(), Streams(stack.first_inputs(sequences))

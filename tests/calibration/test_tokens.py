@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from duqpp.calibration.tokens import builtin_text, is_stream, read_text, sample_sequences, tokenize
+from duqpp.calibration.tokens import builtin_text, read_text, sample_sequences, tokenize
 from duqpp.errors import InputError
 from tests import oracle
 
@@ -219,7 +219,6 @@ def test_a_pipe_is_read_to_its_end_however_slowly_it_comes(delay, tmp_path):
                 time.sleep(delay)
 
     with written(write):
-        assert is_stream(str(pipe))
         assert read_text(str(pipe)) == "one 北\ntwo"
 
 
@@ -238,12 +237,6 @@ def test_a_pipe_into_which_nobody_writes(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"^text file .*pipe is empty$"):
         read_text(str(tmp_path / "pipe"))
-
-
-def test_only_what_gives_its_text_once_is_a_stream(tmp_path):
-    (tmp_path / "text.txt").write_text("words")
-    names = ("builtin", "hf:owner/name", str(tmp_path / "text.txt"), str(tmp_path / "none"))
-    assert not any(map(is_stream, names))
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/text", "nul\0", "x" * 300, ""])

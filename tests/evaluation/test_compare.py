@@ -267,7 +267,8 @@ def test_a_plan_that_suits_no_model(options, message):
         plan("rtn", **options)
 
 
-def test_a_pipe_calibrates_every_method(tiny_llama, tmp_path, scratch):
+@pytest.mark.parametrize("sources", ["{}", "{}*2,builtin"])
+def test_a_pipe_calibrates_every_method(sources, tiny_llama, tmp_path, scratch):
     """It gives its text once, and each method reads it."""
     text, pipe = builtin_text()[:20000], tmp_path / "pipe"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -275,9 +276,9 @@ def test_a_pipe_calibrates_every_method(tiny_llama, tmp_path, scratch):
     thread = threading.Thread(target=pipe.write_text, args=(text, "utf-8"), daemon=True)
     thread.start()
     methods = ("duquant++", "duquant")
-    piped = compare(open_source(str(tiny_llama)), plan(*methods, calibration=str(pipe)))
+    piped = compare(open_source(str(tiny_llama)), plan(*methods, calibration=sources.format(pipe)))
     thread.join(timeout=20)
-    read = plan(*methods, calibration=str(tmp_path / "text.txt"))
+    read = plan(*methods, calibration=sources.format(tmp_path / "text.txt"))
     assert results(piped) == results(compare(open_source(str(tiny_llama)), read))
     assert list(scratch.iterdir()) == []
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duqpp
+from duqpp.calibration.text import CalibrationText
 from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.format import ScaleRule, dequantize
@@ -395,6 +396,20 @@ def test_calibration_tokens_are_of_the_vocabulary(token, message, tiny_llama, tm
         duqpp.quantize_model(
             str(tiny_llama), tmp_path / "out", config(), calibration=tokens, progress=begin
         )
+
+
+def test_calibration_of_several_texts(tiny_llama, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("Words of a kind of their own. " * 500)
+    both, options = f"{text}*3,builtin", config(samples=5, seq_len=64)
+    duqpp.quantize_model(str(tiny_llama), tmp_path / "out", options, calibration=both)
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert kept["provenance"]["calibration"] == "own.txt*3,builtin"
+    own = CalibrationText.read(both).tokenized(open_source(str(tiny_llama)).tokenizer())
+    tokens = own.sequences(samples=5, seq_len=64, seed=options.seed)
+    duqpp.quantize_model(str(tiny_llama), tmp_path / "same", options, calibration=tokens)
+    shard = "model-00001-of-00003.safetensors"
+    assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "same" / shard).read_bytes()
 
 
 def test_progress(tiny_llama, tmp_path):

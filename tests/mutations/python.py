@@ -1358,6 +1358,20 @@ MUTATIONS = (
         f"{STREAMING_TESTS}::test_streamed_results_are_those_of_the_whole_model",
     ),
     Mutation(
+        "calibration: all sequences of one text before those of the next",
+        "duqpp/calibration/text.py",
+        "order = sorted(range(samples), key=places.__getitem__)",
+        "order = list(range(samples))",
+        "tests/calibration/test_text.py::test_each_source_has_its_share_spread_over_all",
+    ),
+    Mutation(
+        "calibration: a text that has too little is not counted",
+        "duqpp/calibration/text.py",
+        "if all(n <= most for n, most",
+        "if any(n <= most for n, most",
+        "tests/calibration/test_text.py::test_as_many_as_the_shortest_source_allows",
+    ),
+    Mutation(
         "evaluation: lm_head alone for the logits of any family",
         "duqpp/evaluation/head.py",
         "return cls(model.get_output_embeddings(), logits)",

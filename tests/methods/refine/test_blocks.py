@@ -175,7 +175,7 @@ def test_options_that_refinement_cannot_work_with(options, message):
 )
 def test_as_many_sequences_as_the_text_has(options, tokens, expected):
     config = QuantizeConfig(**{"method": "duqpp", "refine": "blocks"} | options)
-    assert config.for_text(tokens).refine_samples == expected
+    assert config.for_text(tokens // config.seq_len).refine_samples == expected
 
 
 def test_short_text_refines_with_all_of_it(tiny_llama, tmp_path):
