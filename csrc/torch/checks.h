@@ -51,11 +51,12 @@ inline int64_t check_mxfp4(const char* name, const Tensor& codes, const Tensor& 
   return K;
 }
 
-// A matrix [M, K] of floats, contiguous, K a multiple of 32.
-inline void check_rows(const char* name, const Tensor& x) {
+// Rows [..., K] of floats, contiguous, K a multiple of 32; returns K.
+inline int64_t check_rows(const char* name, const Tensor& x) {
   check_contiguous(name, x);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % kBlockSize == 0, name,
-                  " must be [M, K], K a multiple of 32");
+  const int64_t K = x.dim() == 0 ? 0 : x.size(x.dim() - 1);
+  STD_TORCH_CHECK(K > 0 && K % kBlockSize == 0, name, " must be [..., K], K a multiple of 32");
+  return K;
 }
 
 }  // namespace duqpp

@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/mxfp4_gemm.h"
 #include "cpu/rotate_quantize.h"
+#include "cpu/scratch.h"
 #include "torch/problems.h"
 
 namespace duqpp {
@@ -22,9 +23,9 @@ void torch_parallel_for(int64_t tasks, int64_t grain, const cpu::ParallelBody& b
 }
 
 std::tuple<Tensor, Tensor> quantize_on_cpu(const Tensor& x, RotateQuantizeProblem& problem) {
-  Tensor codes = torch::stable::new_empty(x, {problem.M, problem.K / 2}, ScalarType::Byte);
+  Tensor codes = empty_on_device_of(x, {problem.M, problem.K / 2}, ScalarType::Byte);
   Tensor scales =
-      torch::stable::new_empty(x, {problem.M, problem.K / kBlockSize}, ScalarType::Byte);
+      empty_on_device_of(x, {problem.M, problem.K / kBlockSize}, ScalarType::Byte);
   problem.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   problem.scales = static_cast<uint8_t*>(scales.mutable_data_ptr());
   cpu::rotate_quantize(problem, cpu::selected_isa(), torch_parallel_for);
@@ -75,25 +76,44 @@ std::tuple<Tensor, Tensor> restore_weight_cpu(const Tensor& codes, const Tensor&
   return relayout(codes, scales, cpu::restore_weight);
 }
 
+void multiply_on_cpu(MXFP4GemmProblem& problem, const uint8_t* a_codes, const uint8_t* a_scales,
+                     Tensor& out) {
+  problem.a_codes = a_codes;
+  problem.a_scales = a_scales;
+  problem.out_dtype = float_dtype("out", out);
+  problem.out = out.mutable_data_ptr();
+  cpu::mxfp4_gemm(problem, cpu::selected_isa(), torch_parallel_for);
+}
+
 Tensor mxfp4_gemm_cpu(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
                       const Tensor& b_scales, std::optional<Tensor> bias, ScalarType out_dtype) {
   const int64_t K = check_mxfp4("a", a_codes, a_scales);
   STD_TORCH_CHECK(check_mxfp4("b", b_codes, b_scales) == K, "a and b must have equal K");
-  MXFP4GemmProblem problem = gemm_problem(a_codes, b_codes, bias);
-  problem.a_scales = static_cast<const uint8_t*>(a_scales.const_data_ptr());
-  problem.b_scales = static_cast<const uint8_t*>(b_scales.const_data_ptr());
-  Tensor out = torch::stable::new_empty(a_codes, {problem.M, problem.N}, out_dtype);
-  problem.out_dtype = float_dtype("out", out);
-  problem.out = out.mutable_data_ptr();
-  cpu::mxfp4_gemm(problem, cpu::selected_isa(), torch_parallel_for);
+  MXFP4GemmProblem problem = gemm_problem(a_codes.size(0), b_codes, b_scales, bias);
+  Tensor out = empty_on_device_of(a_codes, {problem.M, problem.N}, out_dtype);
+  multiply_on_cpu(problem, static_cast<const uint8_t*>(a_codes.const_data_ptr()),
+                  static_cast<const uint8_t*>(a_scales.const_data_ptr()), out);
   return out;
 }
 
+// rotate_quantize, then mxfp4_gemm. What is between them is no tensor: for a few rows, allocating
+// two more would take as long as computing them.
 Tensor mxfp4_linear_cpu(const Tensor& x, std::optional<Tensor> rotation, int64_t rule,
                         const Tensor& weight_codes, const Tensor& weight_scales,
                         std::optional<Tensor> bias) {
-  const auto [codes, scales] = rotate_quantize_cpu(x, rotation, rule);
-  return mxfp4_gemm_cpu(codes, scales, weight_codes, weight_scales, bias, x.scalar_type());
+  RotateQuantizeProblem quantization = quantize_problem(x, rotation, rule);
+  STD_TORCH_CHECK(check_mxfp4("weight", weight_codes, weight_scales) == quantization.K,
+                  "x and weight must have equal K");
+  MXFP4GemmProblem product = gemm_problem(quantization.M, weight_codes, weight_scales, bias);
+  Tensor out = linear_result(x, product.N);
+  const int64_t code_bytes = quantization.M * quantization.K / 2;
+  const int64_t scale_bytes = quantization.M * quantization.K / kBlockSize;
+  cpu::Scratch memory;
+  quantization.codes = memory.reserve(code_bytes + scale_bytes);
+  quantization.scales = quantization.codes + code_bytes;
+  cpu::rotate_quantize(quantization, cpu::selected_isa(), torch_parallel_for);
+  multiply_on_cpu(product, quantization.codes, quantization.scales, out);
+  return out;
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 // on torch's current stream. Workspaces come from torch's allocator; nothing waits for the device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
@@ -46,8 +45,8 @@ Quantization prepare_quantization(const Tensor& x, RotateQuantizeProblem problem
   check_aligned(kQuantize, "norm_weight", problem.norm_weight);
   check_aligned(kQuantize, "rotation", problem.rotation);
   if (rotation.has_value()) check_same_device(kQuantize, "rotation", *rotation, x);
-  Tensor codes = torch::stable::new_empty(x, {problem.M, problem.K / 2}, ScalarType::Byte);
-  Tensor scales = torch::stable::new_empty(x, {swizzled_size(problem.M, problem.K / kBlockSize)},
+  Tensor codes = empty_on_device_of(x, {problem.M, problem.K / 2}, ScalarType::Byte);
+  Tensor scales = empty_on_device_of(x, {swizzled_size(problem.M, problem.K / kBlockSize)},
                                            ScalarType::Byte);
   problem.scale_layout = ScaleLayout::kSwizzled;
   problem.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -89,20 +88,21 @@ std::tuple<Tensor, Tensor> silu_mul_rotate_quantize_cuda(const Tensor& gate, con
 struct Product {
   MXFP4GemmProblem problem;
   cuda::GemmPlan plan;
-  Tensor out, workspace;
+  Tensor out;
+  std::optional<Tensor> workspace;
 
   void launch(void* stream) const {
-    cuda::run_mxfp4_gemm(problem, plan, workspace.mutable_data_ptr(), stream);
+    cuda::run_mxfp4_gemm(problem, plan, workspace ? workspace->mutable_data_ptr() : nullptr,
+                         stream);
   }
 };
 
 Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Tensor& b_codes,
                         const Tensor& b_scales, const std::optional<Tensor>& bias,
-                        ScalarType out_dtype, void* stream) {
-  MXFP4GemmProblem problem = gemm_problem(a_codes, b_codes, bias);
+                        const Tensor& out, void* stream) {
+  MXFP4GemmProblem problem = gemm_problem(a_codes.size(0), b_codes, b_scales, bias);
+  problem.a_codes = static_cast<const uint8_t*>(a_codes.const_data_ptr());
   problem.a_scales = static_cast<const uint8_t*>(a_scales.const_data_ptr());
-  problem.b_scales = static_cast<const uint8_t*>(b_scales.const_data_ptr());
-  Tensor out = torch::stable::new_empty(a_codes, {problem.M, problem.N}, out_dtype);
   problem.out_dtype = float_dtype("out", out);
   problem.out = out.mutable_data_ptr();
   const cuda::DeviceInfo info = cuda::device_info(a_codes.get_device_index());
@@ -115,10 +115,13 @@ Product prepare_product(const Tensor& a_codes, const Tensor& a_scales, const Ten
   STD_TORCH_CHECK(plan.has_value() && cuda::has_mxfp4_gemm_kernel(plan->kernel), kGemm,
                   ": no kernel in this build for compute capability ", info.arch / 10, ".",
                   info.arch % 10);
+  Product product{problem, *plan, out, std::nullopt};
   const int64_t bytes = cuda::gemm_workspace_size(*plan, problem.M, problem.N);
-  const Tensor workspace = torch::stable::new_empty(a_codes, {bytes}, ScalarType::Byte);
-  cuda::clear_mxfp4_gemm_workspace(problem, *plan, workspace.mutable_data_ptr(), stream);
-  return {problem, *plan, out, workspace};
+  if (bytes > 0) {
+    product.workspace = empty_on_device_of(a_codes, {bytes}, ScalarType::Byte);
+    cuda::clear_mxfp4_gemm_workspace(problem, *plan, product.workspace->mutable_data_ptr(), stream);
+  }
+  return product;
 }
 
 // What memory safety needs of an operand; its row-major codes have K / 2 bytes a row. How many
@@ -163,8 +166,9 @@ Tensor mxfp4_gemm_cuda(const Tensor& a_codes, const Tensor& a_scales, const Tens
   if (bias.has_value()) check_same_device(kGemm, "bias", *bias, a_codes);
   const DeviceGuard guard(a_codes.get_device_index());
   void* stream = current_stream(a_codes.get_device_index());
-  const Product product =
-      prepare_product(a_codes, a_scales, b_codes, b_scales, bias, out_dtype, stream);
+  const Tensor out =
+      empty_on_device_of(a_codes, {a_codes.size(0), b_codes.size(0)}, out_dtype);
+  const Product product = prepare_product(a_codes, a_scales, b_codes, b_scales, bias, out, stream);
   product.launch(stream);
   return product.out;
 }
@@ -185,7 +189,7 @@ Tensor mxfp4_linear_cuda(const Tensor& x, std::optional<Tensor> rotation, int64_
   void* stream = current_stream(x.get_device_index());
   const Quantization a = prepare_quantization(x, problem, rotation);
   Product product = prepare_product(a.codes, a.scales, weight_codes, weight_scales, bias,
-                                    x.scalar_type(), stream);
+                                    linear_result(x, weight_codes.size(0)), stream);
   product.plan.early_weights = true;  // rotate_quantize is just before it
   a.launch(stream);
   product.launch(stream);

@@ -7,6 +7,7 @@
 
 #include "format/scale_layout.h"
 #include "format/weight_fragment.h"
+#include "torch/allocate.h"
 #include "torch/checks.h"
 
 namespace duqpp {
@@ -42,9 +43,9 @@ inline Expansion prepare_expansion(const Tensor& codes, const Tensor& scales, in
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Byte, "scales must be uint8");
   check_contiguous("scales", scales);
   STD_TORCH_CHECK(scales.numel() == scales_size, "scales must have ", scales_size, " bytes");
-  expansion.values = torch::stable::new_empty(codes, {rows, problem.K}, dtype);
+  expansion.values = empty_on_device_of(codes, {rows, problem.K}, dtype);
   const int64_t scaled = problem.format == WideFormat::kE4M3 ? rows : 0;
-  expansion.row_scales = torch::stable::new_empty(codes, {scaled, 1}, ScalarType::Float);
+  expansion.row_scales = empty_on_device_of(codes, {scaled, 1}, ScalarType::Float);
   problem.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   problem.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
   problem.values = expansion.values.mutable_data_ptr();

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "torch/allocate.h"
 #include "torch/checks.h"
 
 namespace duqpp {
@@ -41,8 +42,8 @@ inline GptqBlock prepare_gptq_block(const Tensor& values, const std::optional<Te
     check_columns("factor", *factor, kBlockSize);
     problem.factor = static_cast<const float*>(factor->const_data_ptr());
   }
-  block.codes = torch::stable::new_empty(values, {problem.rows, kBlockSize / 2}, ScalarType::Byte);
-  block.scales = torch::stable::new_empty(values, {problem.rows}, ScalarType::Byte);
+  block.codes = empty_on_device_of(values, {problem.rows, kBlockSize / 2}, ScalarType::Byte);
+  block.scales = empty_on_device_of(values, {problem.rows}, ScalarType::Byte);
   block.compensated = torch::stable::empty_like(values);
   block.rounded = torch::stable::empty_like(values);
   problem.codes = static_cast<uint8_t*>(block.codes.mutable_data_ptr());

@@ -2,10 +2,11 @@
 // to the caller, who allocates them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <vector>
 
+#include "torch/allocate.h"
 #include "torch/checks.h"
 
 namespace duqpp {
@@ -16,9 +17,8 @@ inline RotateQuantizeProblem quantize_problem(const Tensor& x,
                                               const std::optional<Tensor>& rotation, int64_t rule) {
   RotateQuantizeProblem problem{};
   problem.dtype = float_dtype("x", x);
-  check_rows("x", x);
-  problem.M = x.size(0);
-  problem.K = x.size(1);
+  problem.K = check_rows("x", x);
+  problem.M = x.numel() / problem.K;
   problem.x = x.const_data_ptr();
   STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule must be 0 (floor) to 3 (mse)");
   problem.rule = static_cast<ScaleRule>(rule);
@@ -56,23 +56,22 @@ inline RotateQuantizeProblem silu_mul_problem(const Tensor& gate, const Tensor& 
                                               const std::optional<Tensor>& rotation, int64_t rule) {
   RotateQuantizeProblem problem = quantize_problem(gate, rotation, rule);
   problem.prologue = Prologue::kSiluMul;
-  check_rows("up", up);
-  STD_TORCH_CHECK(
-      up.scalar_type() == gate.scalar_type() && up.size(0) == problem.M && up.size(1) == problem.K,
-      "up must have the shape and dtype of gate");
+  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && check_rows("up", up) == problem.K &&
+                      up.numel() == gate.numel(),
+                  "up must have the shape and dtype of gate");
   problem.up = up.const_data_ptr();
   return problem;
 }
 
-// All but the scales, whose layout is the device's own, and out.
-inline MXFP4GemmProblem gemm_problem(const Tensor& a_codes, const Tensor& b_codes,
+// All but a and out, of a weight that was checked: b, whose K is that of a.
+inline MXFP4GemmProblem gemm_problem(int64_t M, const Tensor& b_codes, const Tensor& b_scales,
                                      const std::optional<Tensor>& bias) {
   MXFP4GemmProblem problem{};
-  problem.M = a_codes.size(0);
+  problem.M = M;
   problem.N = b_codes.size(0);
-  problem.K = a_codes.size(1) * 2;
-  problem.a_codes = static_cast<const uint8_t*>(a_codes.const_data_ptr());
+  problem.K = b_codes.size(1) * 2;
   problem.b_codes = static_cast<const uint8_t*>(b_codes.const_data_ptr());
+  problem.b_scales = static_cast<const uint8_t*>(b_scales.const_data_ptr());
   if (bias.has_value()) {
     problem.bias_dtype = float_dtype("bias", *bias);
     check_contiguous("bias", *bias);
@@ -80,6 +79,14 @@ inline MXFP4GemmProblem gemm_problem(const Tensor& a_codes, const Tensor& b_code
     problem.bias = bias->const_data_ptr();
   }
   return problem;
+}
+
+// The result [..., N] of a linear over x [..., K], uninitialized.
+inline Tensor linear_result(const Tensor& x, int64_t N) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.back() = N;
+  return empty_on_device_of(x, result, x.scalar_type());
 }
 
 }  // namespace duqpp

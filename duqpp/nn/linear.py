@@ -1,6 +1,8 @@
 """MXFP4Linear: a linear with a quantized weight that quantizes its input."""
 
 from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,10 +18,14 @@ from duqpp.ops import (
     restore_weight,
     rotate_quantize,
 )
+from duqpp.ops.backend import DirectOps
 from duqpp.ops.dispatch import select
+from duqpp.ops.library import runs_directly
 from duqpp.ops.reference import rotate_blocks
 
 _MATRICES = ("rotation", "pre_rotation")
+_PARAMETERS = itemgetter("weight_packed", "weight_scale", "bias")
+_BUFFERS = itemgetter("rotation", "pre_rotation", "permutation")
 
 
 class MXFP4Linear(nn.Module):
@@ -80,15 +86,15 @@ class MXFP4Linear(nn.Module):
         def parameter(shape: tuple[int, ...], kind: torch.dtype) -> nn.Parameter:
             return nn.Parameter(zeros(shape, kind), requires_grad=False)
 
-        def buffer(shape: tuple[int, ...] | None, kind: torch.dtype) -> nn.Buffer | None:
-            return None if shape is None else nn.Buffer(zeros(shape, kind))
+        def buffer(name: str, shape: tuple[int, ...] | None, kind: torch.dtype) -> None:
+            self.register_buffer(name, None if shape is None else zeros(shape, kind))
 
         self.weight_packed = parameter((out_features, in_features // 2), torch.uint8)
         self.weight_scale = parameter((out_features, in_features // BLOCK_SIZE), torch.uint8)
-        self.bias = parameter((out_features,), dtype) if bias else None
-        self.rotation = buffer(rotation, torch.bfloat16)
-        self.pre_rotation = buffer(pre_rotation, torch.bfloat16)
-        self.permutation = buffer((in_features,) if permutation else None, torch.int32)
+        self.register_parameter("bias", parameter((out_features,), dtype) if bias else None)
+        buffer("rotation", rotation, torch.bfloat16)
+        buffer("pre_rotation", pre_rotation, torch.bfloat16)
+        buffer("permutation", (in_features,) if permutation else None, torch.int32)
 
     @property
     def weight(self) -> MXFP4Tensor:
@@ -167,21 +173,57 @@ class MXFP4Linear(nn.Module):
     def _operand(self) -> tuple[MXFP4Tensor, str]:
         """The weight as a backend's GEMM reads it, and that backend."""
         codes, scales, prepared = self.weight_packed, self.weight_scale, self._prepared
-        if (
-            prepared is not None
-            and prepared.device == codes.device.type
-            and prepared.holds(codes, scales)
-        ):
+        if prepared is not None and prepared.is_read_from(codes, scales):
             return MXFP4Tensor(codes, scales), prepared.backend
         return prepare_weight(self.weight, backend=self.backend), self.backend
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in the dtype of x."""
+        y = self._call_directly(x)
+        if y is not None:
+            return y
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):
             return self._forward(x, x)
         with torch.autocast(kind, enabled=False):  # what is below chooses its own dtypes
             return self._forward(x.to(torch.get_autocast_dtype(kind)), x)
+
+    def _call_directly(self, x: Tensor) -> Tensor | None:
+        """`forward` by the ops of its backend, which check no more than what they read.
+
+        Returns: None where the weight is not as it was prepared, where more than values is asked
+            for, and where an op refuses: `_forward` converts what can be, or says what cannot.
+        """
+        prepared = self._prepared
+        if prepared is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return None
+        try:
+            codes, scales, bias = _PARAMETERS(self._parameters)  # as attributes: 2 microseconds
+            if not runs_directly(x, bias):
+                return None
+            ops, shared = prepared.direct_ops(codes, scales), self.shared_input
+            if ops is None or x.numel() > ops.most_values:
+                return None
+            if shared is not None:
+                quantize = partial(self._quantize_directly, ops)
+                a = shared.read(x, prepared.backend, quantize, x)
+                if a is not None:
+                    y = ops.gemm(a.codes, a.scales, codes, scales, bias, x.dtype)
+                    return y.view(*x.shape[:-1], self.out_features)
+            y = ops.linear(*self._to_quantize(x, ops), codes, scales, bias)
+        except (KeyError, RuntimeError):  # KeyError: another library keeps the parameters
+            return None
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _quantize_directly(self, ops: DirectOps, x: Tensor, _: str) -> MXFP4Tensor:
+        return MXFP4Tensor(*ops.quantize(*self._to_quantize(x, ops)))
+
+    def _to_quantize(self, x: Tensor, ops: DirectOps) -> tuple[Tensor, Tensor | None, int]:
+        """What `ops` are given to quantize x."""
+        rotation, pre_rotation, permutation = _BUFFERS(self._buffers)
+        if pre_rotation is not None or permutation is not None:
+            x = self._transform(x)
+        return x.contiguous(), rotation, ops.rules[self.rule]
 
     def _forward(self, x: Tensor, source: Tensor) -> Tensor:
         """`forward` of x; source: the tensor that it was made of, which others may share."""
@@ -246,9 +288,12 @@ class MXFP4Linear(nn.Module):
             destination[prefix + "weight_scale"] = weight.scales
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._prepared is not None:
+        was_prepared = self._prepared is not None
+        if was_prepared:
             self._restore()
         super()._load_from_state_dict(*args, **kwargs)
+        if was_prepared:
+            self.prepare()
 
     def extra_repr(self) -> str:
         rotation = "none" if self.rotation is None else list(self.rotation.shape)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from duqpp.format import MXFP4Tensor
+from duqpp.ops.backend import DirectOps
+from duqpp.ops.dispatch import select
 from duqpp.placement import HOST
 
 _MARKS = 16  # bytes that tell the layouts apart: random ones agree with chance 2**-128
@@ -43,11 +45,21 @@ class Prepared:
         self._places, self._marks = places.to(HOST).tolist(), _bytes_at(marked, places)
         self._remember(holder)
 
+    def is_read_from(self, codes: Tensor, scales: Tensor) -> bool:
+        """Whether the backend's GEMM can read a module's tensors as they are."""
+        return self.device == codes.device.type and self.holds(codes, scales)
+
+    def direct_ops(self, codes: Tensor, scales: Tensor) -> DirectOps | None:
+        """The ops that may be called with a module's tensors as they are, if any."""
+        if self._is_known(codes) or self.holds(codes, scales):
+            return self._ops
+        return None
+
     def holds(self, codes: Tensor, scales: Tensor) -> bool:
         """Whether a module's tensors are in the prepared layout; taken for granted in a graph."""
         if torch.compiler.is_compiling():
             return True
-        if self._address == codes.data_ptr() and self._known() is codes:
+        if self._is_known(codes):
             return True
         marked = scales if self._marks_scales else codes
         is_stored = marked.dtype == torch.uint8 and not marked.is_meta
@@ -59,11 +71,18 @@ class Prepared:
         self._remember(codes)
         return True
 
+    def _is_known(self, codes: Tensor) -> bool:
+        """Whether they are the tensor, and in the memory, that were seen last."""
+        return self._address == codes.data_ptr() and self._known() is codes
+
     def _remember(self, codes: Tensor) -> None:
-        self._known, self._address = weakref.ref(codes), codes.data_ptr()
+        self._known, self._address, self._ops = weakref.ref(codes), codes.data_ptr(), None
+        if codes.device.type == self.device:
+            backend, (rows, half) = select("mxfp4_gemm", codes.device, self.backend), codes.shape
+            self._ops = backend.direct_ops(rows, 2 * half, codes.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": _nothing, "_address": 0}
+        return vars(self) | {"_known": _nothing, "_address": 0, "_ops": None}
 
 
 def _nothing() -> None:

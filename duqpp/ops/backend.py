@@ -1,6 +1,7 @@
 """What a backend is: the public ops, over the few functions in which backends differ."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,26 @@ class Quantization(NamedTuple):
     rotation: Tensor | None
     rule: ScaleRule
     prologue: RMSNorm | SiluMul | None = None
+
+
+class DirectOps(NamedTuple):
+    """Ops of a backend without the checks of `duqpp.ops`, for who has settled what they are given.
+
+    They check what memory safety needs, take contiguous tensors, and refuse others, and dtypes that
+    they have no kernel for, with a RuntimeError.
+
+    linear: (x [..., K], rotation, rule, codes, scales, bias) to [..., N] in the dtype of x.
+    quantize: (x [..., K], rotation, rule) to codes and scales of [M, K].
+    gemm: (codes, scales, the weight's codes and scales, bias, out_dtype) to [M, N].
+    rules: the number by which they know a scale rule.
+    most_values: of x, for which they are what the backend would run.
+    """
+
+    linear: Callable[..., Tensor]
+    quantize: Callable[..., tuple[Tensor, Tensor]]
+    gemm: Callable[..., Tensor]
+    rules: Mapping[ScaleRule, int]
+    most_values: float = float("inf")
 
 
 class Backend(ABC):
@@ -108,6 +129,10 @@ class Backend(ABC):
     def gptq_block(self, values: Tensor, factor: Tensor | None, rule: ScaleRule) -> GptqBlock:
         """See `duqpp.ops.gptq_block`."""
         return gptq_block(values, factor, rule)
+
+    def direct_ops(self, rows: int, columns: int, device: torch.device) -> DirectOps | None:
+        """What a linear with a prepared weight [rows, columns] there may call; None: nothing."""
+        return None
 
     @abstractmethod
     def _unavailable(self, device: torch.device) -> str | None:

@@ -15,6 +15,8 @@ from duqpp.ops.dispatch import select, select_shapes
 from duqpp.ops.reference import rotate_blocks
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # how many trace, fake, count
+_transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func
 
 
 def runs_directly(*tensors: Tensor | None) -> bool:
@@ -24,20 +26,15 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     that traces, fakes or transforms. The dispatcher and its Python wrappers take some 30
     microseconds a call, which is what a small product takes.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
+    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
         return False
     gradients = torch.is_grad_enabled()
-    return all(
-        tensor is None
-        or (
-            type(tensor) in _PLAIN
-            and not tensor.is_meta
-            and not (gradients and tensor.requires_grad)
-        )
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or tensor.is_meta or (gradients and tensor.requires_grad)
+        ):
+            return False
+    return True
 
 
 @torch.library.custom_op("duqpp::rotate_quantize", mutates_args=())

@@ -11,7 +11,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
 from duqpp.format.weight_fragment import from_fragments, to_fragments
-from duqpp.ops.backend import Backend, Quantization, RMSNorm, SiluMul
+from duqpp.ops.backend import Backend, DirectOps, Quantization, RMSNorm, SiluMul
 from duqpp.ops.crossover import crossover
 from duqpp.ops.gptq_block import GptqBlock
 from duqpp.ops.large_gemm import large_gemm, report_inexact_rows, route_on
@@ -77,6 +77,12 @@ class _NativeBackend(Backend):
     def gptq_block(self, values: Tensor, factor: Tensor | None, rule: ScaleRule) -> GptqBlock:
         op = torch.ops.duqpp_native.gptq_block
         return GptqBlock(*op(values.contiguous(), _contiguous(factor), _RULES[rule]))
+
+    def direct_ops(self, rows: int, columns: int, device: torch.device) -> DirectOps:
+        ops = torch.ops.duqpp_native
+        return DirectOps(
+            ops.mxfp4_linear.default, ops.rotate_quantize.default, ops.mxfp4_gemm.default, _RULES
+        )
 
     def run_linear(self, asked: Quantization, weight: MXFP4Tensor, bias: Tensor | None) -> Tensor:
         x, (rotation,) = _with_constants(asked.x, asked.rotation)
@@ -242,6 +248,10 @@ class Sm80Backend(CudaBackend):
         if x.dtype == torch.float32 or not _is_large(x.shape[0], weight):
             return super().run_linear(asked, weight, bias)
         return large_gemm(self.run_quantization(asked), weight, bias, x.dtype)
+
+    def direct_ops(self, rows: int, columns: int, device: torch.device) -> DirectOps:
+        ops = super().direct_ops(rows, columns, device)
+        return ops._replace(most_values=(_large_rows(rows, columns, device) - 1) * columns)
 
 
 def _is_large(rows: int, weight: MXFP4Tensor) -> bool:

@@ -37,7 +37,7 @@ def call_on_cuda(name: str, *arguments: object) -> object:
         ((X.float(), None, 0), "rotate_quantize: x must be bfloat16 or float16 on CUDA"),
         ((X.long(), None, 0), "x must be bfloat16"),
         ((X.t(), None, 0), "x must be contiguous"),
-        ((X[:, :48].contiguous(), None, 0), "x must be .M, K., K a multiple of 32"),
+        ((X[:, :48].contiguous(), None, 0), r"x must be \[\.\.\., K\], K a multiple of 32"),
         ((misaligned(X), None, 0), f"rotate_quantize: x {ALIGNED}"),
         ((X, None, 4), "rule must be"),
         ((X, MATRIX.float(), 0), "rotation must be bfloat16"),

@@ -83,6 +83,7 @@ FAMILY_TESTS = "tests/models/test_family.py"
 MODULE_TESTS = "tests/integrations/test_module.py"
 EDITS_TESTS = "tests/integrations/test_saving_edits.py"
 SHARED_INPUT_TESTS = "tests/nn/test_shared_input.py"
+DIRECT_CALL_TESTS = "tests/nn/test_direct_call.py"
 REFERENCE = "duqpp/ops/reference.py"
 SILENT_TESTS = "tests/methods/test_silent.py"
 GROUP_TESTS = "tests/methods/test_group.py"
@@ -1093,6 +1094,41 @@ MUTATIONS = (
         "        self._remember(codes)\n        return True",
         "        return False",
         MODULE_TESTS,
+    ),
+    Mutation(
+        "direct call: a gradient that is asked for is forgotten",
+        LINEAR,
+        "            if not runs_directly(x, bias):\n                return None\n",
+        "",
+        DIRECT_CALL_TESTS,
+    ),
+    Mutation(
+        "direct call: what is no longer the prepared weight is multiplied",
+        PREPARED,
+        "if self._is_known(codes) or self.holds(codes, scales):",
+        "if True:",
+        DIRECT_CALL_TESTS,
+    ),
+    Mutation(
+        "direct call: DuQuant's first rotation and permutation are left out",
+        LINEAR,
+        "            x = self._transform(x)\n",
+        "            pass\n",
+        DIRECT_CALL_TESTS,
+    ),
+    Mutation(
+        "direct call: what the op refuses is the caller's error",
+        LINEAR,
+        "except (KeyError, RuntimeError):",
+        "except KeyError:",
+        DIRECT_CALL_TESTS,
+    ),
+    Mutation(
+        "linear: once loaded, it orders its weight anew in every call",
+        LINEAR,
+        "        super()._load_from_state_dict(*args, **kwargs)\n        if was_prepared:\n",
+        "        super()._load_from_state_dict(*args, **kwargs)\n        if False:\n",
+        DIRECT_CALL_TESTS,
     ),
     Mutation(
         "saving: the configuration says that a head of its own is tied",

@@ -53,5 +53,7 @@ def test_the_backend_goes_by_the_table(rows, large, monkeypatch):
         assert backend.mxfp4_linear(x, None, None, weight, None) == expected
         assert backend.mxfp4_gemm(a, weight, None, torch.float32) == "few"
         assert backend.mxfp4_linear(x.float(), None, None, weight, None) == "few"
+        direct = backend.direct_ops(4096, 4096, x.device)
+        assert (x.numel() > direct.most_values) is large
     finally:
         native._large_rows.cache_clear()
