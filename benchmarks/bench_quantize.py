@@ -67,10 +67,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def save_model(folder: Path, hidden: int, intermediate: int, seed: int) -> None:
     """A random Llama of these widths, with heads of 128 and a byte's worth of tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config_of(hidden, intermediate)).bfloat16().save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def config_of(hidden: int, intermediate: int) -> Any:
+    """The configuration of `save_model`'s."""
+    from transformers import LlamaConfig
 
     heads = hidden // 128
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=BLOCKS,
@@ -78,10 +87,8 @@ def save_model(folder: Path, hidden: int, intermediate: int, seed: int) -> None:
         num_key_value_heads=max(1, heads // 4),
         vocab_size=VOCABULARY,
         max_position_embeddings=8192,
+        dtype=torch.bfloat16,
     )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    save_tokenizer(folder)
 
 
 def save_tokenizer(folder: Path) -> None:

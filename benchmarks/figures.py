@@ -378,6 +378,22 @@ def stage_tables(result: Row) -> list[str]:
     return tables
 
 
+def memory_tables(result: Row) -> list[str]:
+    """memory: the peak of a job, of one rank, beside the plan's."""
+    lines = [
+        [
+            row["h x f"].replace("x", " x "),
+            f"`{row['options']}`",
+            str(row["ranks"]),
+            f"{row['measured MB']:.0f} MB",
+            f"{row['planned MB']:.0f} MB",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return [table(["h x f", "options", "ranks", "measured", "planned", "ratio"], lines)]
+
+
 LEAST_STAGE = 0.05  # seconds a block, below which a stage has no line
 
 TABLES: dict[str, Callable[..., list[str]]] = {
@@ -393,4 +409,5 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "which_method": choice_tables,
     "ranks": rank_tables,
     "quantize_stages": stage_tables,
+    "memory": memory_tables,
 }

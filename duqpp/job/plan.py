@@ -19,7 +19,7 @@ from duqpp.config import QuantizeConfig
 from duqpp.errors import InputError
 from duqpp.job.blocks import block_bytes
 from duqpp.methods.base import Needs
-from duqpp.methods.costs import BlockShape, Cost, ModelShape, Operations, Text
+from duqpp.methods.costs import BlockShape, Cost, ModelShape, Operations, Text, Training
 from duqpp.models.family import LinearGroup
 from duqpp.models.logits import LOGIT_TOKENS
 from duqpp.models.shapes import ShapedModel
@@ -64,6 +64,7 @@ class Machine:
         """How long operations take one after the other."""
         return (
             operations.half / self.half
+            + operations.rounded / (self.half if self.is_gpu else self.single)
             + operations.single / self.single
             + operations.double / self.double
             + operations.moved / self.moved
@@ -283,6 +284,9 @@ class _Planner:
         self.itemsize = model.dtype.itemsize
         head = model.config.vocab_size * model.config.hidden_size
         self.whole = ModelShape(self.shapes, head)
+        self.training: Training | None = None
+        if self.needs.whole_model and self.text is not None:
+            self.training = self.method.training(self.whole, self.text, on_host=not machine.is_gpu)
 
     @property
     def needs(self) -> Needs:
@@ -356,8 +360,8 @@ class _Planner:
     ) -> list[StagePlan]:
         """By name, for the most memory of any block and the time of all."""
         found: dict[str, StagePlan] = {}
-        if self.needs.whole_model and self.text is not None:
-            costs = [*costs, (self.method.training(self.whole, self.text), 1)]
+        if self.training is not None:
+            costs = [*costs, (self.training.cost, 1)]
         staged = self.staged()
         for cost, count in costs:
             rests = cost.resting + streams
@@ -382,13 +386,16 @@ class _Planner:
         source = rest + sum(count * shape.stored for shape, count in self.shapes.items())
         files = self.block_files()
         shards, latents = (sum(file[i] * file[2] for file in files) for i in (0, 1))
-        whole_model = self.needs.whole_model
-        state = (12 + 4 + 17 / 32) * self.whole.weights if whole_model else 0
-        kept = latents + 2 * state if whole_model else 0
-        written = rest + shards + (latents + shards if whole_model else 0)
-        read = 2 * source + (shards + latents if whole_model else 0)
+        read, written, kept = 2 * source, rest + shards, 0.0
+        if (trained := self.training) is not None:
+            # Blocks for the training, and their shards once more, for those that take their place;
+            # they and the last state, or two of these, are there beside the latents.
+            read += latents + 2 * shards
+            written += latents + shards + trained.saves * trained.state
+            states = min(2, trained.saves) * trained.state
+            kept = latents + max(states, min(1, trained.saves) * trained.state + shards)
         work = sum(stage.seconds for stage in stages)
-        moved = (source + written + (shards + latents if whole_model else 0)) / rate
+        moved = (read - source + written) / rate
         seconds = {
             "fingerprint of the model": source / min(rate, _HASHED),
             "reading and writing": moved,

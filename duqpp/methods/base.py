@@ -209,8 +209,13 @@ class Method(ABC):
         """
         raise InputError(f"the method {self.name} needs calibration for {block_name}")
 
-    def training(self, model: costs.ModelShape, text: costs.Text) -> costs.Cost:
-        """What `train` takes. Only of a method that trains the whole model: see `Needs`."""
+    def training(
+        self, model: costs.ModelShape, text: costs.Text, *, on_host: bool
+    ) -> costs.Training:
+        """What `train` takes. Only of a method that trains the whole model: see `Needs`.
+
+        Args: on_host: whether blocks compute there.
+        """
         raise NotImplementedError(f"{self.name} trains no whole model: see Needs.whole_model")
 
     def train(self, model: QuantizedModel, state: Path, progress: Progress) -> TrainedModel:

@@ -17,6 +17,7 @@ from duqpp.calibration.hessian import PANEL, PART
 from duqpp.format import BLOCK_SIZE
 from duqpp.methods.refine.schedule import held_back
 from duqpp.models.family import LinearGroup
+from duqpp.models.logits import LOGIT_TOKENS
 from duqpp.models.shapes import Forward
 
 Rotated = Literal["none", "shared", "per-block"]
@@ -218,9 +219,8 @@ class ModelShape:
         return max(shape.forward.bytes for shape in self.blocks)
 
     def passes(self, tokens: float) -> float:
-        """Operations of one forward pass over so many tokens."""
-        blocks = sum(n * s.passes(tokens).half for s, n in self.blocks.items())
-        return blocks + 2 * tokens * self.head
+        """Operations of one forward pass through the blocks over so many tokens."""
+        return sum(n * s.passes(tokens).half for s, n in self.blocks.items())
 
 
 def rounding(shape: BlockShape, *, rotated: Rotated = "none") -> list[Cost]:
@@ -605,7 +605,7 @@ def refined_block(shape: BlockShape, text: Text, *, checks: int) -> Cost:
             "a batch, forwards and backwards": 4.5 * shape.forward.bytes,
         },
         Operations(
-            single=shape.passes(3 * trained + checks * held).half,
+            rounded=shape.passes(3 * trained + checks * held).half,
             moved=60 * shape.weights * batches,
             steps=400 * batches,
         ),
@@ -624,7 +624,7 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
         "training of rotations",
         {
             "float32 weights of the block": _FLOAT32 * shape.weights,
-            "sampled inputs, three times": 3 * _FLOAT32 * samples,
+            "sampled inputs": _FLOAT32 * samples,
             "weights as they are rotated and rounded": 3 * _FLOAT32 * shape.weights,
             "a batch, forwards and backwards": 4.5 * shape.forward.bytes,
         },
@@ -637,24 +637,51 @@ def learned_rotations(shape: BlockShape, text: Text, *, epochs: int) -> Cost:
     )
 
 
-def distilled(model: ModelShape, text: Text, *, epochs: int, check_steps: int) -> Cost:
-    """Training of all blocks together."""
-    trained, held = text.all * (1 - text.held), text.all * text.held
-    batch = text.whole / text.batches
-    steps = epochs * trained / batch
-    checks = 1 + steps / check_steps
-    return Cost(
-        "distill",
-        {
-            "latents, two moments": 3 * _FLOAT32 * model.weights / text.ranks,
-            "the best codes so far": CODES * model.weights / text.ranks,
-            "what products give, for the gradients": _FLOAT32 * batch * model.outputs,
-            "a block of a batch, forwards and backwards": 10 * model.forward,
-        },
-        Operations(
-            # Forwards, forwards again for the gradients, and backwards.
-            single=model.passes(4 * epochs * trained + checks * held),
-            moved=60 * model.weights * steps,
-            steps=600 * len(model.blocks) * steps,
-        ),
+@dataclass(frozen=True)
+class Training:
+    """Of a whole model. cost: of all steps. state: bytes of what it can be resumed from, on disk,
+    whole before an earlier one is removed. saves: how often that is written.
+    """
+
+    cost: Cost
+    state: float
+    saves: int
+
+
+def distilled(
+    model: ModelShape, text: Text, *, epochs: int, check_steps: int, on_host: bool
+) -> Training:
+    """Training of all blocks together. Each step is on a batch whose sequences ranks share.
+
+    on_host: products are in float32 there, and are kept for the gradients: no pass through a block
+    has to be made again.
+    """
+    held_batches = len(held_back(text.batches))
+    steps = epochs * (text.batches - held_batches)
+    saves = (steps - 1) // check_steps
+    trained, held = epochs * text.all * (1 - text.held), (1 + saves) * text.all * text.held
+    largest = max(model.blocks, key=lambda shape: shape.weights)
+    logits = 4 * _FLOAT32 * LOGIT_TOKENS * model.head / largest.width
+    parts = {
+        "latents, two moments": 3 * _FLOAT32 * model.weights / text.ranks,
+        "the best codes so far": CODES * model.weights / text.ranks,
+        "a batch through a block, or its logits": max(6 * model.forward, logits),
+        "rounded weights of a block": float(_FLOAT32 * largest.weights),
+    }
+    if text.ranks > 1:
+        parts["latents and gradients of a block, whole"] = 2.0 * _FLOAT32 * largest.weights
+    if on_host:
+        behind = (model.outputs - largest.outputs) * text.whole / text.batches / text.ranks
+        parts["what products of other blocks give"] = _FLOAT32 * behind
+    passes = 3 if on_host else 4
+    work = Operations(
+        rounded=model.passes(passes * trained + held),
+        half=2 * model.head * (3 * trained + 2 * held),
+        # A rank rounds all weights, for both passes, and steps with its own.
+        moved=(20 + 40 / text.ranks) * model.weights * steps,
+        steps=600 * sum(model.blocks.values()) * steps,
     )
+    # Of both streams each rank has all batches.
+    others = 2 * largest.between(text.whole - text.all)
+    state = (3 * _FLOAT32 + CODES) * model.weights
+    return Training(Cost("distill", parts, work, others), state, saves)

@@ -100,8 +100,10 @@ class Sequential(Method):
             stages.append(costs.quantized_pass(shape, text))
         return stages
 
-    def training(self, model: costs.ModelShape, text: costs.Text) -> costs.Cost:
-        return costs.distilled(model, text, epochs=EPOCHS, check_steps=CHECK_STEPS)
+    def training(
+        self, model: costs.ModelShape, text: costs.Text, *, on_host: bool
+    ) -> costs.Training:
+        return costs.distilled(model, text, epochs=EPOCHS, check_steps=CHECK_STEPS, on_host=on_host)
 
     def quantize(self, block: Block, streams: Streams) -> BlockResult:
         inputs, outputs, targets, float_inputs = streams.inputs, None, None, None
