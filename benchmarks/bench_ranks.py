@@ -25,7 +25,9 @@ METHODS = (
     "--method duquant++ --gptq",
     "--method duquant++ --gptq --hessian quantized",
     "--method duqpp",
+    "--method learned",
     "--method duqpp --refine blocks --refine-samples 64",
+    "--method duqpp --refine distill --refine-samples 64",
 )
 
 
