@@ -6,6 +6,7 @@ from torch import Tensor
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.ops import library
 from duqpp.ops.dispatch import available, select, warn_of_reference
+from duqpp.ops.gptq_block import GptqBlock
 
 __all__ = [
     "mxfp4_gemm",
@@ -52,17 +53,24 @@ def rotate_quantize(
 
 
 def quantize(x: Tensor, *, rule: ScaleRule) -> MXFP4Tensor:
-    """`duqpp.format.quantize` of a tensor on the CPU, by the compiled kernel where it is there.
+    """`duqpp.format.quantize` of a tensor, by the compiled kernel where it is there.
 
     Args:
         x: floating point [..., K], K a multiple of 32.
         rule: how a block's amax becomes its exponent.
-    Returns: MXFP4Tensor [..., K] with row-major scales, byte for byte that of the definition.
+    Returns: MXFP4Tensor [..., K] with row-major scales, byte for byte that of the definition, but
+        for codes of blocks with NaN.
     """
-    backend = "cpu" if "cpu" in available("rotate_quantize", x.device) else "reference"
+    backend = available("rotate_quantize", x.device)[0]
     if backend == "reference" and x.device.type == "cpu":
         warn_of_reference(x.device)
-    rows = rotate_quantize(x.float(), None, rule=rule, backend=backend)
+    rows: MXFP4Tensor | GptqBlock
+    if backend in ("cpu", "reference"):
+        rows = rotate_quantize(x.float(), None, rule=rule, backend=backend)
+    else:  # on a GPU it takes 16 bits, and puts scales where a product reads them
+        _check_input("quantize", x)
+        blocks = x.float().reshape(-1, BLOCK_SIZE)
+        rows = select("rotate_quantize", x.device, backend).gptq_block(blocks, None, rule)
     # Not -1 for the last dimension: it is ambiguous where another one is 0.
     codes = rows.codes.view(*x.shape[:-1], x.shape[-1] // 2)
     return MXFP4Tensor(codes, rows.scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE))

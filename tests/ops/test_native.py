@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duqpp._C as _C
+from duqpp import ops
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.format.scale_layout import unswizzle_scales
 from duqpp.ops import dispatch, mxfp4_gemm, native, prepare_weight, restore_weight, rotate_quantize
@@ -276,6 +277,24 @@ def test_quantize_is_that_of_the_format(rule):
         expected, actual = quantize(values, rule=rule), fast_quantize(values, rule=rule)
         oracle.assert_same(actual.scales, expected.scales, "scales")
         oracle.assert_same(actual.codes, expected.codes, "codes")
+
+
+@pytest.mark.parametrize("rule", list(ScaleRule))
+def test_quantize_on_a_gpu_is_that_of_the_format(rule, monkeypatch):
+    """By the kernel of GPTQ without a factor, here the CPU's; its bytes are the same everywhere."""
+    cpu = dispatch.select("rotate_quantize", CPU, "cpu")
+    monkeypatch.setattr(ops, "available", lambda op, device: ["cuda-sm80", "reference"])
+    monkeypatch.setattr(ops, "select", lambda op, device, backend: cpu)
+    x = inputs.grid_and_ties(64, 96, seed=1).view(4, 16, 96)
+    infinite = inputs.subnormals(16, 64, seed=3).bfloat16()
+    infinite[3, 40] = -torch.inf
+    for values in (x, x.mT[:, :, :0].mT, infinite, inputs.mse_ties(64, seed=2).mT.contiguous().mT):
+        expected, actual = quantize(values, rule=rule), ops.quantize(values, rule=rule)
+        assert actual.shape == values.shape
+        oracle.assert_same(actual.scales, expected.scales, "scales")
+        oracle.assert_same(actual.codes, expected.codes, "codes")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        ops.quantize(torch.ones(2, 48), rule=rule)
 
 
 @pytest.mark.parametrize("n", [1, 8, 16, 17, 40, 129])
