@@ -58,6 +58,7 @@ def narrow(make_tiny) -> Path:
         *({"method": method} for method in METHODS),
         {"method": "duquant++", "gptq": True, "rotation": "per-block"},
         {"method": "random", "gptq": True, "hessian": "quantized", "next_inputs": "float"},
+        {"method": "duqpp", "refine": "blocks", "samples": 44},
         {"method": "duqpp", "refine": "distill", "samples": 44},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
