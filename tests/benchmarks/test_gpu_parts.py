@@ -196,17 +196,20 @@ def test_smoke_runs_a_benchmark_and_renders_it(tmp_path, monkeypatch, capsys):
     assert "render: " in out
 
 
-def test_quantization_small(tmp_path, monkeypatch, capsys):
+def test_quantization_small(tiny_llama, tmp_path, monkeypatch, capsys):
     """On the CPU it is compared with itself: nothing differs."""
     monkeypatch.setattr("bench_quantize_device.JOBS", {"duqpp": {"method": "duqpp"}})
     monkeypatch.setattr("bench_quantize_device.COMPARED", {"hadamard": {"method": "hadamard"}})
     command = gpu.parts(options(tmp_path, "--smoke"))["quantize"]
     capsys.readouterr()
-    import_module(Path(command[1]).stem).main([*command[2:], "--threads", "1", "--json"])
+    words = [*command[2:], "--threads", "1", "--json", "--trained", str(tiny_llama)]
+    import_module(Path(command[1]).stem).main(words)
     made = json.loads(capsys.readouterr().out)
     assert made["complete"]
-    compared, timed = made["rows"]
-    assert compared["differing"] == 0 < compared["of"]
+    compared, trained, timed = made["rows"]
+    assert compared["differing"] == trained["differing"] == 0 < compared["of"]
+    assert (trained["model"], trained["blocks"]) == (tiny_llama.stem, 2)
+    assert 0 < trained["KL"] == trained["cpu_KL"] < 1
     assert timed["job"] == "duqpp" and timed["s/block"] == timed["seconds"] / 2
     assert len(timed["profile"]["blocks"]) == 2 and timed["output_error"] > 0
 
