@@ -14,7 +14,7 @@ from torch import Tensor
 from duqpp import ops
 from duqpp.format import MXFP4Tensor
 from duqpp.format.scale_layout import swizzle_scales, unswizzle_scales
-from duqpp.ops import dispatch
+from duqpp.ops import dispatch, native
 from duqpp.ops.backend import Backend
 
 CPU = torch.device("cpu")
@@ -60,6 +60,20 @@ def _on_its_device(op: Callable[..., MXFP4Tensor]) -> Callable[..., MXFP4Tensor]
 rotate_quantize = _on_its_device(ops.rotate_quantize)
 rmsnorm_rotate_quantize = _on_its_device(ops.rmsnorm_rotate_quantize)
 silu_mul_rotate_quantize = _on_its_device(ops.silu_mul_rotate_quantize)
+
+
+def in_kernel_dtype(x: Tensor, backend: str) -> Tensor:
+    """Float32 values in a dtype that a backend's kernels take: on a GPU, float32 is no kernel's."""
+    return x.bfloat16() if backend.startswith("cuda") else x
+
+
+def refuse_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail from now on where the reference computes what a GPU's kernels were asked for."""
+
+    def refused(backend: native.CudaBackend) -> Backend:
+        pytest.fail(f"the reference computes in the place of the kernels of {backend.name}")
+
+    monkeypatch.setattr(native.CudaBackend, "_of_float32", refused)
 
 
 def row_major_scales(quantized: MXFP4Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from duqpp.ops import (
     rotate_quantize,
     silu_mul_rotate_quantize,
 )
+from duqpp.ops.cover import cover
 from duqpp.ops.dispatch import available
+from duqpp.ops.kernels import machines_here
 from duqpp.ops.large_gemm import Route, chunks
 from duqpp.rotation.basis import random_orthogonal
 from tests import inputs
@@ -45,11 +47,17 @@ def multiply() -> None:
     backend = available("mxfp4_gemm", GPU)[0]
     if backend == "reference":
         return
-    for rows, k in product(ROWS, K):
-        codes, scales = (part.to(GPU) for part in inputs.mxfp4_operand(N, k, seed=4))
+    shapes = [(rows, N, k) for rows, k in product(ROWS, K)]
+    machine = machines_here()[-1]
+    for streamk in (False, True) if machine.capability else ():
+        # Every kernel, with one wave of tiles: under the sanitizer more would take minutes.
+        cells = cover(machine, streamk=streamk).items()
+        shapes += [(shape.M, shape.N, shape.K) for cell, shape in cells if cell.waves == 1]
+    for rows, n, k in shapes:
+        codes, scales = (part.to(GPU) for part in inputs.mxfp4_operand(n, k, seed=4))
         weight = prepare_weight(MXFP4Tensor(codes, scales), backend=backend)
         x = inputs.outliers(rows, k, seed=5).to(GPU, torch.bfloat16)
-        bias = torch.ones(N, device=GPU)
+        bias = torch.ones(n, device=GPU)
         mxfp4_linear(x, None, weight, bias, rule=ScaleRule.EVEN, backend=backend)
 
 

@@ -26,6 +26,8 @@ from duqpp.ops.dispatch import available
 from duqpp.rotation.basis import random_orthogonal
 from duqpp.tools.selfcheck import selfcheck
 from tests import inputs, oracle, toolchain
+from tests.ops.backends import refuse_reference
+from tests.ops.test_mxfp4_gemm import exact_product, operands, round_once
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device"
@@ -36,8 +38,9 @@ RULE = ScaleRule.EVEN
 
 
 @pytest.fixture
-def quantizer() -> str:
-    """The backend with a rotate_quantize kernel for this GPU."""
+def quantizer(monkeypatch) -> str:
+    """The backend with a rotate_quantize kernel for this GPU; nothing is left to the reference."""
+    refuse_reference(monkeypatch)
     name = available("rotate_quantize", GPU)[0]
     if name == "reference":
         pytest.skip("no kernel of rotate_quantize for this GPU; see `duqpp doctor`")
@@ -45,8 +48,9 @@ def quantizer() -> str:
 
 
 @pytest.fixture
-def multiplier() -> str:
-    """The backend with an mxfp4_gemm kernel for this GPU."""
+def multiplier(monkeypatch) -> str:
+    """The backend with an mxfp4_gemm kernel for this GPU; nothing is left to the reference."""
+    refuse_reference(monkeypatch)
     name = available("mxfp4_gemm", GPU)[0]
     if name == "reference":
         pytest.skip("no kernel of mxfp4_gemm for this GPU; see `duqpp doctor`")
@@ -221,6 +225,21 @@ def test_a_linear_is_its_two_ops_and_its_kernels_are_adjacent(multiplier):
     assert gemm in names[first + 1] and not any("emset" in name for name in names[first + 1 :]), (
         names
     )
+
+
+# selfcheck has the shapes of each kernel of this GPU; here those that every backend is asked for.
+@pytest.mark.parametrize("m", inputs.AWKWARD_ROWS)
+@pytest.mark.parametrize("k", [*inputs.AWKWARD_K, 14336])
+def test_awkward_shapes_equal_float64(m, k, few_rows):
+    for n, dtype in product((8, 72), (torch.bfloat16, torch.float16)):
+        a, b = operands(m, n, k, seed=m + k)
+        on_gpu = MXFP4Tensor(a.codes.to(GPU), swizzle_scales(a.scales).to(GPU))
+        w = prepare_weight(MXFP4Tensor(b.codes.to(GPU), b.scales.to(GPU)), backend=few_rows)
+        bias = torch.arange(n, device=GPU, dtype=dtype) / 4
+        y = mxfp4_gemm(on_gpu, w, bias, out_dtype=dtype, backend=few_rows)
+        exact = exact_product(a, b) + bias.double().cpu().numpy()
+        expected = round_once(exact, dtype)
+        oracle.assert_same(y.cpu() + 0, expected + 0, f"[{m}, {k}] x [{n}, {k}] to {dtype}")
 
 
 # M: every kernel and more than one of its parts; N: a tile of 8 rows; K: an odd block, a rest of a

@@ -7,7 +7,7 @@ import torch
 from duqpp.format import ScaleRule, quantize
 from duqpp.rotation.basis import hadamard, random_orthogonal
 from tests import inputs, oracle
-from tests.ops.backends import QUANTIZERS, rotate_quantize, row_major_scales
+from tests.ops.backends import QUANTIZERS, in_kernel_dtype, rotate_quantize, row_major_scales
 
 pytestmark = pytest.mark.parametrize("backend", QUANTIZERS)
 
@@ -108,7 +108,7 @@ def test_leading_dimensions_are_rows(shape, make, backend):
 @pytest.mark.parametrize("rule", RULES)
 def test_no_rotation_is_quantize(rule, backend):
     for make in (inputs.outliers, inputs.grid_and_ties, inputs.zero_blocks):
-        x = make(40, 160, seed=5)
+        x = in_kernel_dtype(make(40, 160, seed=5), backend)
         quantized = rotate_quantize(x, None, rule=rule, backend=backend)
         expected = quantize(x, rule=rule)
         oracle.assert_same(quantized.codes, expected.codes, f"codes, {make.__name__}, {rule}")
@@ -116,7 +116,8 @@ def test_no_rotation_is_quantize(rule, backend):
 
 
 def test_strides_do_not_matter(backend):
-    x, rotation = scaled_integers(64, 96, seed=6), signed_permutation(96, seed=7)
+    x = in_kernel_dtype(scaled_integers(64, 96, seed=6), backend)
+    rotation = signed_permutation(96, seed=7)
     for view in (x[::3, 32:], x.view(64, 3, 32).transpose(0, 1), x[:1].expand(5, 96)):
         assert_equals_definition(view, rotation, ScaleRule.EVEN, backend)
     transposed = torch.stack((rotation, rotation)).to(torch.bfloat16).transpose(1, 2)
@@ -126,7 +127,8 @@ def test_strides_do_not_matter(backend):
 
 
 def test_arguments_are_left_as_they_were(backend):
-    x, rotation = inputs.outliers(8, 64, seed=0), signed_permutation(64, seed=0).bfloat16()
+    x = in_kernel_dtype(inputs.outliers(8, 64, seed=0), backend)
+    rotation = signed_permutation(64, seed=0).bfloat16()
     copies = x.clone(), rotation.clone()
     quantized = rotate_quantize(x, rotation, rule=ScaleRule.EVEN, backend=backend)
     quantized.codes.zero_()
@@ -138,7 +140,7 @@ def test_arguments_are_left_as_they_were(backend):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("rule", RULES)
 def test_nan_and_infinity_make_their_block_nan_and_no_other(value, rule, backend):
-    x = inputs.small_integers(4, 96, seed=8)
+    x = in_kernel_dtype(inputs.small_integers(4, 96, seed=8), backend)
     x[2, 40] = value
     rotation = hadamard(32).bfloat16()
     scales = row_major_scales(rotate_quantize(x, rotation, rule=rule, backend=backend))
@@ -188,7 +190,7 @@ def test_general_rotations_differ_only_within_the_rounding_bound(make, rule, dty
 
 @pytest.mark.parametrize("make", GENERAL_ROTATIONS.values(), ids=GENERAL_ROTATIONS)
 def test_general_rotations_with_mse_take_the_better_exponent(make, backend):
-    x = inputs.outliers(40, 160, seed=10)
+    x = in_kernel_dtype(inputs.outliers(40, 160, seed=10), backend)
     rotation = make(160).bfloat16()
     quantized = rotate_quantize(x, rotation, rule=ScaleRule.MSE, backend=backend)
     exact, _ = rotated_with_bound(x, rotation)
@@ -210,7 +212,7 @@ def test_rotation_acts_from_the_right(per_block, backend):
     # x has ones in channel 3 of its first block; row 3 of R is then the output.
     rotation = inputs.small_integers(32, 32, seed=11, limit=6)
     rotation[3, 0] = 6
-    x = torch.zeros(1, 64)
+    x = in_kernel_dtype(torch.zeros(1, 64), backend)
     x[0, 3] = 1
     matrix = torch.stack((rotation, torch.eye(32))) if per_block else rotation
     quantized = rotate_quantize(x, matrix.bfloat16(), rule=ScaleRule.EVEN, backend=backend)
