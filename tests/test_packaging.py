@@ -112,11 +112,6 @@ def test_build_arguments_are_documented(file):
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.name)
 def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
-    cmake = shutil.which(
-        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    if cmake is None:
-        pytest.skip("no cmake: pip install -r requirements/build.txt")
     found = instructions(file)
     build = found[: [i for i, (name, _) in enumerate(found) if name == "FROM"][1]]
     for name, arguments in build:
@@ -124,9 +119,26 @@ def test_cmake_configures_what_is_copied_to_the_build(file, tmp_path):
             copy = shutil.copytree if source(path).is_dir() else shutil.copy2
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             copy(source(path), tmp_path / path)
-    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "build")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = configure(tmp_path, tmp_path / "build")
     assert done.returncode == 0, done.stderr
+
+
+def configure(folder: Path, build: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run CMake over the sources in a folder."""
+    cmake = shutil.which(
+        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if cmake is None:
+        pytest.skip("no cmake: pip install -r requirements/build.txt")
+    command = [cmake, "-S", str(folder), "-B", str(build), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("value", ["OFF", "0", "of"])
+def test_a_misspelt_choice_of_cuda_kernels_builds_nothing(value, tmp_path):
+    done = configure(ROOT, tmp_path, f"-DDUQPP_CUDA={value}")
+    assert done.returncode != 0
+    assert f"DUQPP_CUDA is on, off or auto, not '{value}'" in done.stderr
 
 
 def test_the_script_parses_and_names_what_is_there():
