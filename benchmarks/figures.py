@@ -164,6 +164,24 @@ def rotation_cost_tables(result: Row) -> list[str]:
     return [table([*head, "share"], lines)]
 
 
+def call_tables(result: Row) -> list[str]:
+    """call: microseconds, and quotients of them with their quartiles, by sources of duqpp."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in result["rows"]:
+        case = (str(row["linears"]), str(row["size"]), row["dtype"])
+        cases.setdefault(case, {})[row["sources"]] = row
+    sources = list(dict.fromkeys(row["sources"] for row in result["rows"]))
+    lines = []
+    for case, by_source in cases.items():
+        rows = [by_source[name] for name in sources]
+        times = [_number(row, "time_us", ".1f") for row in rows]
+        quotient = "{times_torch:.2f} ({times_torch_q25:.2f} to {times_torch_q75:.2f})"
+        quotients = [quotient.format(**row) for row in rows]
+        lines.append([*case, _number(rows[-1], "torch_us", ".1f"), *times, *quotients])
+    head = ["linears", "N = K", "dtype", "nn.Linear, us", *(f"{name}, us" for name in sources)]
+    return [table([*head, *(f"{name} / nn.Linear" for name in sources)], lines)]
+
+
 def generate_tables(result: Row) -> list[str]:
     """generate: tokens a second of each model."""
     head = ["model", "dtype", "tokens/s", "times as fast as float"]
@@ -400,6 +418,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "mxfp4_gemm": gemm_tables,
     "rotate_quantize": rotate_tables,
     "rotation_cost": rotation_cost_tables,
+    "call": call_tables,
     "generate": generate_tables,
     "decoder_layer": layer_tables,
     "gemm_routes": route_tables,

@@ -183,7 +183,7 @@ class MXFP4Linear(nn.Module):
         if y is not None:
             return y
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return self._forward(x, x)
         with torch.autocast(kind, enabled=False):  # what is below chooses its own dtypes
             return self._forward(x.to(torch.get_autocast_dtype(kind)), x)

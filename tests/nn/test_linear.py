@@ -145,6 +145,8 @@ def test_moving_to_the_meta_device_moves_everything():
     linear = make_linear(ROTATIONS["permuted"]).to(device="meta", dtype=torch.float16)
     assert {tensor.device.type for tensor in linear.state_dict().values()} == {"meta"}
     assert linear.rotation.dtype == torch.bfloat16
+    y = linear(torch.empty(2, 3, K, dtype=torch.bfloat16, device="meta"))
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, N), torch.bfloat16, "meta")
 
 
 def test_gradients_reach_the_input_through_every_transform():
