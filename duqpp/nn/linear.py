@@ -124,6 +124,28 @@ class MXFP4Linear(nn.Module):
         after = chosen.prepare_weight(before)
         self.weight_packed.data, self.weight_scale.data = after.codes, after.scales
         self._prepared = Prepared(chosen.name, device.type, before, after, self.weight_packed)
+        if self.shared_input is not None:
+            self.shared_input.join()
+
+    def joinable(self) -> MXFP4Tensor | None:
+        """The prepared weight, where that may stand behind another one in memory; else None."""
+        prepared, codes, scales = self._prepared, self.weight_packed.data, self.weight_scale.data
+        if prepared is None or self.bias is not None or not self._layout():
+            return None
+        ops = prepared.direct_ops(self.weight_packed, self.weight_scale)
+        if ops is None or not ops.whole_rows or self.out_features % ops.whole_rows:
+            return None
+        return MXFP4Tensor(codes, scales)
+
+    def adopt(self, weight: MXFP4Tensor) -> None:
+        """Take the same prepared weight in other memory."""
+        self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
+        if self._prepared is not None:
+            self._prepared.remember(self.weight_packed)
+
+    def _separate(self) -> None:
+        if self.shared_input is not None:
+            self.shared_input.separate()
 
     def _layout(self) -> Prepared | None:
         """The layout that the weight is in; None for the row-major one."""
@@ -135,12 +157,14 @@ class MXFP4Linear(nn.Module):
     def _restore(self) -> None:
         """Undo `prepare`."""
         weight = self.weight
+        self._separate()
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
         self._prepared = None
 
     def replace_weight(self, weight: MXFP4Tensor) -> None:
         """Take other codes and scales, row-major, of the same shape."""
         prepared, self._prepared = self._prepared, None
+        self._separate()
         self.weight_packed.data, self.weight_scale.data = weight.codes, weight.scales
         if prepared is not None:
             self.prepare()
@@ -204,16 +228,33 @@ class MXFP4Linear(nn.Module):
             ops, shared = prepared.direct_ops(codes, scales), self.shared_input
             if ops is None or x.numel() > ops.most_values:
                 return None
+            y = None
             if shared is not None:
-                quantize = partial(self._quantize_directly, ops)
-                a = shared.read(x, prepared.backend, quantize, x)
-                if a is not None:
-                    y = ops.gemm(a.codes, a.scales, codes, scales, bias, x.dtype)
-                    return y.view(*x.shape[:-1], self.out_features)
-            y = ops.linear(*self._to_quantize(x, ops), codes, scales, bias)
+                y = self._call_shared(x, shared, prepared.backend, ops)
+            if y is None:
+                y = ops.linear(*self._to_quantize(x, ops), codes, scales, bias)
         except (KeyError, RuntimeError):  # KeyError: another library keeps the parameters
             return None
         return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _call_shared(
+        self, x: Tensor, shared: SharedInput, backend: str, ops: DirectOps
+    ) -> Tensor | None:
+        """`_call_directly` with what another linear has made of x; None where nothing is shared."""
+        codes, scales, bias = _PARAMETERS(self._parameters)
+        joined = shared.joined if bias is None else None
+        if joined is not None and (rows := joined.rows_of(codes, scales)) is not None:
+            weight = joined.weight
+            return shared.product(
+                x,
+                rows,
+                lambda: ops.linear(*self._to_quantize(x, ops), weight.codes, weight.scales, None),
+            )
+        a = shared.read(x, backend, partial(self._quantize_directly, ops), x)
+        if a is None:
+            return None
+        y = ops.gemm(a.codes, a.scales, codes, scales, bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _quantize_directly(self, ops: DirectOps, x: Tensor, _: str) -> MXFP4Tensor:
         return MXFP4Tensor(*ops.quantize(*self._to_quantize(x, ops)))
@@ -277,6 +318,7 @@ class MXFP4Linear(nn.Module):
             self.weight_packed.data = self.weight_packed.new_empty((rows, columns // 2))
             self.weight_scale.data = self.weight_scale.new_empty((rows, columns // BLOCK_SIZE))
             self._prepared = None
+            self._separate()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

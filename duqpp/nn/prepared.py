@@ -43,7 +43,7 @@ class Prepared:
             places = _differences(before.scales, after.scales)
         marked = after.scales if self._marks_scales else after.codes
         self._places, self._marks = places.to(HOST).tolist(), _bytes_at(marked, places)
-        self._remember(holder)
+        self.remember(holder)
 
     def is_read_from(self, codes: Tensor, scales: Tensor) -> bool:
         """Whether the backend's GEMM can read a module's tensors as they are."""
@@ -68,14 +68,15 @@ class Prepared:
         places = torch.tensor(self._places, dtype=torch.long, device=marked.device)
         if _bytes_at(marked, places) != self._marks:
             return False
-        self._remember(codes)
+        self.remember(codes)
         return True
 
     def _is_known(self, codes: Tensor) -> bool:
         """Whether they are the tensor, and in the memory, that were seen last."""
         return self._address == codes.data_ptr() and self._known() is codes
 
-    def _remember(self, codes: Tensor) -> None:
+    def remember(self, codes: Tensor) -> None:
+        """Know a tensor of the module, in this memory, to be in the prepared layout."""
         self._known, self._address, self._ops = weakref.ref(codes), codes.data_ptr(), None
         if codes.device.type == self.device:
             backend, (rows, half) = select("mxfp4_gemm", codes.device, self.backend), codes.shape

@@ -1,6 +1,7 @@
 """The input that several linears read, quantized once for all of them."""
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -8,18 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from duqpp.format import MXFP4Tensor
+from duqpp.nn.joined import Joined, Member, join
 
 
 class _Read(NamedTuple):
-    """What a linear has quantized.
+    """What a linear has quantized, or multiplied for all of them.
 
     version: of the source then, by which a change in place shows; None where torch counts none.
+    by: the backend, or what the weights are joined in. taken: first rows of those that have theirs.
     """
 
     source: Tensor
     version: int | None
-    backend: str
-    quantized: MXFP4Tensor
+    by: str | Joined
+    made: Any
+    taken: tuple[int, ...] = ()
+
+    def is_of(self, source: Tensor, version: int | None, by: str | Joined) -> bool:
+        return self.source is source and self.version == version and self.by == by
 
 
 class SharedInput:
@@ -35,8 +42,10 @@ class SharedInput:
     change their input in place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, linears: Sequence[Member] = ()) -> None:
         self._reads: dict[int, _Read | None] = {}  # by thread, of owners that are running
+        self._linears = [weakref.ref(linear) for linear in linears]
+        self.joined: Joined | None = None
 
     def __reduce__(self) -> tuple[type["SharedInput"], tuple[()]]:
         return SharedInput, ()  # copied or pickled with its linears, it remembers nothing
@@ -64,16 +73,41 @@ class SharedInput:
         if thread not in self._reads or (source.requires_grad and torch.is_grad_enabled()):
             return None
         last, version = self._reads[thread], _version(source)
-        if (
-            last is not None
-            and last.source is source
-            and last.version == version
-            and last.backend == backend
-        ):
-            return last.quantized
+        if last is not None and last.is_of(source, version, backend):
+            made: MXFP4Tensor = last.made
+            return made
         quantized = quantize(x, backend)
         self._reads[thread] = _Read(source, version, backend, quantized)
         return quantized
+
+    def product(
+        self, source: Tensor, rows: tuple[int, int], multiply: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """The columns `rows` of ``multiply()``, the product of the source by the joined weights.
+
+        Each linear gets its own once: nobody sees what another one's reader changes in place.
+
+        Returns: None where the owner does not run.
+        """
+        thread, version, joined = _thread(), _version(source), self.joined
+        if thread not in self._reads or joined is None:
+            return None
+        last, (first, count) = self._reads[thread], rows
+        if last is None or not last.is_of(source, version, joined) or first in last.taken:
+            last = _Read(source, version, joined, multiply())
+        last = last._replace(taken=(*last.taken, first))
+        self._reads[thread] = last if len(last.taken) < joined.parts else None
+        y: Tensor = last.made.narrow(-1, first, count)
+        return y
+
+    def join(self) -> None:
+        """Join the weights of the linears, if all can be."""
+        linears = [linear for known in self._linears if (linear := known()) is not None]
+        self.joined = join(linears)
+
+    def separate(self) -> None:
+        """Multiply by each weight on its own: one of them is replaced."""
+        self.joined = None
 
 
 def _thread() -> int:
@@ -84,7 +118,7 @@ def _version(x: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-class Reader(Protocol):
+class Reader(Member, Protocol):
     """A linear that takes its input from a SharedInput."""
 
     shared_input: SharedInput | None
@@ -98,9 +132,10 @@ def share_input(owner: nn.Module, linears: Sequence[Reader]) -> None:
         linears: members of one linear group: equal rotation and scale rule.
     """
     unshare_input(owner)
-    shared = SharedInput()
+    shared = SharedInput(linears)
     for linear in linears:
         linear.shared_input = shared
+    shared.join()
     owner.shared_input_hooks = (
         owner.register_forward_pre_hook(shared.begin),
         owner.register_forward_hook(shared.end, always_call=True),

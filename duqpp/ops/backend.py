@@ -49,6 +49,8 @@ class DirectOps(NamedTuple):
     gemm: (codes, scales, the weight's codes and scales, bias, out_dtype) to [M, N].
     rules: the number by which they know a scale rule.
     most_values: of x, for which they are what the backend would run.
+    whole_rows: weights of so many rows, or a multiple, can be concatenated along N once they are
+        prepared; 0 is none.
     """
 
     linear: Callable[..., Tensor]
@@ -56,6 +58,7 @@ class DirectOps(NamedTuple):
     gemm: Callable[..., Tensor]
     rules: Mapping[ScaleRule, int]
     most_values: float = float("inf")
+    whole_rows: int = 0
 
 
 class Backend(ABC):

@@ -25,6 +25,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+TILE_ROWS = 16  # of a weight as the CPU's GEMM reads it; kTileRows of csrc/cpu/gemm_kernels.h
 _RULES = {ScaleRule.FLOOR: 0, ScaleRule.EVEN: 1, ScaleRule.CEIL: 2, ScaleRule.MSE: 3}
 
 
@@ -111,6 +112,9 @@ class CpuBackend(_NativeBackend):
 
     def restore_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         return MXFP4Tensor(*torch.ops.duqpp_native.restore_weight(weight.codes, weight.scales))
+
+    def direct_ops(self, rows: int, columns: int, device: torch.device) -> DirectOps:
+        return super().direct_ops(rows, columns, device)._replace(whole_rows=TILE_ROWS)
 
     def _unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -84,6 +84,7 @@ MODULE_TESTS = "tests/integrations/test_module.py"
 EDITS_TESTS = "tests/integrations/test_saving_edits.py"
 SHARED_INPUT_TESTS = "tests/nn/test_shared_input.py"
 DIRECT_CALL_TESTS = "tests/nn/test_direct_call.py"
+JOINED_TESTS = "tests/nn/test_joined.py"
 REFERENCE = "duqpp/ops/reference.py"
 SILENT_TESTS = "tests/methods/test_silent.py"
 GROUP_TESTS = "tests/methods/test_group.py"
@@ -1063,14 +1064,14 @@ MUTATIONS = (
     Mutation(
         "shared input: one that was changed in place is taken for what it was",
         SHARED_INPUT,
-        "            and last.version == version\n",
+        " and self.version == version",
         "",
         SHARED_INPUT_TESTS,
     ),
     Mutation(
         "shared input: another tensor is taken for the one that was read",
         SHARED_INPUT,
-        "            and last.source is source\n",
+        "self.source is source and ",
         "",
         SHARED_INPUT_TESTS,
     ),
@@ -1091,7 +1092,7 @@ MUTATIONS = (
     Mutation(
         "prepared: one that was moved as it is is taken for row-major",
         PREPARED,
-        "        self._remember(codes)\n        return True",
+        "        self.remember(codes)\n        return True",
         "        return False",
         MODULE_TESTS,
     ),
@@ -1129,6 +1130,41 @@ MUTATIONS = (
         "        super()._load_from_state_dict(*args, **kwargs)\n        if was_prepared:\n",
         "        super()._load_from_state_dict(*args, **kwargs)\n        if False:\n",
         DIRECT_CALL_TESTS,
+    ),
+    Mutation(
+        "joined: a bias that came later is left out",
+        LINEAR,
+        "joined = shared.joined if bias is None else None",
+        "joined = shared.joined",
+        JOINED_TESTS,
+    ),
+    Mutation(
+        "joined: two calls of a linear return one memory",
+        SHARED_INPUT,
+        " or first in last.taken:",
+        ":",
+        JOINED_TESTS,
+    ),
+    Mutation(
+        "joined: a product serves every input",
+        SHARED_INPUT,
+        "        return self.source is source and self.version == version and self.by == by",
+        "        return self.by == by",
+        JOINED_TESTS,
+    ),
+    Mutation(
+        "joined: a weight that is elsewhere is taken for its slice",
+        "duqpp/nn/joined.py",
+        "self._rows.get((codes.data_ptr(), scales.data_ptr()))",
+        "next((r for r in self._rows.values() if r[1] == len(codes)), None)",
+        JOINED_TESTS,
+    ),
+    Mutation(
+        "joined: rows that fill no tile are joined",
+        LINEAR,
+        "if ops is None or not ops.whole_rows or self.out_features % ops.whole_rows:",
+        "if ops is None or not ops.whole_rows:",
+        JOINED_TESTS,
     ),
     Mutation(
         "saving: the configuration says that a head of its own is tied",
