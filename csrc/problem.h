@@ -60,6 +60,7 @@ struct ExpandProblem {
   WideFormat format;
   const uint8_t* codes;   // of the whole matrix
   const uint8_t* scales;
+  const uint8_t* row_exponents;  // [matrix_rows] of a weight: row_exponent() of each row, else null
   void* values;       // [rows, K]
   float* row_scales;  // [rows] with kE4M3, else null
 };

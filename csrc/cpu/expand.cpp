@@ -10,18 +10,13 @@
 namespace duqpp::cpu {
 namespace {
 
-// The values of a row of the matrix. `exponent_of(block)` is a scale byte, `codes_of(block, i)`
-// word i of a block's codes, columns in order.
+// The values of a row of the matrix, aligned to an exponent. `exponent_of(block)` is a scale byte,
+// `codes_of(block, i)` word i of a block's codes, columns in order.
 template <class Block, class ExponentOf, class CodesOf>
-void expand_row(const ExpandProblem& problem, int64_t row, const ExponentOf& exponent_of,
-                const CodesOf& codes_of) {
+void expand_row(const ExpandProblem& problem, int64_t row, uint32_t aligned_to,
+                const ExponentOf& exponent_of, const CodesOf& codes_of) {
   using Values = typename Block::Values;
   const int64_t blocks = problem.K / kBlockSize;
-  uint32_t largest = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    largest = row_maximum(largest, exponent_of(block));
-  }
-  const uint32_t aligned_to = row_exponent(largest);
   if (problem.row_scales != nullptr) problem.row_scales[row] = row_scale(aligned_to);
   const int64_t row_bytes = blocks * kWordsPerBlock * static_cast<int64_t>(sizeof(Values));
   uint8_t* out = static_cast<uint8_t*>(problem.values) + row * row_bytes;
@@ -39,11 +34,15 @@ void expand_activation_rows(const ExpandProblem& problem, int64_t begin, int64_t
   const int64_t tiles = scale_tiles_along_k(problem.K / kBlockSize);
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* const codes = problem.codes + row * (problem.K / 2);
+    const auto exponent_of = [&](int64_t block) -> uint32_t {
+      return problem.scales[swizzled_offset<int64_t>(row, block, tiles)];
+    };
+    uint32_t largest = 0;
+    for (int64_t block = 0; block < problem.K / kBlockSize; ++block) {
+      largest = row_maximum(largest, exponent_of(block));
+    }
     expand_row<Block>(
-        problem, row,
-        [&](int64_t block) -> uint32_t {
-          return problem.scales[swizzled_offset<int64_t>(row, block, tiles)];
-        },
+        problem, row, row_exponent(largest), exponent_of,
         [&](int64_t block, int i) {
           uint32_t word;
           std::memcpy(&word, codes + 4 * (block * kWordsPerBlock + i), sizeof(word));
@@ -58,7 +57,7 @@ void expand_weight_rows(const ExpandProblem& problem, int64_t begin, int64_t end
     const int64_t of_matrix = problem.first_row + row;
     const bool inside = of_matrix < problem.matrix_rows;
     expand_row<Block>(
-        problem, row,
+        problem, row, inside ? problem.row_exponents[of_matrix] : row_exponent(0),
         [&](int64_t block) -> uint32_t {
           if (!inside) return 0;
           return problem.scales[fragment_scale_offset(of_matrix, block, problem.matrix_rows,

@@ -1,5 +1,6 @@
 // Launch of expand.cuh.
 #include "cuda/device.h"
+#include "cuda/device_info.h"
 #include "cuda/expand.cuh"
 #include "cuda/expand.h"
 #include "cuda/gpu_lanes.cuh"
@@ -31,29 +32,21 @@ __global__ void __launch_bounds__(kExpandThreads)
   expand_activation_thread<Block>(row, exponent, threadIdx.x);
 }
 
+// For sm_80, 64 registers would be one too few for bfloat16, whose lanes store twice as much.
 template <class Block>
-__global__ void __launch_bounds__(kExpandThreads)
-    expand_weight_kernel(const __grid_constant__ ExpandProblem problem) {
-  const WeightTile tile = weight_tile(problem, blockIdx.x);
-  __shared__ uint32_t exponents[kFragmentRows];
-  if constexpr (kRowScaled<Block>) {
-    if (threadIdx.x < kFragmentRows) exponents[threadIdx.x] = row_exponent(0);
-    __syncthreads();
-    atomicMax(&exponents[row_of_thread(threadIdx.x)], weight_maximum(tile, threadIdx.x));
-    __syncthreads();
-    if (threadIdx.x < kFragmentRows && tile.values_row + threadIdx.x < problem.rows) {
-      problem.row_scales[tile.values_row + threadIdx.x] = row_scale(exponents[threadIdx.x]);
-    }
-  }
-  expand_weight_warp<Block, GpuExpandWarp>(problem, tile, threadIdx.x / 32, exponents);
+inline constexpr int kMinCtas = kRowScaled<Block> ? kExpandCtasPerSm : kExpandCtasPerSm - 1;
+
+template <class Block>
+__global__ void __launch_bounds__(kExpandThreads, kMinCtas<Block>)
+    expand_weight_kernel(const __grid_constant__ ExpandProblem problem, const uint32_t parts) {
+  expand_weight_cta<Block, GpuExpandWarp>(problem, parts, blockIdx.x, threadIdx.x / 32);
 }
 
-using Kernel = void (*)(ExpandProblem);
-
-void launch(const char* op, Kernel kernel, int64_t ctas, const ExpandProblem& problem,
-            void* stream) {
+template <class... Arguments>
+void launch(const char* op, void (*kernel)(Arguments...), int64_t ctas, void* stream,
+            const Arguments&... arguments) {
   if (ctas == 0) return;
-  kernel<<<static_cast<unsigned>(ctas), kExpandThreads, 0, as_stream(stream)>>>(problem);
+  kernel<<<static_cast<unsigned>(ctas), kExpandThreads, 0, as_stream(stream)>>>(arguments...);
   DUQPP_CHECK_CUDA(op, cudaGetLastError());
 }
 
@@ -61,17 +54,18 @@ void launch(const char* op, Kernel kernel, int64_t ctas, const ExpandProblem& pr
 
 void expand_activation(const ExpandProblem& problem, void* stream) {
   const bool e4m3 = problem.format == WideFormat::kE4M3;
-  const Kernel kernel =
+  const auto kernel =
       e4m3 ? expand_activation_kernel<E4M3Block> : expand_activation_kernel<BFloat16Block>;
-  launch("expand_activation", kernel, problem.rows, problem, stream);
+  launch("expand_activation", kernel, problem.rows, stream, problem);
 }
 
 void expand_weight(const ExpandProblem& problem, void* stream) {
+  constexpr const char* kOp = "expand_weight";
   const bool e4m3 = problem.format == WideFormat::kE4M3;
-  const Kernel kernel =
-      e4m3 ? expand_weight_kernel<E4M3Block> : expand_weight_kernel<BFloat16Block>;
-  const int64_t tiles = (problem.rows + kFragmentRows - 1) / kFragmentRows;
-  launch("expand_weight", kernel, tiles, problem, stream);
+  const auto kernel = e4m3 ? expand_weight_kernel<E4M3Block> : expand_weight_kernel<BFloat16Block>;
+  const ExpandWeightPlan plan =
+      plan_expand_weight(problem.rows, problem.K, device_info(current_device(kOp)).sm_count);
+  launch(kOp, kernel, plan.tiles * plan.parts, stream, problem, uint32_t(plan.parts));
 }
 
 }  // namespace duqpp::cuda

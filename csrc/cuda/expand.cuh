@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/expand_plan.h"
 #include "cuda/warp_program.h"
 #include "format/expand.h"
+#include "format/fragment.h"
 #include "format/mx_block.h"
 #include "format/scale_layout.h"
 #include "format/weight_fragment.h"
@@ -14,10 +16,7 @@
 
 namespace duqpp::cuda {
 
-inline constexpr int kExpandThreads = 128;
-inline constexpr int kExpandWarps = kExpandThreads / 32;
-inline constexpr int kExpandUnroll = 4;  // loads that a thread has under way
-inline constexpr int kScaleWord = 4;     // scales that are loaded together
+inline constexpr int kScaleWord = 4;  // scales that are loaded together
 
 template <class Block>
 inline constexpr bool kRowScaled = std::is_same_v<Block, E4M3Block>;
@@ -102,11 +101,12 @@ DUQPP_WARP_PROGRAM void expand_activation_thread(const ActivationRow& row, uint3
   }
 }
 
-// Weights: a CTA expands a tile of 16 rows (format/weight_fragment.h), its warps the pairs of
-// blocks in turn.
+// Weights: a CTA expands a part of a tile of 16 rows (format/weight_fragment.h), its warps the
+// pairs of blocks in turn.
 struct WeightTile {
   const uint8_t* codes;
   const uint8_t* scales;
+  const uint8_t* row_exponents;  // of its rows
   int64_t values_row;  // its first row in `values`
   uint32_t blocks;
   uint32_t rows;  // that there are in the matrix: 16, or fewer in the last tile
@@ -117,7 +117,8 @@ DUQPP_WARP_PROGRAM WeightTile weight_tile(const ExpandProblem& problem, uint32_t
   const int64_t first_row = problem.first_row + values_row;
   const int64_t left = problem.matrix_rows - first_row;
   return {problem.codes + first_row * (problem.K / 2),
-          problem.scales + first_row * (problem.K / kBlockSize), values_row,
+          problem.scales + first_row * (problem.K / kBlockSize),
+          problem.row_exponents + first_row, values_row,
           static_cast<uint32_t>(problem.K / kBlockSize),
           static_cast<uint32_t>(left < kFragmentRows ? (left < 0 ? 0 : left) : kFragmentRows)};
 }
@@ -139,30 +140,22 @@ DUQPP_WARP_PROGRAM uint32_t weight_exponent(const WeightTile& tile, uint32_t row
   return tile.scales[offset + block % kSegmentBlocks];
 }
 
-// The largest exponent of the scales that a thread looks at, which are of one row of the tile.
-DUQPP_WARP_PROGRAM uint32_t row_of_thread(uint32_t thread) { return thread % kFragmentRows; }
-DUQPP_WARP_PROGRAM uint32_t weight_maximum(const WeightTile& tile, uint32_t thread) {
-  constexpr uint32_t kThreadsPerRow = kExpandThreads / kFragmentRows;
-  const uint32_t row = row_of_thread(thread);
-  const uint32_t segments = (tile.blocks + kSegmentBlocks - 1) / kSegmentBlocks;
-  uint32_t largest = 0;
-  if (row >= tile.rows) return largest;
-  DUQPP_NO_UNROLL
-  for (uint32_t i = thread / kFragmentRows; i < segments; i += kThreadsPerRow) {
-    const SegmentScales segment = segment_scales(tile, row, i);
-    const uint8_t* const scales = tile.scales + segment.offset;
-    if (segment.blocks == kSegmentBlocks) {
-      const Store words = *reinterpret_cast<const Store*>(scales);
-      for (const uint32_t word : words.word) largest = row_maximum_of_4(largest, word);
-    } else {
-      DUQPP_NO_UNROLL
-      for (uint32_t block = 0; block < segment.blocks; ++block) {
-        largest = row_maximum(largest, scales[block]);
-      }
-    }
-  }
-  return largest;
+// What a row of the tile is aligned to.
+DUQPP_WARP_PROGRAM uint32_t weight_row_exponent(const WeightTile& tile, uint32_t row) {
+  return row < tile.rows ? tile.row_exponents[row] : row_exponent(0);
 }
+
+// A row's scale, by one of the CTA's threads, which the CTA of the tile's first part stores.
+DUQPP_WARP_PROGRAM void store_row_scale(const ExpandProblem& problem, const WeightTile& tile,
+                                        uint32_t thread) {
+  if (thread >= kFragmentRows || tile.values_row + thread >= problem.rows) return;
+  problem.row_scales[tile.values_row + thread] = row_scale(weight_row_exponent(tile, thread));
+}
+
+// Of rows r and r + 8.
+struct LaneRowExponents {
+  uint32_t of[2];
+};
 
 // What a lane holds of a pair of blocks: columns 8 q .. 8 q + 7 of rows r and r + 8 of both blocks.
 struct PairCodes {
@@ -204,7 +197,7 @@ DUQPP_WARP_PROGRAM void expand_pair(BFloat16Block*, const ExpandProblem& problem
                                     const WeightTile& tile, uint32_t pair,
                                     const typename Warp::template Lanes<PairCodes>& codes,
                                     const typename Warp::template Lanes<PairCodes>& exponents,
-                                    const uint32_t* /*row_exponents*/) {
+                                    const typename Warp::template Lanes<LaneRowExponents>&) {
   Warp::for_each_lane([&](int lane) {
     for (uint32_t b = 0; b < kPairBlocks; ++b) {
       for (uint32_t half = 0; half < 2; ++half) {
@@ -224,7 +217,7 @@ DUQPP_WARP_PROGRAM void expand_pair(E4M3Block*, const ExpandProblem& problem,
                                     const WeightTile& tile, uint32_t pair,
                                     const typename Warp::template Lanes<PairCodes>& codes,
                                     const typename Warp::template Lanes<PairCodes>& exponents,
-                                    const uint32_t* row_exponents) {
+                                    const typename Warp::template Lanes<LaneRowExponents>& rows) {
   for (uint32_t half = 0; half < 2; ++half) {
     typename Warp::template Lanes<uint32_t> other;
     Warp::for_each_lane([&](int lane) {
@@ -237,19 +230,26 @@ DUQPP_WARP_PROGRAM void expand_pair(E4M3Block*, const ExpandProblem& problem,
       const CodeWords<2> words = second ? CodeWords<2>{{other[lane], own.word[1][half]}}
                                         : CodeWords<2>{{own.word[0][half], other[lane]}};
       const PairCodes& both = exponents[lane];
-      const E4M3Block block(second ? both.word[1][half] : both.word[0][half], row_exponents[row]);
+      const E4M3Block block(second ? both.word[1][half] : both.word[0][half],
+                            rows[lane].of[half]);
       store_values<E4M3Block>(problem, tile, row, kPairBlocks * pair + second, lane % 4 / 2,
                               expand_words(block, words));
     });
   }
 }
 
-// All pairs of a warp. row_exponents: of the tile's 16 rows, where the format has row scales.
+// A warp's share of a part's pairs.
 template <class Block, class Warp>
 DUQPP_WARP_PROGRAM void expand_weight_warp(const ExpandProblem& problem, const WeightTile& tile,
-                                           uint32_t warp, const uint32_t* row_exponents) {
-  const uint32_t pairs = (tile.blocks + kPairBlocks - 1) / kPairBlocks;
-  for (uint32_t first = warp; first < pairs; first += kExpandUnroll * kExpandWarps) {
+                                           const PairRange& part, uint32_t warp) {
+  typename Warp::template Lanes<LaneRowExponents> rows;
+  Warp::for_each_lane([&](int lane) {
+    if constexpr (kRowScaled<Block>) {
+      rows[lane] = {{weight_row_exponent(tile, lane / 4), weight_row_exponent(tile, lane / 4 + 8)}};
+    }
+  });
+  const uint32_t pairs = part.end;
+  for (uint32_t first = part.first + warp; first < pairs; first += kExpandUnroll * kExpandWarps) {
     typename Warp::template Lanes<PairCodes> codes[kExpandUnroll];
     typename Warp::template Lanes<PairCodes> exponents[kExpandUnroll];
     DUQPP_UNROLL
@@ -272,9 +272,22 @@ DUQPP_WARP_PROGRAM void expand_weight_warp(const ExpandProblem& problem, const W
       const uint32_t pair = first + i * kExpandWarps;
       if (pair >= pairs) break;
       expand_pair<Warp>(static_cast<Block*>(nullptr), problem, tile, pair, codes[i], exponents[i],
-                        row_exponents);
+                        rows);
     }
   }
+}
+
+// A warp of CTA `index` of a plan.
+template <class Block, class Warp>
+DUQPP_WARP_PROGRAM void expand_weight_cta(const ExpandProblem& problem, uint32_t parts,
+                                          uint32_t index, uint32_t warp) {
+  const WeightTile tile = weight_tile(problem, index / parts);
+  const uint32_t pairs = (tile.blocks + kPairBlocks - 1) / kPairBlocks, part = index % parts;
+  if (kRowScaled<Block> && part == 0) {
+    Warp::for_each_lane(
+        [&](int lane) { store_row_scale(problem, tile, kWarpLanes * warp + lane); });
+  }
+  expand_weight_warp<Block, Warp>(problem, tile, part_of_pairs(pairs, part, parts), warp);
 }
 
 }  // namespace duqpp::cuda

@@ -15,7 +15,7 @@ namespace duqpp::cuda {
 void expand_activation(const ExpandProblem& problem, void* stream);
 
 // Rows of a weight in the layout of format/weight_fragment.h, from a multiple of 16 on. Rows beyond
-// the matrix, of which there may be 15, become zeros.
+// the matrix, of which there may be 15, become zeros. row_exponents are read with kE4M3 alone.
 void expand_weight(const ExpandProblem& problem, void* stream);
 
 }  // namespace duqpp::cuda

@@ -5,13 +5,14 @@
 // product does not see the order of its terms: lane q takes columns 8 q .. 8 q + 7, so that its
 // codes are one word of the row-major codes, for W and for activations alike. Preparing a weight
 // then moves whole words of four bytes, and scale bytes; it is a permutation, and nothing is
-// padded.
+// padded. Behind the scales it leaves a byte for each row, which products of many rows read.
 //
 // A tile is 16 rows of W, 8 in the last one where N % 16 = 8. Tiles follow each other.
 //   Codes: pairs of blocks follow each other; in a pair, lanes; in a lane, words
 //     [block of the pair][r, r + 8]: 16 bytes, one load. The last pair is one block where K/32 is
 //     odd, and a tile of eight rows has no r + 8: such lanes have 8 or 4 bytes.
 //   Scales: segments (see kSegmentBlocks) follow each other; in a segment, uint8 [rows, blocks].
+// Behind the scales of all tiles: uint8 [N], row_exponent() (expand.h) of each row.
 // N is a multiple of 8 and K one of 32. Source of the instruction's layout: PTX ISA, "Matrix
 // Fragments for mma.m16n8k32" with 8-bit types.
 #pragma once
@@ -29,10 +30,13 @@ inline constexpr int kPairBlocks = 2;     // blocks whose codes are one 128-bit 
 inline constexpr int kWordColumns = 8;    // codes in a word
 inline constexpr int kWordsPerBlock = kBlockSize / kWordColumns;
 
-// Sizes in bytes: those of the row-major weight.
+// In bytes: the codes, where the row exponents begin behind the scales, and both of these.
 DUQPP_HOST_DEVICE constexpr int64_t fragment_codes_size(int64_t N, int64_t K) { return N * K / 2; }
-DUQPP_HOST_DEVICE constexpr int64_t fragment_scales_size(int64_t N, int64_t K) {
+DUQPP_HOST_DEVICE constexpr int64_t fragment_row_exponents_offset(int64_t N, int64_t K) {
   return N * (K / kBlockSize);
+}
+DUQPP_HOST_DEVICE constexpr int64_t fragment_scales_size(int64_t N, int64_t K) {
+  return fragment_row_exponents_offset(N, K) + N;
 }
 
 // Rows of the tile that holds `row`: 16, or 8.

@@ -72,9 +72,13 @@ inline Expansion prepare_weight_expansion(const Tensor& codes, const Tensor& sca
                   "first_row must be a multiple of 16, got ", first_row);
   STD_TORCH_CHECK(rows >= 0 && first_row + rows < codes.size(0) + kFragmentRows,
                   "rows must end at most 15 beyond the weight's, got ", first_row, " + ", rows);
-  STD_TORCH_CHECK(codes.size(0) % 8 == 0, "codes must have a multiple of 8 rows, got ",
-                  codes.size(0));
-  return prepare_expansion(codes, scales, codes.numel() / (kBlockSize / 2), first_row, rows, dtype);
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) % 8 == 0,
+                  "codes must be [rows, K/2], rows a multiple of 8, got ", codes.size(0));
+  const int64_t N = codes.size(0), K = codes.size(1) * 2;
+  Expansion expansion =
+      prepare_expansion(codes, scales, fragment_scales_size(N, K), first_row, rows, dtype);
+  expansion.problem.row_exponents = expansion.problem.scales + fragment_row_exponents_offset(N, K);
+  return expansion;
 }
 
 }  // namespace duqpp

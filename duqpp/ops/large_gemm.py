@@ -38,12 +38,12 @@ from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor
 from duqpp.format.e2m1 import decode_packed_e2m1
-from duqpp.format.e8m0 import NAN_SCALE
+from duqpp.format.weight_fragment import row_exponents
 
 WORKSPACE_BYTES = 64 << 20  # of the expanded weight, and of its products before rounding
 _CHUNK_ROWS = 256  # chunks are multiples of it: of the widest GEMM tiles
 _SCALED_MM_ROWS = 16  # torch._scaled_mm wants multiples of it
-_TOP_SHIFT, _LEAST_SHIFT, _LEAST_ALIGNED = 6, -8, 7  # as in csrc/format/expand.h
+_TOP_SHIFT, _LEAST_SHIFT = 6, -8  # as in csrc/format/expand.h
 _ZERO_SHIFT = -13  # from here down every value rounds to zero
 
 logger = logging.getLogger(__name__)
@@ -230,10 +230,8 @@ def inexact_rows(weight: MXFP4Tensor) -> int:
 
     Reads the device's memory: for when a model is loaded.
     """
-    exponents = weight.scales.short()
-    known = exponents != NAN_SCALE
-    largest = torch.where(known, exponents, 0).amax(-1, keepdim=True).clamp_(min=_LEAST_ALIGNED)
-    shifts = exponents - largest + _TOP_SHIFT
+    largest = row_exponents(weight.scales).short()
+    shifts = weight.scales.short() - largest[:, None] + _TOP_SHIFT
     low = shifts < _LEAST_SHIFT  # [N, K/32]; in most weights none, and never a NaN
     codes = weight.codes.unflatten(-1, (-1, BLOCK_SIZE // 2))[low]
     factors = torch.exp2(shifts[low].clamp(min=_ZERO_SHIFT).float())

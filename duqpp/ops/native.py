@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duqpp.format import BLOCK_SIZE, MXFP4Tensor, ScaleRule
 from duqpp.format.scale_layout import swizzle_scales, swizzled_size, unswizzle_scales
-from duqpp.format.weight_fragment import from_fragments, to_fragments
+from duqpp.format.weight_fragment import from_fragments, prepared_scales_size, to_fragments
 from duqpp.ops.backend import Backend, DirectOps, Quantization, RMSNorm, SiluMul
 from duqpp.ops.crossover import crossover
 from duqpp.ops.gptq_block import GptqBlock
@@ -225,12 +225,12 @@ class CudaBackend(_NativeBackend):
 class Sm80Backend(CudaBackend):
     """CUDA kernels for GPUs whose tensor cores do not know MXFP4.
 
-    Weights are in fragment order, in the bytes that they have in a checkpoint. Products of many
-    rows are those of `duqpp.ops.large_gemm`.
+    Weights are in fragment order, in the bytes that they have in a checkpoint and one more a row.
+    Products of many rows are those of `duqpp.ops.large_gemm`.
     """
 
     def weight_scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        return rows, columns // BLOCK_SIZE
+        return (prepared_scales_size(rows, columns),)
 
     def prepare_weight(self, weight: MXFP4Tensor) -> MXFP4Tensor:
         if weight.scales.is_cuda:

@@ -55,22 +55,42 @@ void run_activation(const ExpandProblem& problem) {
   }
 }
 
+int sm_count;  // of the GPU that run_weight is
+
 template <class Block>
 void run_weight(const ExpandProblem& problem) {
-  for (uint32_t index = 0; index < (problem.rows + 15) / 16; ++index) {
-    const WeightTile tile = weight_tile(problem, index);
-    uint32_t exponents[kFragmentRows];
-    for (uint32_t& exponent : exponents) exponent = row_exponent(0);
-    for (uint32_t thread = 0; thread < kExpandThreads; ++thread) {
-      uint32_t& exponent = exponents[row_of_thread(thread)];
-      exponent = std::max(exponent, weight_maximum(tile, thread));
-    }
-    for (uint32_t row = 0; kRowScaled<Block> && row < kFragmentRows; ++row) {
-      if (tile.values_row + row >= problem.rows) break;
-      problem.row_scales[tile.values_row + row] = row_scale(exponents[row]);
-    }
+  const ExpandWeightPlan plan = plan_expand_weight(problem.rows, problem.K, sm_count);
+  for (uint32_t index = 0; index < plan.tiles * plan.parts; ++index) {
     for (uint32_t warp = 0; warp < kExpandWarps; ++warp) {
-      expand_weight_warp<Block, HostExpandWarp>(problem, tile, warp, exponents);
+      expand_weight_cta<Block, HostExpandWarp>(problem, plan.parts, index, warp);
+    }
+  }
+}
+
+// Every pair of a tile is in one part, and parts differ by one pair at most; every SM has its CTAs
+// where K has enough of them.
+void test_plans() {
+  for (const int64_t rows : {16, 24, 256, 2048, 8192}) {
+    for (const int64_t K : {32, 96, 1024, 4096, 14336, 28672, 53248}) {
+      for (const int sms : {1, 46, 108, 132}) {
+        const ExpandWeightPlan plan = plan_expand_weight(rows, K, sms);
+        CHECK(plan.tiles == (rows + 15) / 16, "%d tiles of %d rows", int(plan.tiles), int(rows));
+        const uint32_t pairs = uint32_t((K / 32 + 1) / 2), parts = uint32_t(plan.parts);
+        const bool enough = plan.tiles * parts >= 8 * sms, one_less = parts > 1;
+        CHECK(enough || parts == (pairs + 15) / 16, "%d of %d pairs for %d SMs", int(parts),
+              int(pairs), sms);
+        CHECK(!one_less || plan.tiles * (parts - 1) < 8 * sms, "%d parts are too many for %d SMs",
+              int(parts), sms);
+        uint32_t end = 0;
+        for (uint32_t part = 0; part < parts; ++part) {
+          const PairRange range = part_of_pairs(pairs, part, parts);
+          const uint32_t length = range.end - range.first;
+          CHECK(range.first == end && (length == pairs / parts || length == pairs / parts + 1),
+                "part %u of %u: %u .. %u", part, parts, range.first, range.end);
+          end = range.end;
+        }
+        CHECK(end == pairs, "%u of %u pairs", end, pairs);
+      }
     }
   }
 }
@@ -127,8 +147,11 @@ void test_activations() {
           scales.memory[swizzled_offset<int64_t>(row, block, tiles)] = exponents[block];
         }
       }
-      ExpandProblem problem{rows, K, 0, rows, WideFormat::kE4M3, codes.memory, scales.memory,
-                            nullptr, nullptr};
+      ExpandProblem problem{};
+      problem.rows = problem.matrix_rows = rows;
+      problem.K = K;
+      problem.codes = codes.memory;
+      problem.scales = scales.memory;
       const auto oracle = [](const ExpandProblem& p) {
         cpu::expand_activation(p, cpu::run_serially);
       };
@@ -150,7 +173,7 @@ void test_weights() {
         const std::vector<uint8_t> of_row = random_exponents(row, K / 32);
         exponents.insert(exponents.end(), of_row.begin(), of_row.end());
       }
-      Bytes codes(N * K / 2), scales(N * K / 32);
+      Bytes codes(N * K / 2), scales(fragment_scales_size(N, K));
       for (int64_t row = 0; row < N; ++row) {
         for (int64_t i = 0; i < K / 8; ++i) {
           reinterpret_cast<uint32_t*>(codes.memory)[fragment_word_offset(row, i, N, K)] =
@@ -160,18 +183,33 @@ void test_weights() {
           const int64_t offset = fragment_scale_offset(row, block, N, K);
           scales.memory[offset] = exponents[row * (K / 32) + block];
         }
+        uint32_t largest = 0;
+        for (int64_t block = 0; block < K / 32; ++block) {
+          largest = row_maximum(largest, exponents[row * (K / 32) + block]);
+        }
+        scales.memory[fragment_row_exponents_offset(N, K) + row] = uint8_t(row_exponent(largest));
       }
       for (const int64_t first_row : {0, 16, 64}) {
         for (const int64_t rows : {int64_t{16}, int64_t{32}, N - first_row, N + 8 - first_row}) {
           if (first_row >= N || rows <= 0 || first_row + rows >= N + 16) continue;
-          ExpandProblem problem{rows, K, first_row, N, WideFormat::kE4M3, codes.memory,
-                                scales.memory, nullptr, nullptr};
+          ExpandProblem problem{};
+          problem.rows = rows;
+          problem.K = K;
+          problem.first_row = first_row;
+          problem.matrix_rows = N;
+          problem.codes = codes.memory;
+          problem.scales = scales.memory;
+          problem.row_exponents = scales.memory + fragment_row_exponents_offset(N, K);
           const auto oracle = [](const ExpandProblem& p) {
             cpu::expand_weight(p, cpu::run_serially);
           };
-          compare(problem, run_weight<E4M3Block>, oracle, "weight, E4M3");
-          problem.format = WideFormat::kBFloat16;
-          compare(problem, run_weight<BFloat16Block>, oracle, "weight, bfloat16");
+          for (const int sms : {1, 2, 132}) {  // K in one part, in some, in as many as it has
+            sm_count = sms;
+            problem.format = WideFormat::kE4M3;
+            compare(problem, run_weight<E4M3Block>, oracle, "weight, E4M3");
+            problem.format = WideFormat::kBFloat16;
+            compare(problem, run_weight<BFloat16Block>, oracle, "weight, bfloat16");
+          }
           // And the oracle itself, against the row-major words.
           const auto row_major = [&](const ExpandProblem& p) {
             for (int64_t row = 0; row < p.rows; ++row) {
@@ -195,6 +233,7 @@ void test_weights() {
 }  // namespace
 
 int main() {
+  test_plans();
   test_activations();
   test_weights();
   return duqpp::testing::finish("test_expand_warps");

@@ -70,7 +70,7 @@ Operand random_operand(int64_t rows, int64_t K, Scales scales) {
 // In fragment order, each on a heap block of its own size: the sanitizer sees reads beyond it.
 Operand prepared(const Operand& weight, int64_t N, int64_t K) {
   Operand result = {std::vector<uint8_t>(fragment_codes_size(N, K)),
-                    std::vector<uint8_t>(fragment_scales_size(N, K))};
+                    std::vector<uint8_t>(fragment_row_exponents_offset(N, K))};
   for (int64_t row = 0; row < N; ++row) {
     for (int64_t word = 0; word < K / 8; ++word) {
       std::memcpy(&result.codes[4 * fragment_word_offset(row, word, N, K)],

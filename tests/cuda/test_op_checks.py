@@ -155,7 +155,7 @@ def test_products_name_what_is_on_another_device():
 
 
 def test_expansion_names_what_is_not_on_the_device():
-    row_scales = torch.zeros(16, dtype=torch.uint8)
+    row_scales = torch.zeros(16 + 8, dtype=torch.uint8)
     for name, *arguments in (
         ("expand_activation", CODES, SCALES, torch.bfloat16),
         ("expand_weight", CODES, row_scales, 0, 8, torch.bfloat16),

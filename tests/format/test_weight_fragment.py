@@ -26,12 +26,22 @@ def test_fragment_order_is_that_of_the_header(n, k):
     library, weight = extension(), random_weight(n, k)
     prepared = to_fragments(weight)
     assert prepared.codes.shape == weight.codes.shape
-    assert prepared.scales.shape == weight.scales.shape
+    assert prepared.scales.shape == (library.weight_scales_size(n, k, arch=80),)
     place = [library.fragment_nibble_offset(r, c, n, k) for r in range(n) for c in range(k)]
     actual = nibbles(prepared.codes.flatten())[place].view(n, k)
     oracle.assert_same(actual, nibbles(weight.codes), "codes")
     place = [library.fragment_scale_offset(r, b, n, k) for r in range(n) for b in range(k // 32)]
-    oracle.assert_same(prepared.scales.flatten()[place].view(n, -1), weight.scales, "scales")
+    oracle.assert_same(prepared.scales[place].view(n, -1), weight.scales, "scales")
+    assert max(place) < n * (k // 32) == len(prepared.scales) - n
+
+
+def test_behind_the_scales_is_what_each_row_is_aligned_to():
+    """Its largest exponent but NaN; at least 7, so that 2**(e - 6) is a normal float32."""
+    scales = torch.tensor([[3, 9, 4]] * 8).byte()
+    scales[1], scales[2], scales[3, 1], scales[4] = 7, 0, 255, 255
+    scales[5, 2], scales[6, 0] = 254, 200
+    prepared = to_fragments(MXFP4Tensor(torch.zeros(8, 48).byte(), scales))
+    assert prepared.scales[-8:].tolist() == [9, 7, 7, 7, 7, 254, 200, 9]
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

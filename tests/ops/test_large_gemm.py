@@ -66,7 +66,8 @@ def prepared(row_major: MXFP4Tensor) -> MXFP4Tensor:
     """A weight in the order of csrc/format/weight_fragment.h, written from its description.
 
     Tiles of 16 rows, the last of 8 where N % 16 = 8. Of codes: pairs of blocks; lanes 4 r + q;
-    words of eight codes, [block of the pair][row r, row r + 8]. Of scales: 16 blocks at a time.
+    words of eight codes, [block of the pair][row r, row r + 8]. Of scales: 16 blocks at a time;
+    then the largest of each row but 255, and at least 7.
     """
     words = row_major.codes.numpy().view(np.uint32)
     scales, blocks = row_major.scales.numpy(), row_major.scales.shape[1]
@@ -79,7 +80,8 @@ def prepared(row_major: MXFP4Tensor) -> MXFP4Tensor:
         for first in range(0, blocks, 16):
             new_scales.append(scales[first_row : first_row + 16, first : first + 16].flatten())
     codes = torch.from_numpy(np.concatenate(new_words).view(np.uint8).reshape(len(words), -1))
-    return MXFP4Tensor(codes, torch.from_numpy(np.concatenate(new_scales).reshape(scales.shape)))
+    new_scales.append(np.where(scales == 255, 0, scales).max(1).clip(7))
+    return MXFP4Tensor(codes, torch.from_numpy(np.concatenate(new_scales)))
 
 
 def expand_activation(row_major: MXFP4Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -184,12 +186,12 @@ def test_expansion_names_the_argument():
     for message, call in {
         "first_row must be a multiple of 16": lambda: weight(b.codes, b.scales, 8, 8, E4M3),
         "rows must end at most 15 beyond": lambda: weight(b.codes, b.scales, 16, 24, E4M3),
-        "scales must have 48 bytes": lambda: weight(b.codes, bad, 0, 16, E4M3),
+        "scales must have 72 bytes": lambda: weight(b.codes, bad, 0, 16, E4M3),
         "dtype must be float8_e4m3fn or bfloat16": lambda: weight(
             b.codes, b.scales, 0, 16, torch.float16
         ),
-        "codes must have a multiple of 8 rows": lambda: weight(
-            b.codes[:12].contiguous(), b.scales[:12].contiguous(), 0, 12, E4M3
+        "rows a multiple of 8": lambda: weight(
+            b.codes[:12].contiguous(), b.scales[: 12 * 3].contiguous(), 0, 12, E4M3
         ),
         "scales must have 512 bytes": lambda: activation(b.codes, b.scales, E4M3),
         "codes must be uint8": lambda: activation(b.codes.int(), bad, E4M3),
