@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_quantize
-from harness import Table, parser, report, start, write_json
+from harness import RESULTS, Table, parser, report, start, write_json
 
 from duqpp.config import QuantizeConfig
 from duqpp.job.plan import GPUS, plan_job, shaped
@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--widths", nargs="+", default=["512x1792", "1024x3584"])
     options.add_argument("--ranks", type=int, nargs="+", default=[1])
-    options.add_argument("--measured", type=Path, help="a file that this has written")
+    options.add_argument(
+        "--measured",
+        type=Path,
+        help=f"a file that this has written, such as {RESULTS.name}/memory.json",
+    )
     options.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     options.add_argument("--samples", type=int, default=4)
     options.add_argument("--seq-len", type=int, default=1024)

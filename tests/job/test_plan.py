@@ -98,6 +98,18 @@ def test_what_costs_more_is_said_to():
     assert distill.disk > blocks.disk == ours.disk
 
 
+def test_distillation_keeps_a_state_while_it_writes_the_next(config):
+    """Every 16 steps, in two epochs over all batches but one: of 9, 10, 17 and 18 batches."""
+    options = {"method": "duqpp", "refine": "distill", "samples": 32}
+    plans = [planned(config, refine_samples=32 * n, **options) for n in (9, 10, 17, 18)]
+    state = (12 + 17 / 32) * plans[0].weights
+    none, one, still_one, two = (plan.written - plans[0].written for plan in plans)
+    assert (none, one, still_one, two) == (0, state, state, 2 * state)
+    assert plans[1].disk - plans[0].disk == state == plans[2].disk - plans[0].disk
+    # Two states, where there were one and the new shards.
+    assert 0 < plans[3].disk - plans[2].disk < state
+
+
 def open_config(hidden, intermediate):
     from transformers import LlamaConfig
 
@@ -129,6 +141,18 @@ def test_memory_is_what_a_job_takes(tmp_path, width, job):
     assert peak == pytest.approx(
         bench_memory.planned(bench_quantize.config_of(*width), config), rel=0.15
     )
+
+
+def test_memory_is_what_was_measured():
+    """Every method on two widths, and what ranks share: within 15 %, by the formulas of today."""
+    file = bench_memory.RESULTS / "memory.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["options"] for row in rows} == set(bench_memory.JOBS)
+    for row in rows:
+        of_today = bench_memory.beside_plan(row)["planned MB"]
+        assert row["planned MB"] == pytest.approx(of_today), "run bench_memory.py --measured FILE"
+        assert row["ratio"] == pytest.approx(row["measured MB"] / of_today)
+        assert row["ratio"] == pytest.approx(1, abs=0.15), row
 
 
 def test_ranks_share_the_text_and_not_the_weights():

@@ -1629,6 +1629,20 @@ MUTATIONS = (
         "tests/job/test_plan.py",
     ),
     Mutation(
+        "plan: moments are held in float32",
+        COSTS,
+        '{"second moments, float64": _FLOAT64 * squares}',
+        '{"second moments, float64": _FLOAT32 * squares}',
+        "tests/job/test_plan.py",
+    ),
+    Mutation(
+        "plan: a state of the training takes the place of the one before",
+        JOB_PLAN,
+        "states = min(2, trained.saves) * trained.state",
+        "states = min(1, trained.saves) * trained.state",
+        "tests/job/test_plan.py",
+    ),
+    Mutation(
         "plan: attention takes no operations",
         SHAPES,
         "count: int = sdpa_flop_count(q, k, v)",

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import duqpp
 import duqpp.methods.refine.distill as module
 import duqpp.methods.refine.latent_model as latent_model
+from duqpp.checkpoint.shard import read_shard
 from duqpp.config import QuantizeConfig
 from duqpp.format import ScaleRule
 from duqpp.format import quantize as quantize_mxfp4
@@ -296,6 +297,12 @@ def test_a_state_replaces_the_one_before_and_counts_only_if_it_is_whole(job, mon
         run((model, state), stop)
     saved = sorted(file.name for file in state.parent.glob("distill*"))
     assert saved == [f"distill-000004-0000{n}.state" for n in range(2)] + ["distill.state"]
+    tensors = [read_shard(state.parent / name) for name in saved[:-1]]
+    size = sum(tensor.nbytes for own in tensors for tensor in own.values())
+    weights = sum(latent.numel() for own in job()[0].blocks for latent in own[1].values())
+    assert size / weights in (12, 12 + 17 / 32), (
+        "as duqpp.methods.costs says, with codes or without"
+    )
     (state.parent / saved[0]).unlink()
     steps = []
     run(job(), lambda stage, done, total: steps.append(done))
