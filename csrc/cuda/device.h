@@ -44,18 +44,30 @@ inline int current_device(const char* op) {
   return index;
 }
 
-// Whether the device's code of a kernel has the wait for the kernel before it. Code for sm_80 has
-// none, and a driver may have compiled it for a newer device from PTX: launched to overlap, it
-// would race. Asked once for each kernel.
+// Whether the current device's code of a kernel has the wait for the kernel before it. Code for
+// sm_80 has none, and a driver may have compiled it for a newer device from PTX: launched to
+// overlap, it would race. Asked once for each kernel and device, whose index is `device`.
 template <auto kKernel>
-bool has_wait(const char* op) {
-  static const bool answer = [op] {
-    cudaFuncAttributes attributes{};
-    DUQPP_CHECK_CUDA(op,
-                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
-    return attributes.ptxVersion >= 90;
-  }();
+bool has_wait(const char* op, int device) {
+  static DeviceSet asked, waiting;
+  if (asked.has(device)) return waiting.has(device);
+  cudaFuncAttributes attributes{};
+  DUQPP_CHECK_CUDA(op, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+  const bool answer = attributes.ptxVersion >= 90;
+  if (answer) waiting.add(device);
+  asked.add(device);
   return answer;
+}
+
+// Lets a kernel ask for `bytes` of shared memory in a launch on the current device, whose index is
+// `device`: more than 48 KiB must be allowed, once on each.
+template <auto kKernel>
+void allow_shared_memory(const char* op, int device, int bytes) {
+  static DeviceSet allowed;
+  if (allowed.has(device)) return;
+  DUQPP_CHECK_CUDA(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allowed.add(device);
 }
 
 }  // namespace duqpp::cuda

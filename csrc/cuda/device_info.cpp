@@ -29,4 +29,11 @@ DeviceInfo device_info(int index) {
   return info;
 }
 
+CudaVersions cuda_versions() {
+  CudaVersions versions{};
+  DUQPP_CHECK_CUDA("cuda_versions", cudaRuntimeGetVersion(&versions.runtime));
+  DUQPP_CHECK_CUDA("cuda_versions", cudaDriverGetVersion(&versions.driver));
+  return versions;
+}
+
 }  // namespace duqpp::cuda

@@ -13,4 +13,12 @@ struct DeviceInfo {
 // Throws std::runtime_error when CUDA refuses.
 DeviceInfo device_info(int index);
 
+// 1000 x major + 10 x minor, as in 13010: of the CUDA runtime in this library, and the newest that
+// the driver serves; 0 where there is no driver. Asks no device. A driver serves every runtime of
+// its own major version, and older ones.
+struct CudaVersions {
+  int runtime, driver;
+};
+CudaVersions cuda_versions();
+
 }  // namespace duqpp::cuda

@@ -70,17 +70,6 @@ struct GemmSm80 {
   static_assert(gemm_sm80_warps(kRowTiles, kColumnTiles, gemm_sm80_most_shared_memory(86)) > 4,
                 "more than a warp for each scheduler, on any device");
 
-  // More than 48 KiB must be asked for, once on each device.
-  static void allow_shared_memory(int index, int most) {
-    static DeviceSet allowed;
-    if (allowed.has(index)) return;
-    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, most);
-    DUQPP_CHECK_CUDA(kOp, cudaFuncSetAttribute(
-                              gemm_sm80_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              gemm_sm80_shared_memory(warps, kRowTiles, kColumnTiles)));
-    allowed.add(index);
-  }
-
   static void run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void*, void* stream) {
     constexpr int64_t kMostInGrid = 65535;  // along y, and along z
     const int index = current_device(kOp);
@@ -88,7 +77,9 @@ struct GemmSm80 {
     const GemmSm80Params params{
         problem, plan_gemm_sm80(problem.K, kRowTiles, kColumnTiles, device.shared_memory),
         plan.early_weights};
-    allow_shared_memory(index, device.shared_memory);
+    const int warps = gemm_sm80_warps(kRowTiles, kColumnTiles, device.shared_memory);
+    allow_shared_memory<gemm_sm80_kernel<Traits>>(
+        kOp, index, gemm_sm80_shared_memory(warps, kRowTiles, kColumnTiles));
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -104,7 +95,7 @@ struct GemmSm80 {
     config.dynamicSmemBytes = gemm_sm80_shared_memory(params.plan.warps, kRowTiles, kColumnTiles);
     config.stream = as_stream(stream);
     config.attrs = &overlap;
-    config.numAttrs = device.arch >= 90 && has_wait<gemm_sm80_kernel<Traits>>(kOp) ? 1 : 0;
+    config.numAttrs = device.arch >= 90 && has_wait<gemm_sm80_kernel<Traits>>(kOp, index) ? 1 : 0;
     DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, gemm_sm80_kernel<Traits>, params));
   }
 

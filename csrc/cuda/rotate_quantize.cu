@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinCtas)
 
 template <class Traits>
 void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
-  const DeviceInfo device = device_info(current_device(kOp));
+  const int index = current_device(kOp);
+  const DeviceInfo device = device_info(index);
   RotateQuantizeParams params{};
   params.problem = problem;
   params.plan = plan_rotate_quantize(problem, device.sm_count);
@@ -58,7 +59,8 @@ void launch(const RotateQuantizeProblem& problem, cudaStream_t stream) {
   config.blockDim = dim3(params.plan.teams * kTeamWarps * kWarpLanes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = device.arch >= 90 && has_wait<rotate_quantize_kernel<Traits>>(kOp) ? 1 : 0;
+  config.numAttrs =
+      device.arch >= 90 && has_wait<rotate_quantize_kernel<Traits>>(kOp, index) ? 1 : 0;
   DUQPP_CHECK_CUDA(kOp, cudaLaunchKernelEx(&config, rotate_quantize_kernel<Traits>, params));
 }
 

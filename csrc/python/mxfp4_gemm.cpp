@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include "cuda/device_info.h"
 #include "cuda/mxfp4_gemm.h"
 
 namespace duqpp::python {
@@ -53,6 +54,14 @@ void bind_mxfp4_gemm(py::module_& module) {
       "mxfp4_gemm_shared_memory",
       [](const cuda::GemmPlan& plan) { return cuda::mxfp4_gemm_shared_memory(built(plan).kernel); },
       "plan"_a, "Bytes of shared memory that a CTA of the plan's kernel takes.");
+  module.def(
+      "cuda_versions",
+      [] {
+        const cuda::CudaVersions versions = cuda::cuda_versions();
+        return py::make_tuple(versions.runtime, versions.driver);
+      },
+      "Of the CUDA runtime in this library, and the newest that the driver serves (0: no driver): "
+      "1000 x major + 10 x minor. Builds without CUDA lack this function.");
   module.def(
       "cuda_library",
       [] {

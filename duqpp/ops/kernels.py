@@ -25,11 +25,13 @@ OPS = tuple(_OPS)
 class Machine:
     """Where an op would run: the CPU, or a GPU, which need not be here.
 
-    capability: of a GPU, (major, minor); None is the CPU. sm_count: its SMs.
+    capability: of a GPU, (major, minor); None is the CPU. sm_count: its SMs. is_here: whether it is
+    torch's current GPU, so that this machine's driver has a say.
     """
 
     capability: tuple[int, int] | None = None
     sm_count: int = 0
+    is_here: bool = False
 
     @property
     def arch(self) -> int:
@@ -57,8 +59,8 @@ def machines_here() -> list[Machine]:
     if not torch.cuda.is_available():
         return [Machine()]
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    gpu = Machine((properties.major, properties.minor), properties.multi_processor_count)
-    return [Machine(), gpu]
+    capability = properties.major, properties.minor
+    return [Machine(), Machine(capability, properties.multi_processor_count, is_here=True)]
 
 
 def unavailable(backend: Backend, op: str, machine: Machine) -> str | None:
@@ -66,7 +68,7 @@ def unavailable(backend: Backend, op: str, machine: Machine) -> str | None:
     op = _OPS[op]
     if machine.capability is None:
         return backend.unavailable_reason(op, torch.device("cpu"))
-    if isinstance(backend, CudaBackend) and compiled_library() is not None:
+    if isinstance(backend, CudaBackend) and not machine.is_here and compiled_library() is not None:
         return backend.unavailable_on(machine.capability)
     return backend.unavailable_reason(op, torch.device("cuda"))
 

@@ -45,6 +45,24 @@ def library_info() -> dict[str, Any]:
     return {**_C.build_info(), "cpu_isa": _C.cpu_isa(), "cpu_isas": _C.cpu_isas()}
 
 
+def driver_refusal() -> str | None:
+    """Why this machine's driver does not serve the library's own CUDA runtime; None where it does.
+
+    torch may bring an older runtime, which such a driver serves, so that torch sees the GPU.
+    """
+    versions = getattr(_C, "cuda_versions", None)  # a build without CUDA lacks it
+    if versions is None:
+        return None
+    runtime, driver = versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    has, wants = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return (
+        f"this build's runtime of CUDA {wants} needs a driver for CUDA {runtime // 1000}, "
+        f"this machine's is for {has}; update the driver, or build duqpp with that CUDA's nvcc"
+    )
+
+
 class _NativeBackend(Backend):
     """What the kernels of every device share: the ops, which torch sends to the device's own."""
 
@@ -204,7 +222,8 @@ class CudaBackend(_NativeBackend):
             return f"needs a tensor on a CUDA device, not on {device.type}"
         if _C is None:
             return _ABSENT
-        return self.unavailable_on(torch.cuda.get_device_capability(device))
+        reason = self.unavailable_on(torch.cuda.get_device_capability(device))
+        return driver_refusal() if reason is None else reason
 
     def run_quantization(self, asked: Quantization) -> MXFP4Tensor:
         if asked.x.dtype == torch.float32:

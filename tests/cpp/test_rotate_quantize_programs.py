@@ -30,3 +30,7 @@ def test_warp_program_equals_the_format():
 def test_layouts_and_conversions_are_those_of_cutlass():
     folders = [toolchain.cutlass_include(), *toolchain.cuda_include()]
     run_program("test_cutlass", *(f"-isystem{folder}" for folder in folders))
+
+
+def test_what_is_set_once_is_set_once_on_each_device():
+    run_program("test_device", *(f"-isystem{folder}" for folder in toolchain.cuda_include()))

@@ -112,6 +112,14 @@ GEMM_CHECKS = "duqpp/tools/gemm_checks.py"
 
 MUTATIONS = (
     Mutation(
+        "native: an old driver found out at the first launch",
+        "duqpp/ops/native.py",
+        "return driver_refusal() if reason is None else reason",
+        "return reason",
+        "tests/ops/test_native.py"
+        "::test_a_driver_that_is_too_old_for_the_library_is_named_before_a_launch",
+    ),
+    Mutation(
         "selfcheck: no product has more tiles than the GPU has SMs",
         COVER,
         "range(1, MOST_WAVES * at_once // few + 1, _STEP)",

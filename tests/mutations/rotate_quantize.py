@@ -23,6 +23,14 @@ WARP = "csrc/cuda/gpu_warp.cuh"
 LAUNCH = "csrc/cuda/rotate_quantize.cu"
 
 MUTATIONS = (
+    Mutation(
+        "the wait of a kernel known by the answer of another device",
+        "csrc/cuda/device.h",
+        "if (answer) waiting.add(device);",
+        "if (answer) waiting.add(0);",
+        "tests/cpp/test_rotate_quantize_programs.py"
+        "::test_what_is_set_once_is_set_once_on_each_device",
+    ),
     # Numerics.
     Mutation(
         "e2m1: tie at 1/4 goes up",

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,17 @@ import duqpp._C as _C
 from duqpp import ops
 from duqpp.format import MXFP4Tensor, ScaleRule, quantize
 from duqpp.format.scale_layout import unswizzle_scales
-from duqpp.ops import dispatch, mxfp4_gemm, native, prepare_weight, restore_weight, rotate_quantize
+from duqpp.ops import (
+    dispatch,
+    kernels,
+    mxfp4_gemm,
+    native,
+    prepare_weight,
+    restore_weight,
+    rotate_quantize,
+)
 from duqpp.ops import quantize as fast_quantize
+from duqpp.ops.kernels import Machine
 from duqpp.ops.native import CUDA_BACKENDS, CpuBackend
 from duqpp.ops.reference import ReferenceBackend
 from duqpp.rotation.basis import random_orthogonal
@@ -132,6 +142,46 @@ def test_each_gpu_has_one_cuda_backend(monkeypatch):
                 if backend.unavailable_reason(op, torch.device("cuda")) is None
             ]
             assert able == [name], (capability, op)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU of compute capability 9.0, and versions of CUDA: ``hopper(runtime, driver)``."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_architectures": "80,90a"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def install(*versions: int) -> None:
+        monkeypatch.setattr(_C, "cuda_versions", lambda: versions, raising=False)
+
+    return install
+
+
+@pytest.mark.parametrize("driver", [12080, 12090, 0])
+def test_a_driver_that_is_too_old_for_the_library_is_named_before_a_launch(driver, hopper):
+    """torch for CUDA 12.8 sees the GPU all the same; a static runtime of CUDA 13 would throw."""
+    hopper(13000, driver)
+    backend = CUDA_BACKENDS[-1]
+    reason = (
+        "this build's runtime of CUDA 13.0 needs a driver for CUDA 13, this machine's is for "
+        f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or build duqpp with that "
+        "CUDA's nvcc"
+    )
+    for op in ("rotate_quantize", "mxfp4_gemm"):
+        assert backend.unavailable_reason(op, torch.device("cuda")) == reason
+    machine = kernels.machines_here()[-1]
+    assert kernels.unavailable(backend, "mxfp4_gemm", machine) == reason, "doctor says it"
+    elsewhere = Machine(machine.capability, machine.sm_count)
+    assert kernels.unavailable(backend, "mxfp4_gemm", elsewhere) is None
+
+
+@pytest.mark.parametrize("versions", [(13000, 13000), (13020, 13000), (12090, 13010)])
+def test_a_driver_serves_runtimes_of_its_major_version_and_older_ones(versions, hopper):
+    hopper(*versions)
+    assert CUDA_BACKENDS[-1].unavailable_reason("mxfp4_gemm", torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda backend: backend.name)
