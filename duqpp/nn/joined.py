@@ -22,28 +22,31 @@ class Member(Protocol):
 class Joined:
     """Prepared weights of linears along N, each of which the linear has as a slice.
 
-    weight: [N of all, K]. parts: how many linears.
+    weight: [N of all, K].
     """
 
     def __init__(self, weights: Sequence[MXFP4Tensor]) -> None:
         codes, scales = ([getattr(w, name) for w in weights] for name in ("codes", "scales"))
         self.weight = MXFP4Tensor(torch.cat(codes), torch.cat(scales))
-        self._rows: dict[tuple[int, int], tuple[int, int]] = {}
+        self._firsts: dict[tuple[int, int], int] = {}
+        self._rows = [weight.codes.shape[0] for weight in weights]
         first = 0
-        for weight in weights:
-            rows = weight.codes.shape[0]
+        for rows in self._rows:
             part = self.part(first, rows)
-            self._rows[part.codes.data_ptr(), part.scales.data_ptr()] = first, rows
+            self._firsts[part.codes.data_ptr(), part.scales.data_ptr()] = first
             first += rows
-        self.parts = len(weights)
 
     def part(self, first: int, rows: int) -> MXFP4Tensor:
         codes, scales = self.weight.codes, self.weight.scales
         return MXFP4Tensor(codes.narrow(0, first, rows), scales.narrow(0, first, rows))
 
-    def rows_of(self, codes: Tensor, scales: Tensor) -> tuple[int, int] | None:
-        """The first row and the number of rows of a linear that still has its slice; else None."""
-        return self._rows.get((codes.data_ptr(), scales.data_ptr()))
+    def first_of(self, codes: Tensor, scales: Tensor) -> int | None:
+        """The first row of a linear that still has its slice; else None."""
+        return self._firsts.get((codes.data_ptr(), scales.data_ptr()))
+
+    def split(self, product: Tensor) -> dict[int, Tensor]:
+        """The columns [..., N] of each linear, by its first row."""
+        return dict(zip(self._firsts.values(), product.split(self._rows, -1), strict=True))
 
 
 def join(linears: Sequence[Member]) -> Joined | None:

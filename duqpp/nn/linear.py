@@ -242,12 +242,14 @@ class MXFP4Linear(nn.Module):
     ) -> Tensor | None:
         """`_call_directly` with what another linear has made of x; None where nothing is shared."""
         codes, scales, bias = _PARAMETERS(self._parameters)
-        joined = shared.joined if bias is None else None
-        if joined is not None and (rows := joined.rows_of(codes, scales)) is not None:
+        # Where gradients are recorded, changing a view in place would be an error.
+        joined = shared.joined if bias is None and not torch.is_grad_enabled() else None
+        if joined is not None and (first := joined.first_of(codes, scales)) is not None:
             weight = joined.weight
             return shared.product(
                 x,
-                rows,
+                joined,
+                first,
                 lambda: ops.linear(*self._to_quantize(x, ops), weight.codes, weight.scales, None),
             )
         a = shared.read(x, backend, partial(self._quantize_directly, ops), x)

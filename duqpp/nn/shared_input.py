@@ -16,14 +16,14 @@ class _Read(NamedTuple):
     """What a linear has quantized, or multiplied for all of them.
 
     version: of the source then, by which a change in place shows; None where torch counts none.
-    by: the backend, or what the weights are joined in. taken: first rows of those that have theirs.
+    by: the backend, or what the weights are joined in. made: codes and scales, or the products by
+        the first rows of their weights, each until its linear has taken it.
     """
 
     source: Tensor
     version: int | None
     by: str | Joined
     made: Any
-    taken: tuple[int, ...] = ()
 
     def is_of(self, source: Tensor, version: int | None, by: str | Joined) -> bool:
         return self.source is source and self.version == version and self.by == by
@@ -81,23 +81,24 @@ class SharedInput:
         return quantized
 
     def product(
-        self, source: Tensor, rows: tuple[int, int], multiply: Callable[[], Tensor]
+        self, source: Tensor, joined: Joined, first: int, multiply: Callable[[], Tensor]
     ) -> Tensor | None:
-        """The columns `rows` of ``multiply()``, the product of the source by the joined weights.
+        """Of ``multiply()``, the product of the source by joined weights, the part from `first` on.
 
         Each linear gets its own once: nobody sees what another one's reader changes in place.
 
         Returns: None where the owner does not run.
         """
-        thread, version, joined = _thread(), _version(source), self.joined
-        if thread not in self._reads or joined is None:
+        thread = threading.get_ident()
+        if thread not in self._reads:
             return None
-        last, (first, count) = self._reads[thread], rows
-        if last is None or not last.is_of(source, version, joined) or first in last.taken:
-            last = _Read(source, version, joined, multiply())
-        last = last._replace(taken=(*last.taken, first))
-        self._reads[thread] = last if len(last.taken) < joined.parts else None
-        y: Tensor = last.made.narrow(-1, first, count)
+        last, version = self._reads[thread], _version(source)
+        if last is None or not last.is_of(source, version, joined) or first not in last.made:
+            last = _Read(source, version, joined, joined.split(multiply()))
+            self._reads[thread] = last
+        y: Tensor = last.made.pop(first)
+        if not last.made:
+            self._reads[thread] = None
         return y
 
     def join(self) -> None:

@@ -1142,15 +1142,15 @@ MUTATIONS = (
     Mutation(
         "joined: a bias that came later is left out",
         LINEAR,
-        "joined = shared.joined if bias is None else None",
-        "joined = shared.joined",
+        "joined = shared.joined if bias is None and not",
+        "joined = shared.joined if not",
         JOINED_TESTS,
     ),
     Mutation(
         "joined: two calls of a linear return one memory",
         SHARED_INPUT,
-        " or first in last.taken:",
-        ":",
+        "y: Tensor = last.made.pop(first)",
+        "y: Tensor = last.made[first]",
         JOINED_TESTS,
     ),
     Mutation(
@@ -1163,8 +1163,8 @@ MUTATIONS = (
     Mutation(
         "joined: a weight that is elsewhere is taken for its slice",
         "duqpp/nn/joined.py",
-        "self._rows.get((codes.data_ptr(), scales.data_ptr()))",
-        "next((r for r in self._rows.values() if r[1] == len(codes)), None)",
+        "self._firsts.get((codes.data_ptr(), scales.data_ptr()))",
+        "sum(self._rows[: self._rows.index(len(codes))])",
         JOINED_TESTS,
     ),
     Mutation(
