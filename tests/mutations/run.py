@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "mutations"  # the copy, at one path, so that its builds are incremental
 SAVED = ROOT / "build" / "mutations.saved"
 LOG = ROOT / "build" / "mutations.log"
-FOLDERS = ("csrc", "duqpp", "tests")
+FOLDERS = ("benchmarks", "csrc", "duqpp", "tests")  # tests of the plan read benchmarks
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TEST_LIMIT = 900.0  # seconds, of all tests of a mutation together
 
