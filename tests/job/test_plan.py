@@ -144,7 +144,7 @@ def test_memory_is_what_a_job_takes(tmp_path, width, job):
 
 
 def test_memory_is_what_was_measured():
-    """Every method on two widths, and what ranks share: within 15 %, by the formulas of today."""
+    """Every job, within 15 %, by the formulas of today."""
     file = bench_memory.RESULTS / "memory.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert {row["options"] for row in rows} == set(bench_memory.JOBS)
