@@ -133,6 +133,7 @@ def test_each_gpu_has_one_cuda_backend(monkeypatch):
     expected |= {(10, 3): "cuda-sm100", (12, 0): "cuda-sm120", (12, 1): "cuda-sm120"}
     everything = {"cuda_architectures": "80,90a,100f,120f"}
     monkeypatch.setattr(_C, "build_info", lambda: everything)
+    monkeypatch.setattr(_C, "cuda_versions", lambda: (13000, 13000), raising=False)
     for capability, name in expected.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         for op in ("rotate_quantize", "mxfp4_gemm"):
