@@ -89,11 +89,11 @@ class Worker:
     def __init__(self, folder: str, threads: int) -> None:
         path = os.pathsep.join([str(Path(folder).resolve()), str(Path(__file__).parent)])
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "import bench_call; bench_call.serve()"],
+            [sys.executable, "-c", f"import bench_call; bench_call.serve({threads})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"PYTHONPATH": path},
             cwd=folder,
         )
 
@@ -111,9 +111,9 @@ class Worker:
 
 
 @torch.no_grad()
-def serve() -> None:
+def serve(threads: int) -> None:
     """Answer `Worker.ask`: a case makes its calls, anything else is a sample of them."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(threads)
     calls = []
     for line in sys.stdin:
         question = json.loads(line)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duqpp.calibration.drift import make_up_for_drift
+from duqpp.calibration.drift import making_up_for_drift
 from duqpp.calibration.gptq import Gptq
 from duqpp.calibration.hessian import ProductSum
 from duqpp.calibration.statistics import InputStatistics, draw_sample
@@ -43,10 +43,13 @@ def observed(x: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def rounded(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """GPTQ in both orders, from weights that make up for a drift."""
+    """GPTQ in both orders, from weights that make up for a drift, as few rows do and as many do."""
     hessian = x.T @ x
-    start = make_up_for_drift(weight, hessian, 0.1 * hessian.tril(), share=0.5)
-    made = [start]
+    drift = 0.1 * hessian.tril()
+    made = [
+        making_up_for_drift(hessian, drift, share=0.5, rows=rows)(weight) for rows in (40, 2 * K)
+    ]
+    start = made[0]
     for order in ("diagonal", "channels"):
         result = Gptq.of(hessian, damping=0.01, order=order).round(start, "mse")
         made += [result.weight.codes, result.weight.scales, result.compensated]
