@@ -17,14 +17,14 @@ from duqpp.files import local_path
 _WEIGHTED = re.compile(r"(.+)\*([^*]*)", re.DOTALL)
 
 
-class Source(NamedTuple):
+class WeightedText(NamedTuple):
     """A text as `read_text` names it, and how much of it there is to be, in proportion."""
 
     name: str
     weight: float = 1.0
 
 
-def parse_sources(calibration: str) -> tuple[Source, ...]:
+def parse_sources(calibration: str) -> tuple[WeightedText, ...]:
     """From "wiki.txt*2,builtin" to sources: names at commas, each with its weight, else 1.
 
     The name of a file that is there is one source, whatever is in it.
@@ -32,8 +32,8 @@ def parse_sources(calibration: str) -> tuple[Source, ...]:
     Raises: InputError for an empty name, a weight that is not positive, or a name given twice.
     """
     if _is_there(calibration):
-        return (Source(calibration),)
-    sources = tuple(map(_parse_source, calibration.split(",")))
+        return (WeightedText(calibration),)
+    sources = tuple(map(_weighted, calibration.split(",")))
     names = [source.name for source in sources]
     if "" in names and len(names) > 1:
         raise InputError(f"calibration text {calibration!r} has an empty name between commas")
@@ -42,18 +42,18 @@ def parse_sources(calibration: str) -> tuple[Source, ...]:
     return sources
 
 
-def _parse_source(text: str) -> Source:
+def _weighted(text: str) -> WeightedText:
     weighted = None if _is_there(text) else _WEIGHTED.fullmatch(text)
     if weighted is None:
-        return Source(text)
+        return WeightedText(text)
     name, number = weighted.groups()
     try:
         weight = float(number)
     except ValueError:
-        return Source(text)
+        return WeightedText(text)
     if not (weight > 0 and math.isfinite(weight)):
         raise InputError(f"the weight of calibration text {name} must be positive, got {number}")
-    return Source(name, weight)
+    return WeightedText(name, weight)
 
 
 def _is_there(name: str) -> bool:
@@ -67,7 +67,7 @@ def _is_there(name: str) -> bool:
 class CalibrationText:
     """What calibration sequences are drawn from. contents: the text of each source."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[WeightedText, ...]
     contents: tuple[str, ...]
 
     @classmethod
@@ -103,7 +103,7 @@ class CalibrationText:
 class CalibrationTokens:
     """A `CalibrationText` as a model reads it. tokens: int64 [tokens] of each source."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[WeightedText, ...]
     tokens: tuple[Tensor, ...]
 
     def most(self, seq_len: int) -> int:

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from duqpp.calibration.text import CalibrationText, CalibrationTokens, Source, parse_sources
+from duqpp.calibration.text import CalibrationText, CalibrationTokens, WeightedText, parse_sources
 from duqpp.calibration.tokens import builtin_text, sample_sequences, tokenize
 from duqpp.errors import InputError
 from tests import oracle
@@ -31,7 +31,7 @@ from tests import oracle
 )
 def test_names_and_weights(text, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse_sources(text) == tuple(Source(*source) for source in expected)
+    assert parse_sources(text) == tuple(WeightedText(*source) for source in expected)
 
 
 def test_a_file_is_one_source_whatever_its_name(tmp_path, monkeypatch):
@@ -39,8 +39,8 @@ def test_a_file_is_one_source_whatever_its_name(tmp_path, monkeypatch):
     for name in ("a,b.txt", "a*2"):
         Path(name).write_text(name)
         assert CalibrationText.read(name).contents == (name,)
-    assert parse_sources("a*2,builtin") == (Source("a*2"), Source("builtin"))
-    assert parse_sources("a*2*3,builtin") == (Source("a*2", 3), Source("builtin"))
+    assert parse_sources("a*2,builtin") == (WeightedText("a*2"), WeightedText("builtin"))
+    assert parse_sources("a*2*3,builtin") == (WeightedText("a*2", 3), WeightedText("builtin"))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_is_no_mixture(text, message, tmp_path, monkeypatch):
 
 def mixture(lengths: list[int], weights: list[float]) -> CalibrationTokens:
     """Tokens of source i count up from 10**6 * i."""
-    sources = tuple(Source(f"text{i}", weight) for i, weight in enumerate(weights))
+    sources = tuple(WeightedText(f"text{i}", weight) for i, weight in enumerate(weights))
     tokens = tuple(torch.arange(length) + 10**6 * i for i, length in enumerate(lengths))
     return CalibrationTokens(sources, tokens)
 
