@@ -154,20 +154,10 @@ struct CutlassGemm {
     check(Kernel::initialize_workspace(arguments(problem, plan), workspace, as_stream(stream)));
   }
 
-  // More than 48 KiB must be asked for, once on each device.
-  static void allow_shared_memory() {
-    static DeviceSet allowed;
-    const int index = current_device("mxfp4_gemm");
-    if (allowed.has(index)) return;
-    DUQPP_CHECK_CUDA("mxfp4_gemm", cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
-                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                        kInstance.shared_memory));
-    allowed.add(index);
-  }
-
   static void run(const MXFP4GemmProblem& problem, const GemmPlan& plan, void* workspace,
                   void* stream) {
-    allow_shared_memory();
+    allow_shared_memory<cutlass::device_kernel<Kernel>>(
+        "mxfp4_gemm", current_device("mxfp4_gemm"), kInstance.shared_memory);
     typename Kernel::Params params =
         Kernel::to_underlying_arguments(arguments(problem, plan), workspace);
     check(Gemm::run(params, as_stream(stream), nullptr, /*launch_with_pdl=*/true));
